@@ -1,0 +1,30 @@
+"""The one exception a user is meant to read."""
+
+from __future__ import annotations
+
+
+class LabError(Exception):
+    """A failure that is explained to the user: what was wrong, what was expected, what to do.
+
+    ``str()`` is one to three plain sentences without a traceback's vocabulary; the interfaces print it as it is.
+
+    Args:
+        what: what was wrong, as a sentence.
+        expected: what would have been right, as a sentence, or None.
+        fix: what to do about it, as a sentence, or None.
+    """
+
+    def __init__(self, what: str, expected: str | None = None, fix: str | None = None) -> None:
+        self.what = _sentence(what)
+        self.expected = _sentence(expected) if expected else None
+        self.fix = _sentence(fix) if fix else None
+        super().__init__(self.what, self.expected, self.fix)
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.what, self.expected, self.fix) if part)
+
+
+def _sentence(text: str) -> str:
+    """``text`` stripped, closed by a full stop unless it already ends a sentence."""
+    text = text.strip()
+    return text if text.endswith((".", "!", "?")) else text + "."
