@@ -1,0 +1,95 @@
+"""Integer codes for keys and values: affine quantisation and packing of 8, 4 and 2 bits into bytes.
+
+Layout: a b-bit code vector of d channels takes d*b/8 bytes. Byte j of 4-bit codes holds channel j in its low half and
+channel j + d/2 in its high half; byte j of 2-bit codes holds channels j, j + d/4, j + d/2, j + 3d/4 from the low bits
+up. Unpacking is then a shift and a mask per contiguous slice, never an interleave.
+"""
+
+from __future__ import annotations
+
+import torch
+
+WIDTHS = (8, 4, 2)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack uint8 codes [..., d] with values below 2**bits into bytes [..., d*bits/8]."""
+    if bits == 8:
+        return codes
+    parts = codes.chunk(8 // bits, dim=-1)
+    packed = parts[0].clone()
+    for i, part in enumerate(parts[1:], 1):
+        packed |= part << (bits * i)
+    return packed
+
+
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of `pack`: bytes [..., d*bits/8] to uint8 codes [..., d]."""
+    return packed if bits == 8 else torch.cat(streams(packed, bits), dim=-1)
+
+
+def streams(packed: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """The contiguous channel slices held in `packed`, each uint8 [..., d*bits/8], in channel order."""
+    if bits == 8:
+        return [packed]
+    mask = (1 << bits) - 1
+    count = 8 // bits
+    return [(packed >> (bits * i)) & mask if i < count - 1 else packed >> (bits * i) for i in range(count)]
+
+
+def affine_range(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp16 (scale, zero) whose grid covers [low, high], rounded outwards so that |x - x_hat| <= scale/2 holds (I8)."""
+    low, high = low.float(), high.float()
+    zero = (low - low.abs() * 2**-10).half()
+    step = (high - zero.float()).clamp_min(0) / (2**bits - 1)
+    return (step * (1 + 2**-10)).half(), zero
+
+
+def quantise(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 codes of x under x ~ code*scale + zero (shapes broadcast). A zero scale stores the constant `zero`."""
+    step = scale.float()
+    safe = torch.where(step == 0, torch.ones_like(step), step)
+    codes = torch.round((x.float() - zero.float()) / safe)
+    return torch.where(step == 0, torch.zeros_like(codes), codes).clamp_(0, 2**bits - 1).to(torch.uint8)
+
+
+def encode_tokens(x: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per-token affine codes. x [..., d] -> (bytes [..., d*bits/8], scale fp16 [..., d/group], zero fp16 [..., d/group])."""
+    d = x.shape[-1]
+    grouped = x.float().unflatten(-1, (d // group, group))
+    scale, zero = affine_range(grouped.amin(-1), grouped.amax(-1), bits)
+    codes = quantise(grouped, scale.unsqueeze(-1), zero.unsqueeze(-1), bits).flatten(-2)
+    return pack(codes, bits), scale, zero
+
+
+def decode_tokens(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of `encode_tokens`, float32 [..., d]."""
+    codes = unpack(packed, bits).float().unflatten(-1, (scale.shape[-1], -1))
+    return (codes * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)).flatten(-2)
+
+
+def encode_channels(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per-channel affine codes of one block. x [..., g, d] -> (bytes [..., g, d*bits/8], scale, zero fp16 [..., d])."""
+    scale, zero = affine_range(x.amin(-2), x.amax(-2), bits)
+    return pack(quantise(x, scale.unsqueeze(-2), zero.unsqueeze(-2), bits), bits), scale, zero
+
+
+def token_logits(
+    q: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """q . x_hat without building x_hat, for one group per token: q [..., R, d], bytes [..., N, .] -> [..., R, N].
+
+    scale and zero [..., N, 1] come out of the sum: q.(c*s + z) = s*(q.c) + z*sum(q), so the codes are only converted.
+    """
+    parts = streams(packed, bits)
+    raw = sum(qs @ part.to(q.dtype).mT for qs, part in zip(q.chunk(len(parts), -1), parts))
+    return raw * scale.to(q.dtype).mT + q.sum(-1, keepdim=True) * zero.to(q.dtype).mT
+
+
+def token_mix(
+    p: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """p @ x_hat without building x_hat, for one group per token: p [..., R, N] -> [..., R, d]."""
+    weighted = p * scale.to(p.dtype).mT
+    parts = [weighted @ part.to(p.dtype) for part in streams(packed, bits)]
+    return torch.cat(parts, -1) + p @ zero.to(p.dtype)

@@ -1,0 +1,90 @@
+"""What a technique is told when one of its slots is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from kernels.cpu_attention import softmax
+from lab.engine.layer import LabLayer
+from lab.engine.rope import Rope
+
+
+@dataclass
+class LayerContext:
+    """One layer at one step. Shapes: B sequences, Hq query heads, Hk KV heads, T new rows, N stored entries.
+
+    q is [B, Hq, T, d] after RoPE; pos_q int64 [B, T] (-1 marks padding); first is the position of row 0 of this call.
+    phase is "prefill" for prompt rows and "decode" after; prompt is the prompt's length once known.
+    """
+
+    store: LabLayer
+    layer: int
+    layers: int
+    phase: str
+    q: torch.Tensor
+    pos_q: torch.Tensor | None
+    first: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    prompt: int
+    seed: int = 0
+    rope: Rope | None = None
+    last_p: torch.Tensor | None = None  # [B, Hq, N] weights of the newest row, where a technique needs them
+    shared: dict = field(default_factory=dict)  # survives from layer to layer within one cache
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.store.heads
+
+    @property
+    def groups(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def state(self) -> dict:
+        """Mutable per layer and cache; tensors in it are copied when a stream forks."""
+        return self.store.state
+
+    @property
+    def row(self) -> int:
+        """Position of the newest row."""
+        return self.first + self.q.shape[2] - 1
+
+    def positions(self) -> torch.Tensor:
+        return self.store.positions()
+
+    def mass(self) -> torch.Tensor:
+        """Attention each entry has received, summed over rows and the heads of its group: [B, Hk, N]."""
+        return self.store.attribute("mass")
+
+    def window_weights(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """win(rows) of the sheets: softmax weights float32 [B, Hq, w, N] of the last w <= rows prompt queries over all
+        stored entries, and the positions int64 [w] of those queries."""
+        q = self.store.queries[:, :, -rows:]
+        w = q.shape[2]
+        pos_q = torch.arange(self.row - w + 1, self.row + 1, device=q.device)
+        keys = self.store.keys()
+        grouped = q.unflatten(1, (self.kv_heads, self.groups)).flatten(2, 3)
+        s = (grouped @ keys.mT).float().unflatten(2, (self.groups, w)) * self.scale
+        if self.softcap:
+            s = self.softcap * torch.tanh(s / self.softcap)
+        pos = self.positions()[:, :, None, None, :]
+        hidden = pos > pos_q[:, None]
+        if self.window:
+            hidden = hidden | (pos_q[:, None] - pos >= self.window)
+        valid = self.store.valid()
+        if valid is not None:
+            hidden = hidden | ~valid[:, :, None, None, :]
+        p, _ = softmax(s.masked_fill(hidden, -torch.inf))
+        return p.flatten(1, 2), pos_q
+
+    def per_kv_head(self, x: torch.Tensor) -> torch.Tensor:
+        """Reduce [B, Hq, ...] to [B, Hk, ...] by the mean over each group (rule R3)."""
+        return x.unflatten(1, (self.kv_heads, self.groups)).mean(2)

@@ -1,0 +1,57 @@
+"""What happened to each position of a layer: when it was narrowed, when it was dropped."""
+
+from __future__ import annotations
+
+import torch
+
+NEVER = 2**31 - 1
+
+
+class History:
+    """Per layer: death and demoted int32 [B, Hk, seen], bits uint8 [B, Hk, seen]; NEVER where nothing happened.
+
+    Row i still saw position j iff i < death[j].
+    """
+
+    def __init__(self, batch: int, heads: int, room: int) -> None:
+        shape = (batch, heads, max(room, 1))
+        self.death = torch.full(shape, NEVER, dtype=torch.int32)
+        self.demoted = torch.full(shape, NEVER, dtype=torch.int32)
+        self.bits = torch.full(shape, 16, dtype=torch.uint8)
+
+    def dropped(self, pos: torch.Tensor, gone: torch.Tensor, row: int) -> None:
+        """Entries at pos int [B,Hk,N] flagged by gone bool [B,Hk,N] were dropped after row `row` had attended."""
+        b, h, slot = gone.cpu().nonzero(as_tuple=True)
+        where = pos.cpu()[b, h, slot]
+        self._room(int(where.max()) + 1 if where.numel() else 0)
+        self.death[b, h, where] = row + 1
+        self.bits[b, h, where] = 0
+
+    def coded(self, pos: torch.Tensor, bits: int, row: int) -> None:
+        """Entries at pos int [B,Hk,N] went down to `bits` after row `row` had attended."""
+        where = pos.cpu()
+        self._room(int(where.max()) + 1 if where.numel() else 0)
+        self.demoted.scatter_(2, where, row + 1)
+        self.bits.scatter_(2, where, bits)
+
+    def upto(self, seen: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(bits, death, demoted) of the first `seen` positions."""
+        self._room(seen)
+        return self.bits[..., :seen], self.death[..., :seen], self.demoted[..., :seen]
+
+    def repeat(self, times: int) -> None:
+        self.death, self.demoted, self.bits = (t.repeat(times, 1, 1) for t in (self.death, self.demoted, self.bits))
+
+    def clone(self) -> "History":
+        twin = History.__new__(History)
+        twin.death, twin.demoted, twin.bits = self.death.clone(), self.demoted.clone(), self.bits.clone()
+        return twin
+
+    def _room(self, needed: int) -> None:
+        have = self.death.shape[-1]
+        if needed > have:
+            extra = needed - have + 64
+            pad = torch.nn.functional.pad
+            self.death = pad(self.death, (0, extra), value=NEVER)
+            self.demoted = pad(self.demoted, (0, extra), value=NEVER)
+            self.bits = pad(self.bits, (0, extra), value=16)

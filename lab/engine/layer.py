@@ -1,0 +1,329 @@
+"""One attention layer's cache: tiers of stored rows, their positions, and the changes a policy may make to them.
+
+Logical order. Entry n of a lane is the same entry on the key side, the value side and in `meta`. On each side rows lie
+as [coded..., exact...]; the two sides may have coded different prefixes (KIVI codes keys by blocks, values one by one).
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from lab.engine.history import History
+from lab.engine.ragged import Ragged
+from lab.engine.segments import Codec, Coded, Exact
+
+Segment = Exact | Coded
+
+
+class Handle:
+    """What `update` returns as both key and value: the layer, and the rows that were just appended."""
+
+    __slots__ = ("layer", "k", "v", "fresh")
+
+    def __init__(self, layer: "LabLayer", k: torch.Tensor, v: torch.Tensor) -> None:
+        self.layer, self.k, self.v, self.fresh = layer, k, v, True
+
+
+class LabLayer(CacheLayerMixin):
+    """A transformers cache layer whose storage the lab's attention function reads and changes.
+
+    Attributes: index, the layer's place among the cache's layers; seen, tokens fed so far (never tokens kept).
+    """
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, index: int, reserve: int = 0, track: bool = False, window: int | None = None) -> None:
+        super().__init__()
+        self.index, self.reserve, self.track = index, reserve, track
+        self.window = window
+        self.reset()
+
+    def reset(self) -> None:
+        self.is_initialized = False
+        self.seen = 0
+        self.base = 0  # position of entry 0 while positions are implicit
+        self.coded_k: list[Coded] = []
+        self.coded_v: list[Coded] = []
+        self.exact_k: Exact | None = None
+        self.exact_v: Exact | None = None
+        self.meta: Ragged | None = None
+        self.queries: torch.Tensor | None = None
+        self.state: dict = {}
+        self.history: History | None = None
+        self.prompt_done = False
+        self.budget: torch.Tensor | int | None = None
+        self.last_read = 0  # entries read by the newest query row, summed over lanes
+
+    # -- transformers' side ----------------------------------------------------------------------------------------
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        batch, heads = key_states.shape[:2]
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.exact_k, self.exact_v = Exact(batch, heads), Exact(batch, heads)
+        self.meta = Ragged(batch, heads) if self.track else None
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[Handle, Handle]:
+        """Take the new rows k, v [B, Hk, T, d] and return a handle; the attention function stores and attends."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        handle = Handle(self, key_states, value_states)
+        return handle, handle
+
+    def get_seq_length(self, *args) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length, *args) -> tuple[int, int]:
+        count = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.seen + count, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, *args) -> None:
+        raise RuntimeError("The lab's cache changes entries after attending and cannot be rolled back.")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        chosen = [int(i) for i in indices]
+        for part in self._parts():
+            part.select_sequences(chosen)
+
+    # -- what is stored --------------------------------------------------------------------------------------------
+    @property
+    def batch(self) -> int:
+        return self.exact_k.rows.batch
+
+    @property
+    def heads(self) -> int:
+        return self.exact_k.rows.heads
+
+    @property
+    def keys_side(self) -> list[Segment]:
+        return [*self.coded_k, self.exact_k]
+
+    @property
+    def values_side(self) -> list[Segment]:
+        return [*self.coded_v, self.exact_v]
+
+    @property
+    def plain(self) -> bool:
+        """Only exact rows, equally many in every lane: the fast paths apply."""
+        return not self.coded_k and not self.coded_v and self.exact_k.rows.level and self.exact_k.rows.dense
+
+    @property
+    def counts(self) -> list[int]:
+        """Entries held per lane."""
+        if not self.is_initialized:
+            return [0]
+        return [sum(lane) for lane in zip(*(s.rows.lens for s in self.keys_side))]
+
+    @property
+    def longest(self) -> int:
+        return max(self.counts)
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of everything held for the entries kept: codes, scales, tags, positions, running statistics."""
+        return sum(part.live_bytes for part in self._parts())
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the tensors behind them; the difference to live_bytes is slack capacity."""
+        return sum(part.allocated_bytes for part in self._parts())
+
+    def bits_count(self) -> dict[int, int]:
+        """Entries per key width, summed over lanes; 0 counts the entries dropped."""
+        table = {16: sum(self.exact_k.rows.lens)} if self.is_initialized else {}
+        for segment in self.coded_k:
+            table[segment.bits] = table.get(segment.bits, 0) + sum(segment.rows.lens)
+        return table
+
+    def positions(self) -> torch.Tensor:
+        """Absolute position of every entry, int64 [B, Hk, longest]; past a lane's end the value is undefined."""
+        if self.meta is not None:
+            return self.meta.padded("pos").long()
+        line = torch.arange(self.base, self.base + self.longest, device=self.device)
+        return line.expand(self.batch, self.heads, -1)
+
+    def valid(self) -> torch.Tensor | None:
+        """bool [B, Hk, longest], or None when every lane is full."""
+        counts = self.counts
+        if counts.count(counts[0]) == len(counts):
+            return None
+        lens = torch.tensor(counts, device=self.device).view(self.batch, self.heads, 1)
+        return torch.arange(max(counts), device=self.device) < lens
+
+    def keys(self) -> torch.Tensor:
+        """Stored keys in logical order, decoded: [B, Hk, longest, d]."""
+        return self._gathered(self.keys_side)
+
+    def values(self) -> torch.Tensor:
+        """Stored values in logical order, decoded: [B, Hk, longest, d]."""
+        return self._gathered(self.values_side)
+
+    # -- changes ---------------------------------------------------------------------------------------------------
+    def append(self, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor | None, keep: torch.Tensor | None) -> None:
+        """Append rows k, v [B,Hk,T,d]; pos int [B,T] where positions are tracked, keep bool [B,T] drops padding."""
+        spare = max(self.reserve - self.seen - k.shape[2], 64)
+        if self.window and not self.track:
+            spare = min(spare, self.window)
+        self.exact_k.append(k, keep, spare)
+        self.exact_v.append(v, keep, spare)
+        self.seen += k.shape[2]
+        if self.meta is not None:
+            rows = {"pos": pos.to(torch.int32).unsqueeze(1).expand(-1, self.heads, -1)}
+            for name in self.meta.fields:
+                if name != "pos":
+                    rows[name] = torch.zeros(self.batch, self.heads, k.shape[2], device=self.device)
+            self.meta.append(rows, keep, spare)
+
+    def start_tracking(self) -> None:
+        """Store positions from here on (padding was met, so they are no longer a plain range)."""
+        if self.meta is None:
+            self.track, self.meta = True, Ragged(self.batch, self.heads)
+            if self.seen:
+                line = torch.arange(self.base, self.base + self.longest, device=self.device, dtype=torch.int32)
+                self.meta.append({"pos": line.expand(self.batch, self.heads, -1)})
+
+    def attribute(self, name: str) -> torch.Tensor:
+        """A running float32 statistic per entry, [B, Hk, longest]; created as zeros on first use."""
+        if name not in self.meta.fields:
+            like = torch.zeros(self.batch, self.heads, self.longest, device=self.device)
+            self.meta.add_field(name, like)
+        return self.meta.padded(name)
+
+    def set_attribute(self, name: str, value: torch.Tensor) -> None:
+        """Replace a running statistic by value [B, Hk, longest]."""
+        if self.meta.dense and name in self.meta.fields:
+            self.meta.padded(name).copy_(value)
+        else:
+            self.meta.add_field(name, value)
+
+    def keep(self, mask: torch.Tensor, row: int) -> None:
+        """Drop every entry whose mask bool [B, Hk, longest] is False, and free its memory."""
+        if self.history is not None:
+            valid = self.valid()
+            gone = ~mask if valid is None else ~mask & valid
+            self.history.dropped(self.positions(), gone, row)
+        for side in (self.keys_side, self.values_side):
+            start = torch.zeros(self.batch, self.heads, 1, dtype=torch.long, device=self.device)
+            for segment in side:
+                width = segment.rows.longest
+                if width == 0:
+                    continue
+                index = (start + torch.arange(width, device=self.device)).clamp_max(mask.shape[-1] - 1)
+                lens = segment.rows.lens_tensor(self.device).unsqueeze(-1)
+                last = segment is side[-1]
+                segment.keep(mask.gather(2, index), spare=self._slack() if last else 0)
+                start = start + lens
+        self.meta.keep(mask, spare=self._slack())
+
+    def drop_one(self, slot: torch.Tensor, row: int) -> None:
+        """Drop entry slot int64 [B, Hk] of every lane: O(row) when all rows are exact."""
+        if self.coded_k or self.coded_v:
+            mask = torch.ones(self.batch, self.heads, self.longest, dtype=torch.bool, device=self.device)
+            self.keep(mask.scatter_(2, slot.unsqueeze(-1), False), row)
+            return
+        if self.history is not None:
+            pos = self.positions().gather(2, slot.unsqueeze(-1))
+            self.history.dropped(pos, torch.ones_like(pos, dtype=torch.bool), row)
+        for part in (self.exact_k.rows, self.exact_v.rows, self.meta):
+            part.pop_swap(slot)
+
+    def trim_window(self) -> None:
+        """Drop entries no later query can see in a sliding-window layer, a block at a time."""
+        extra = self.longest - self.window + 1
+        if self.meta is None and self.plain and extra > 64:
+            self.exact_k.rows.take_front(extra)
+            self.exact_v.rows.take_front(extra)
+            self.base += extra
+
+    def code(self, side: str, codec: Codec, first: int, count: int, row: int) -> None:
+        """Move `count` exact rows of one side, oldest first after skipping `first`, into that side's coded segment."""
+        exact, coded = (self.exact_k, self.coded_k) if side == "key" else (self.exact_v, self.coded_v)
+        if not coded:
+            coded.append(Coded(codec, self.batch, self.heads))
+        before = coded[0].rows.lens_tensor(self.device).unsqueeze(-1)
+        taken = exact.rows.take_front(count, skip=first)["x"]
+        pos = self.positions()
+        index = before + first + torch.arange(count, device=self.device)
+        moved = pos.gather(2, index.expand(self.batch, self.heads, -1))
+        coded[0].append(taken, moved)
+        if self.history is not None and side == "key":
+            self.history.coded(moved, codec.bits, row)
+
+    def reorder_after_code(self, first: int, count: int) -> None:
+        """Bring `meta` in line after `code` skipped the `first` exact rows on both sides."""
+        if first == 0 or self.meta is None:
+            return
+        total = self.meta.longest
+        start = self.coded_k[0].rows.longest - count
+        order = torch.arange(total, device=self.device)
+        moved = order[start + first : start + first + count].clone()
+        order[start + count : start + count + first] = order[start : start + first].clone()
+        order[start : start + count] = moved
+        self.meta.order(order.expand(self.batch, self.heads, -1))
+
+    def repeat(self, times: int) -> None:
+        """Turn one prompt's cache into `times` samples of it."""
+        for part in self._parts():
+            part.repeat(times)
+        if self.history is not None:
+            self.history.repeat(times)
+
+    def clone(self) -> "LabLayer":
+        """An independent copy: the fork of a stream."""
+        twin = LabLayer(self.index, self.reserve, self.track, self.window)
+        twin.__dict__.update({k: v for k, v in self.__dict__.items()})
+        twin.coded_k, twin.coded_v = [s.clone() for s in self.coded_k], [s.clone() for s in self.coded_v]
+        if self.is_initialized:
+            twin.exact_k, twin.exact_v = self.exact_k.clone(), self.exact_v.clone()
+        twin.meta = self.meta.clone() if self.meta is not None else None
+        twin.history = self.history.clone() if self.history is not None else None
+        twin.state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.state.items()}
+        return twin
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+    def _parts(self) -> list:
+        if not self.is_initialized:
+            return []
+        return [*self.keys_side, *self.values_side] + ([self.meta] if self.meta is not None else [])
+
+    def _slack(self) -> int:
+        return 32
+
+    def _gathered(self, side: list[Segment]) -> torch.Tensor:
+        if len(side) == 1:
+            return side[0].decode()
+        parts = []
+        start = 0
+        pos = self.positions()
+        for segment in side:
+            width = segment.rows.longest
+            if width == 0 and segment is not side[0]:
+                continue
+            if width:
+                parts.append((segment.decode(pos[:, :, start : start + width]).to(self.dtype), segment.rows))
+            start += width
+        if len(parts) == 1:
+            return parts[0][0]
+        if all(rows.level for _, rows in parts):
+            return torch.cat([x for x, _ in parts], 2)
+        out = parts[0][0].new_zeros(self.batch, self.heads, self.longest, parts[0][0].shape[-1])
+        for lane in range(self.batch * self.heads):
+            b, h = divmod(lane, self.heads)
+            at = 0
+            for x, rows in parts:
+                n = rows.lens[lane]
+                out[b, h, at : at + n] = x[b, h, :n]
+                at += n
+        return out

@@ -1,0 +1,122 @@
+"""The pipeline of one layer and one step: attend by the stack's slots, then change the cache (never before)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels import cpu_attention as core
+from kernels.merge import sink_logit
+from lab.engine import attend
+from lab.engine.context import LayerContext
+from lab.engine.history import History
+from lab.engine.layer import Handle, LabLayer
+from lab.engine.policy import Policy
+from lab.engine.slots import ColumnBias
+
+
+@dataclass
+class Call:
+    """What the attention function was called with beside q, k, v."""
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    sink: torch.Tensor | None = None
+    mask: torch.Tensor | None = None  # bool [B, seen+T], True where a token is real; None without padding
+
+
+def run(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> torch.Tensor:
+    """One layer's step. q [B,Hq,T,d]; returns [B,T,Hq,dv]. Stores the handle's rows, attends, then applies the dial."""
+    store = handle.layer
+    ctx = _append(policy, handle, q, call)
+    result = _attend(policy, ctx, handle, call)
+    out = result.out
+    for technique in policy.routes:
+        gate = technique.route(ctx)
+        if gate is not None:
+            out = out * gate.to(out.dtype)
+    if handle.fresh:
+        handle.fresh = False
+        policy.after(ctx, result)
+        if store.window:
+            store.trim_window()
+    return out.transpose(1, 2)
+
+
+def _append(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> LayerContext:
+    store, rows = handle.layer, q.shape[2]
+    first = store.seen - (0 if handle.fresh else rows)
+    pos_q, keep = None, None
+    if call.mask is not None or (store.meta is not None and "pad" in store.state):
+        if call.mask is None:
+            call.mask = torch.ones(q.shape[0], first + rows, dtype=torch.bool, device=q.device)
+        store.start_tracking()
+        store.state["pad"] = True
+        keep = call.mask[:, -rows:].bool()
+        pos_q = (call.mask.long().cumsum(-1) - 1)[:, -rows:].masked_fill(~keep, -1)
+    if handle.fresh:
+        if policy.record and store.history is None:
+            store.history = History(q.shape[0], handle.k.shape[1], store.reserve)
+        pos = None
+        if store.meta is not None:
+            line = torch.arange(first, first + rows, device=q.device)
+            pos = pos_q if pos_q is not None else line.expand(q.shape[0], -1)
+        store.append(handle.k, handle.v, pos, keep)
+    return LayerContext(
+        store=store, layer=store.index, layers=policy.layers, phase=policy.phase(store, rows), q=q, pos_q=pos_q,
+        first=first, scale=call.scale, softcap=call.softcap, window=call.window,
+        prompt=policy.prompt or first + rows, seed=policy.seed, rope=policy.rope(store.index), shared=policy.shared,
+    )
+
+
+def _attend(policy: Policy, ctx: LayerContext, handle: Handle, call: Call) -> attend.Result:
+    store, rows = ctx.store, ctx.q.shape[2]
+    prompt = ctx.phase == "prefill"
+    bands = [b for b in (t.select(ctx) for t in policy.selects) if b is not None] if prompt else []
+    edits = [e for t in policy.edits for e in t.edit(ctx)]
+    quick = ctx.pos_q is None and not call.softcap and store.plain and store.longest == store.seen - store.base
+    if prompt and rows > 1 and quick and all(isinstance(e, ColumnBias) for e in edits):
+        possible, band = attend.single_band(bands, ctx.window, store.seen)
+        if possible:
+            result = attend.prompt_rows(ctx, handle.k, handle.v, band)
+            if edits:
+                result = attend.biased_columns(ctx, result, edits)
+            return _finish(policy, ctx, call, result, bands, edits)
+    if rows == 1 and quick and not edits and not policy.want_mass and not policy.want_last:
+        return _finish(policy, ctx, call, attend.one_row(ctx), bands, edits)
+    result = attend.general(ctx, bands, edits, policy.want_mass, policy.want_last)
+    return _finish(policy, ctx, call, result, bands, edits)
+
+
+def _finish(policy: Policy, ctx: LayerContext, call: Call, result: attend.Result, bands: list, edits: list) -> attend.Result:
+    if call.sink is not None:
+        out, lse = sink_logit(result.out, result.lse, call.sink)
+        if result.mass is not None:  # the sink takes its share of every row; one row per decode step makes this exact
+            share = torch.exp(result.lse - lse)
+            result.mass = result.mass * ctx.per_kv_head(share).mean(-1, keepdim=True)
+        result = attend.Result(out, lse, result.mass, result.last)
+    if ctx.phase == "prefill" and policy.combine is not None and bands:
+        result.out = policy.combine.combine(ctx, result.out, lambda rows: attend.dense_rows(ctx, rows))
+    if policy.want_mass and result.mass is None:
+        first = ctx.first - ctx.store.base
+        result.mass = core.column_mass(
+            ctx.q, ctx.store.exact_k.decode(), result.lse, ctx.scale, start=first, softcap=ctx.softcap,
+            window=ctx.window, bands=[(b.sinks, b.window) for b in bands],
+            biases=[(e.position - ctx.store.base, e.bias) for e in edits],
+        )
+    return result
+
+
+def run_without_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+    """Dense attention of plain tensors (a forward without the lab's cache): q [B,Hq,T,d], k, v [B,Hk,N,d], N >= T."""
+    store = LabLayer(0, track=call.mask is not None)
+    handle = store.update(k, v)[0]
+    policy = Policy.dense()
+    rows = q.shape[2]
+    padded = q if rows == k.shape[2] else torch.cat([q.new_zeros(*q.shape[:2], k.shape[2] - rows, q.shape[3]), q], 2)
+    return run(policy, handle, padded, call)[:, -rows:]
+
+
+__all__ = ["Call", "run", "run_without_cache"]

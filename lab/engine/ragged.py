@@ -1,0 +1,237 @@
+"""Ragged storage: one flat tensor per field, each lane owning a slice of it.
+
+A lane is one KV head of one sequence (lane = b*Hk + h). Lane l owns slots starts[l] .. starts[l] + lens[l] of every
+field and may grow to caps[l]. When all lanes have one capacity the flat tensor is also a dense [B, Hk, cap, ...] view,
+which is what the fast paths use; when they do not, no memory is spent on padding.
+"""
+
+from __future__ import annotations
+
+import torch
+
+Fields = dict[str, torch.Tensor]
+
+
+class Ragged:
+    """Named fields over ragged lanes. Fields are declared by the first rows appended: {name: [B, Hk, T, ...]}."""
+
+    def __init__(self, batch: int, heads: int) -> None:
+        self.batch, self.heads = batch, heads
+        self.lanes = batch * heads
+        self.fields: Fields = {}
+        self.lens = [0] * self.lanes
+        self.caps = [0] * self.lanes
+        self.starts = [0] * self.lanes
+
+    # -- shape ---------------------------------------------------------------------------------------------------
+    @property
+    def longest(self) -> int:
+        """Entries in the fullest lane."""
+        return max(self.lens)
+
+    @property
+    def level(self) -> bool:
+        """Every lane holds the same number of entries."""
+        return self.lens.count(self.lens[0]) == self.lanes
+
+    @property
+    def dense(self) -> bool:
+        """Every lane has the same capacity, so fields can be viewed as [B, Hk, cap, ...]."""
+        return self.caps.count(self.caps[0]) == self.lanes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one entry of one lane, all fields together."""
+        return sum(f[:1].numel() * f.element_size() for f in self.fields.values())
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the entries held."""
+        return sum(self.lens) * self.row_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the tensors behind them, slack capacity included."""
+        return sum(f.untyped_storage().nbytes() for f in self.fields.values())
+
+    def lens_tensor(self, device: torch.device) -> torch.Tensor:
+        """int64 [B, Hk] entries per lane."""
+        return torch.tensor(self.lens, device=device).view(self.batch, self.heads)
+
+    def valid(self, device: torch.device) -> torch.Tensor | None:
+        """bool [B, Hk, longest] of the slots in use, or None when every lane is equally full."""
+        if self.level:
+            return None
+        slots = torch.arange(self.longest, device=device)
+        return slots < self.lens_tensor(device).unsqueeze(-1)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+    def lane(self, name: str, lane: int) -> torch.Tensor:
+        """The live rows of one lane, [len, ...] (a view)."""
+        start = self.starts[lane]
+        return self.fields[name][start : start + self.lens[lane]]
+
+    def padded(self, name: str) -> torch.Tensor:
+        """[B, Hk, longest, ...]: a view when capacities agree, else a padded copy (zeros past a lane's end)."""
+        field = self.fields[name]
+        if self.dense:
+            shaped = field.view(self.batch, self.heads, self.caps[0], *field.shape[1:])
+            return shaped[:, :, : self.longest]
+        out = field.new_zeros(self.lanes, self.longest, *field.shape[1:])
+        for lane, n in enumerate(self.lens):
+            out[lane, :n] = self.lane(name, lane)
+        return out.view(self.batch, self.heads, *out.shape[1:])
+
+    # -- writing -------------------------------------------------------------------------------------------------
+    def append(self, rows: Fields, keep: torch.Tensor | None = None, spare: int = 0) -> None:
+        """Append rows {name: [B, Hk, T, ...]} to every lane; keep bool [B, T] or [B, Hk, T] drops some of them.
+
+        spare is the slack, in entries per lane, to allocate when storage has to grow.
+        """
+        first = next(iter(rows.values()))
+        count = first.shape[2]
+        if keep is None:
+            if not self._fits([count] * self.lanes):
+                self._grow([n + count for n in self.lens], spare, rows)
+            if self.dense and self.level:
+                n = self.lens[0]
+                for name, new in rows.items():
+                    self._dense(name)[:, :, n : n + count] = new
+                self.lens = [n + count] * self.lanes
+                return
+            keep = torch.ones(self.batch, self.heads, count, dtype=torch.bool, device=first.device)
+        if keep.dim() == 2:
+            keep = keep.unsqueeze(1).expand(-1, self.heads, -1)
+        flags = keep.reshape(self.lanes, count)
+        counts = flags.sum(-1).tolist()
+        if not self._fits(counts):
+            self._grow([n + c for n, c in zip(self.lens, counts)], spare, rows)
+        for lane, added in enumerate(counts):
+            end = self.starts[lane] + self.lens[lane]
+            for name, new in rows.items():
+                self.fields[name][end : end + added] = new.reshape(self.lanes, *new.shape[2:])[lane, flags[lane]]
+            self.lens[lane] += added
+
+    def add_field(self, name: str, like: torch.Tensor) -> None:
+        """Add a field after the fact, filled from like [B, Hk, longest, ...]."""
+        flat = like.new_zeros(sum(self.caps), *like.shape[3:])
+        for lane, n in enumerate(self.lens):
+            flat[self.starts[lane] : self.starts[lane] + n] = like.reshape(self.lanes, *like.shape[2:])[lane, :n]
+        self.fields[name] = flat
+
+    def keep(self, mask: torch.Tensor, spare: int = 0) -> None:
+        """Keep the entries where mask bool [B, Hk, longest] is set, in their order; storage shrinks to fit."""
+        if not self.fields:
+            return
+        valid = self.valid(mask.device)
+        flags = (mask if valid is None else mask & valid).reshape(self.lanes, -1)
+        lane, slot = flags.nonzero(as_tuple=True)
+        counts = flags.sum(-1).tolist()
+        source = torch.tensor(self.starts, device=mask.device)[lane] + slot
+        self._rebuild(source, lane, counts, spare)
+
+    def order(self, index: torch.Tensor) -> None:
+        """Reorder each lane by index int64 [B, Hk, longest] (positions past a lane's end are ignored)."""
+        flat = index.reshape(self.lanes, -1)
+        source = [self.starts[lane] + flat[lane, :n] for lane, n in enumerate(self.lens)]
+        lane = torch.repeat_interleave(torch.tensor(self.lens, device=index.device))
+        self._rebuild(torch.cat(source), lane, list(self.lens), 0)
+
+    def pop_swap(self, slot: torch.Tensor) -> None:
+        """Remove one entry of every lane, slot int64 [B, Hk], by moving the lane's last entry into its place: O(row)."""
+        starts = torch.tensor(self.starts, device=slot.device)
+        last = starts + torch.tensor(self.lens, device=slot.device) - 1
+        target = starts + slot.reshape(-1)
+        for field in self.fields.values():
+            field[target] = field[last]
+        self.lens = [n - 1 for n in self.lens]
+
+    def take_front(self, count: int, skip: int = 0) -> Fields:
+        """Remove rows skip .. skip+count of every lane and return them as {name: [B, Hk, count, ...]}."""
+        taken = {name: self.padded(name)[:, :, skip : skip + count].clone() for name in self.fields}
+        index = torch.arange(self.longest, device=next(iter(taken.values())).device)
+        stay = (index < skip) | (index >= skip + count)
+        self.keep(stay.expand(self.batch, self.heads, -1), spare=self.caps[0] - self.lens[0])
+        return taken
+
+    def repeat(self, times: int) -> None:
+        """Repeat every sequence `times` times along the batch (samples of one prompt)."""
+        if times == 1:
+            return
+        counts = self.lens * times
+        source = torch.cat([torch.arange(s, s + n) for s, n in zip(self.starts, self.lens)] * times)
+        lane = torch.repeat_interleave(torch.tensor(counts))
+        self.batch, self.lanes = self.batch * times, self.lanes * times
+        self.starts, self.lens = self.starts * times, counts
+        device = next(iter(self.fields.values())).device if self.fields else torch.device("cpu")
+        self._rebuild(source.to(device), lane.to(device), counts, 0)
+
+    def select_sequences(self, index: list[int]) -> None:
+        """Keep the sequences of the batch in `index`, in that order (beam search, batch selection)."""
+        lanes = [b * self.heads + h for b in index for h in range(self.heads)]
+        self.starts, self.caps = [self.starts[i] for i in lanes], [self.caps[i] for i in lanes]
+        self.lens = [self.lens[i] for i in lanes]
+        self.batch, self.lanes = len(index), len(lanes)
+        if self.fields:
+            device = next(iter(self.fields.values())).device
+            source = torch.cat([torch.arange(s, s + n) for s, n in zip(self.starts, self.lens)]).to(device)
+            lane = torch.repeat_interleave(torch.tensor(self.lens)).to(device)
+            self._rebuild(source, lane, list(self.lens), 0)
+
+    def clone(self) -> "Ragged":
+        """An independent copy."""
+        twin = Ragged(self.batch, self.heads)
+        twin.lens, twin.caps, twin.starts = list(self.lens), list(self.caps), list(self.starts)
+        twin.fields = {name: field.clone() for name, field in self.fields.items()}
+        return twin
+
+    def reserve(self, spare: int) -> None:
+        """Make room for `spare` more entries per lane."""
+        if self.fields and not self._fits([spare] * self.lanes):
+            self._grow(self.lens, spare, {})
+
+    # -- inside --------------------------------------------------------------------------------------------------
+    def _dense(self, name: str) -> torch.Tensor:
+        field = self.fields[name]
+        return field.view(self.batch, self.heads, self.caps[0], *field.shape[1:])
+
+    def _fits(self, added: list[int]) -> bool:
+        return bool(self.fields) and all(n + a <= c for n, a, c in zip(self.lens, added, self.caps))
+
+    def _grow(self, needed: list[int], spare: int, rows: Fields) -> None:
+        caps = [max(need + spare, cap) for need, cap in zip(needed, self.caps)]
+        starts = _starts(caps)
+        names = rows if not self.fields else self.fields
+        old, self_starts = self.fields, self.starts
+        self.fields = {}
+        for name in names:
+            like = old[name] if name in old else rows[name]
+            tail = like.shape[1:] if name in old else like.shape[3:]
+            flat = torch.zeros(sum(caps), *tail, dtype=like.dtype, device=like.device)
+            for lane, n in enumerate(self.lens):
+                if n:
+                    flat[starts[lane] : starts[lane] + n] = old[name][self_starts[lane] : self_starts[lane] + n]
+            self.fields[name] = flat
+        self.caps, self.starts = caps, starts
+
+    def _rebuild(self, source: torch.Tensor, lane: torch.Tensor, counts: list[int], spare: int) -> None:
+        caps = [c + spare for c in counts]
+        starts = _starts(caps)
+        offsets = torch.tensor([s - b for s, b in zip(starts, _starts(counts))], device=source.device)
+        target = torch.arange(source.numel(), device=source.device) + offsets[lane] if spare else None
+        for name, field in self.fields.items():
+            if target is None:
+                self.fields[name] = field[source]
+            else:
+                fresh = field.new_zeros(sum(caps), *field.shape[1:])
+                fresh[target] = field[source]
+                self.fields[name] = fresh
+        self.caps, self.starts, self.lens = caps, starts, counts
+
+
+def _starts(caps: list[int]) -> list[int]:
+    starts, total = [], 0
+    for cap in caps:
+        starts.append(total)
+        total += cap
+    return starts

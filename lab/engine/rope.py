@@ -1,0 +1,59 @@
+"""Rotary position embedding of a loaded model, so that stored keys can be turned to other positions (rules R1, R2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lab.errors import LabError
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """frequencies float32 [r/2]: angle per position of each channel pair; r <= d channels are rotated.
+
+    interleaved pairs channels (0,1), (2,3), ... (Cohere, GLM); otherwise channel c pairs with c + r/2 (Llama).
+    """
+
+    frequencies: torch.Tensor
+    interleaved: bool = False
+
+    def rotate(self, x: torch.Tensor, delta: int | torch.Tensor) -> torch.Tensor:
+        """Turn vectors x [..., d] by `delta` positions: an int, or a tensor broadcastable to x.shape[:-1]."""
+        freq = self.frequencies.to(x.device)
+        angle = freq * delta if isinstance(delta, int) else delta.to(x.device).float().unsqueeze(-1) * freq
+        cos, sin = angle.cos(), angle.sin()
+        width = 2 * freq.numel()
+        turned, rest = x[..., :width].float(), x[..., width:]
+        if self.interleaved:
+            a, b = turned[..., 0::2], turned[..., 1::2]
+            mixed = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+        else:
+            a, b = turned.chunk(2, -1)
+            mixed = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+        mixed = mixed.to(x.dtype)
+        return torch.cat([mixed, rest], -1) if rest.shape[-1] else mixed
+
+
+_INTERLEAVED = {"cohere", "cohere2", "glm", "glm4", "ernie4_5", "helium", "gptj", "codegen"}
+
+
+def rope_of(model: torch.nn.Module, layer: int) -> Rope:
+    """The rotary embedding a layer uses.
+
+    Raises LabError where the model has none, or scales angles by length so that no fixed rotation exists.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    names = [f"{kinds[layer]}_inv_freq", "inv_freq"] if kinds else ["inv_freq"]
+    for module in model.modules():
+        for name in names:
+            freq = getattr(module, name, None)
+            if isinstance(freq, torch.Tensor):
+                return Rope(freq.detach().float(), config.model_type in _INTERLEAVED)
+    raise LabError(
+        f"{config.model_type} models have no rotary position embedding to turn keys with",
+        "Renumbering positions needs rotary embeddings",
+        "Switch renumbering off, or use a model with rotary embeddings such as Llama, Qwen or SmolLM",
+    )

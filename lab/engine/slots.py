@@ -1,0 +1,280 @@
+"""What a technique is: a frozen dataclass that names its paper and fills slots of the one pipeline.
+
+The engine calls a slot's method only on techniques that list the slot in `slots`; an absent slot is the identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from lab.errors import LabError
+
+if TYPE_CHECKING:
+    from lab.engine.context import LayerContext
+    from lab.engine.segments import Codec
+
+PIPELINE = (
+    "trim", "select", "edit", "weigh", "combine", "route",
+    "observe", "score", "allocate", "reduce", "encode", "calibrate",
+)
+EXCLUSIVE = frozenset({"trim", "weigh", "combine", "score", "allocate", "reduce", "encode"})
+SLOT_HELP = {
+    "trim": "which prompt tokens go on to deeper layers",
+    "select": "which stored entries a query may read",
+    "edit": "how logits are changed before the softmax",
+    "weigh": "how logits become weights",
+    "combine": "how partial results become one output",
+    "route": "which head takes part, and how much",
+    "observe": "what is measured while attending",
+    "score": "how important each stored entry is",
+    "allocate": "how many entries or bits each layer and head may keep",
+    "reduce": "what happens to an entry that must go",
+    "encode": "how many bits hold a key or a value, and how",
+    "calibrate": "what is learnt from sample text first",
+}
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a technique comes from. arxiv is the identifier, or the venue where there is none."""
+
+    title: str
+    arxiv: str
+    year: int
+
+    @property
+    def url(self) -> str | None:
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv[:4].isdigit() else None
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One declared parameter of a technique, as every face of the lab shows it."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+    min: float | None = None
+    max: float | None = None
+    choices: tuple[Any, ...] | None = None
+    unit: str | None = None
+
+    def check(self, owner: str, value: Any) -> Any:
+        """The value in the parameter's type, or a LabError that says what was expected."""
+        try:
+            value = _convert(self.type, value)
+        except (TypeError, ValueError):
+            raise LabError(f"{owner}: {self.name}={value!r} is not {_article(self.type)}.", self.expected) from None
+        if self.choices is not None and value not in self.choices:
+            raise LabError(f"{owner}: {self.name}={value} is not offered.", self.expected)
+        low, high = self.min, self.max
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if value != value or (low is not None and value < low) or (high is not None and value > high):
+                raise LabError(f"{owner}: {self.name}={value} is out of range.", self.expected)
+        return value
+
+    @property
+    def expected(self) -> str:
+        if self.choices is not None:
+            return f"{self.name} is one of {', '.join(map(str, self.choices))}"
+        bounds = [f"from {self.min:g}" if self.min is not None else "", f"to {self.max:g}" if self.max is not None else ""]
+        span = " ".join(b for b in bounds if b)
+        return f"{self.name} is {_article(self.type)}{' ' + span if span else ''}{' ' + self.unit if self.unit else ''}"
+
+
+def param(
+    default: Any, help: str, *, min: float | None = None, max: float | None = None,
+    choices: tuple[Any, ...] | None = None, unit: str | None = None,
+) -> Any:
+    """Declare a technique's parameter: a dataclass field whose range, unit and help every face shows."""
+    return field(default=default, metadata={"help": help, "min": min, "max": max, "choices": choices, "unit": unit})
+
+
+BUDGET_HELP = (
+    "How much of the prompt each layer may keep: a fraction up to 1, or a number of entries above 1. "
+    "Protected entries count against it."
+)
+
+
+@dataclass(frozen=True)
+class Band:
+    """Row i reads key j if j < sinks or i - j < window."""
+
+    sinks: int
+    window: int
+
+
+@dataclass(frozen=True)
+class ColumnBias:
+    """Add bias[h] to the logit of the key at absolute position `position`, for each query head. bias [Hq] float32."""
+
+    position: int
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Read the first `count` stored keys as if they stood `delta` positions later (re-rotation, rule R1)."""
+
+    count: int
+    delta: int
+
+
+@dataclass(frozen=True)
+class Technique:
+    """Base of every technique. Subclasses are frozen dataclasses; their fields are their parameters."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[Paper]
+    slots: ClassVar[tuple[str, ...]]
+    help: ClassVar[str]
+    saves: ClassVar[str] = "memory"
+    does_not_save: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()  # "mass", "last", "queries": what the engine should observe
+
+    def __post_init__(self) -> None:
+        for p in self.parameters():
+            object.__setattr__(self, p.name, p.check(self.name, getattr(self, p.name)))
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise LabError where parameters contradict each other."""
+
+    @classmethod
+    def parameters(cls) -> list[Parameter]:
+        """The declared parameters, in order."""
+        return [
+            Parameter(f.name, _type_name(f.type), f.default, **f.metadata)
+            for f in dataclasses.fields(cls)
+            if f.metadata
+        ]
+
+    @property
+    def spec(self) -> str:
+        """Canonical text, parameters that differ from their default only: "h2o(budget=0.25)"."""
+        changed = [(p.name, getattr(self, p.name)) for p in self.parameters() if getattr(self, p.name) != p.default]
+        inside = ",".join(f"{k}={_text(v)}" for k, v in changed)
+        return f"{self.name}({inside})" if inside else self.name
+
+    @property
+    def label(self) -> str:
+        """A short name for a pipeline strip or a column."""
+        return self.title
+
+    @property
+    def observation_window(self) -> int:
+        """Last prompt rows whose attention the technique looks at (win(w) of the sheets); 0 for none."""
+        return 0
+
+    # -- slots: what the engine may call ------------------------------------------------------------------------
+    def select(self, ctx: "LayerContext") -> Band | None:
+        """Which keys prompt rows read; None for all."""
+        return None
+
+    def edit(self, ctx: "LayerContext") -> list[ColumnBias | Shift]:
+        """Changes to this step's logits."""
+        return []
+
+    def combine(self, ctx: "LayerContext", out: torch.Tensor, exact: Any) -> torch.Tensor:
+        """Correct out [B,Hq,T,d] of a sparse prefill; exact(rows int64 [R]) gives dense outputs [B,Hq,R,d]."""
+        return out
+
+    def route(self, ctx: "LayerContext") -> torch.Tensor | None:
+        """Gate on head outputs, broadcastable to [B,Hq,T,1]; None for all open."""
+        return None
+
+    def score(self, ctx: "LayerContext") -> torch.Tensor:
+        """Importance of every stored entry, float32 [B,Hk,N]; higher stays longer."""
+        raise LabError(f"{self.name} does not score entries.")
+
+    def protected(self, entries: int, prompt: int) -> tuple[int, int]:
+        """(first positions, last positions) that always stay, out of `entries` kept of a prompt of `prompt` tokens."""
+        return 0, 0
+
+    def budget_entries(self, prompt: int) -> int | None:
+        """Entries per layer and KV head after a prompt of `prompt` tokens; None where the technique sets none."""
+        budget = getattr(self, "budget", None)
+        return None if budget is None else resolve_budget(self.name, budget, prompt)
+
+    evicts_in_decode: ClassVar[bool] = False
+
+    def allocate(self, ctx: "LayerContext", total: int, scores: torch.Tensor | None) -> int | torch.Tensor:
+        """Entries of this layer: one number, or int64 [B,Hk] per head, out of a mean budget of `total`."""
+        return total
+
+    def default_scorer(self) -> "Technique":
+        """The score an `allocate` technique ranks by when the stack names none."""
+        raise LabError(f"{self.name} needs a technique that scores entries")
+
+    def planned_entries(self, total: int, prompt: int, layer: int, layers: int) -> int:
+        """The number `allocate` will give before anything is measured, for the predicted size of the cache."""
+        return total
+
+    def reduce(self, ctx: "LayerContext", keep: torch.Tensor, scores: torch.Tensor | None) -> None:
+        """Fold entries that leave (keep [B,Hk,N] False) into those that stay, before they are dropped."""
+
+    def codecs(self, ctx: "LayerContext") -> tuple["Codec", "Codec"]:
+        """(key codec, value codec) of the `encode` slot."""
+        raise LabError(f"{self.name} does not encode.")
+
+    def due(self, side: str, exact: int) -> tuple[int, int]:
+        """(first, count) of the exact rows, oldest first, of side "key" or "value" that must be coded now."""
+        return 0, 0
+
+    @property
+    def keeps_order(self) -> bool:
+        """Coding always takes the oldest exact rows first, so storage order stays the order of positions."""
+        return True
+
+    def coded_bytes(self, side: str, entries: int, head_dim: int, element: int) -> int:
+        """Predicted bytes of `entries` rows of one KV head on one side; `element` is the exact cache's item size."""
+        return entries * head_dim * element
+
+
+def resolve_budget(owner: str, budget: float, prompt: int) -> int:
+    """Entries from a budget given as a fraction (<= 1) or a count (> 1); never more than the prompt, at least 1."""
+    entries = round(budget * prompt) if budget <= 1 else int(budget)
+    return max(1, min(entries, prompt))
+
+
+def _convert(kind: str, value: Any) -> Any:
+    if kind == "bool":
+        if isinstance(value, str):
+            lowered = value.strip().lower()
+            if lowered not in {"true", "false", "1", "0", "yes", "no", "on", "off"}:
+                raise ValueError(value)
+            return lowered in {"true", "1", "yes", "on"}
+        if isinstance(value, (bool, int)):
+            return bool(value)
+        raise ValueError(value)
+    if kind == "int":
+        number = float(value)
+        if number != int(number):
+            raise ValueError(value)
+        return int(number)
+    if kind == "float":
+        if isinstance(value, bool):
+            raise ValueError(value)
+        return float(value)
+    return str(value)
+
+
+def _type_name(annotation: Any) -> str:
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    return {"int": "int", "float": "float", "bool": "bool"}.get(text.split(" ")[0], "str")
+
+
+def _article(kind: str) -> str:
+    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}[kind]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
