@@ -1,0 +1,113 @@
+"""How fast attention is drawn: the overview of one head, then 512 x 512 views anywhere in the run.
+
+    python benchmarks/map.py --context 8192 --json
+
+Synthetic queries and keys with the default model's geometry (9 query heads, 3 KV heads, 64 channels), a
+quarter of
+the entries evicted. The last line is one JSON object: ``overview_s`` is the first drawing of the whole run
+by one head
+(the larger of max and mean pooling), ``view_ms_median`` the median over windows, zooms, heads and poolings
+after that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lab.inspect import store  # noqa: E402
+from lab.inspect.capture import NEVER, Capture  # noqa: E402
+from lab.inspect.view import overview, view  # noqa: E402
+
+
+def synthetic(context: int, heads: int, kv_heads: int, dim: int, evicted: float, device: str) -> Capture:
+    """A capture of random vectors; a share of the entries dies at random rows after its own."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(heads, context, dim, generator=g)
+    k = torch.randn(kv_heads, context, dim, generator=g)
+    own = torch.arange(context).expand(kv_heads, context)
+    life = (torch.rand(kv_heads, context, generator=g) * (context - own)).long() + own + 1
+    death = torch.where(torch.rand(kv_heads, context, generator=g) < evicted, life, NEVER).int()
+    bits = torch.where(death < NEVER, 0, 16).to(torch.uint8)
+    return Capture(q.to(device), k.to(device), death=death, bits=bits, layer=0)
+
+
+def windows(context: int, count: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Square windows of every zoom from 512 tokens to the whole run, at reproducible places on or under the
+    diagonal."""
+    rng = random.Random(0)
+    out = []
+    while len(out) < count:
+        side = min(context, 512 * 2 ** (len(out) % 8))
+        side = max(1, min(context, int(side * rng.uniform(0.75, 1.0)))) if len(out) % 2 else side
+        r = rng.randint(0, context - side)
+        c = rng.randint(0, max(0, min(r, context - side)))
+        out.append(((r, r + side), (c, c + side)))
+    return out
+
+
+def clock(device: str, work: Callable, *args) -> float:
+    """Seconds ``work(*args)`` took, with the GPU's queue emptied."""
+    start = time.perf_counter()
+    work(*args)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure and print."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--context", type=int, default=8192)
+    p.add_argument("--size", type=int, default=512, help="cells per side of a view")
+    p.add_argument("--views", type=int, default=32, help="windows measured for each head and pooling")
+    p.add_argument("--heads", type=int, default=9)
+    p.add_argument("--kv-heads", type=int, default=3)
+    p.add_argument("--dim", type=int, default=64)
+    p.add_argument("--evicted", type=float, default=0.25)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--json", action="store_true", help="print only the JSON line")
+    a = p.parse_args()
+    capture = synthetic(a.context, a.heads, a.kv_heads, a.dim, a.evicted, a.device)
+    if a.device != "cpu":
+        overview(synthetic(256, a.heads, a.kv_heads, a.dim, 0.0, a.device), 0)
+    result = {"context": a.context, "device": a.device, "threads": torch.get_num_threads(), "size": a.size}
+    last = (a.context - min(512, a.context), a.context)
+    first = clock(a.device, view, capture, 1, last, None, a.size, a.size)
+    result["first_window_ms"] = round(1000 * first, 1)
+    both = [clock(a.device, overview, capture, 0, a.size, pool) for pool in ("max", "mean")]
+    result["overview_s"] = round(max(both), 3)
+    result["overview_mean_of_heads_s"] = round(clock(a.device, overview, capture, "mean", a.size), 3)
+    result["overview_max_of_heads_s"] = round(clock(a.device, overview, capture, "max", a.size), 3)
+    times: dict[str, list[float]] = {}
+    for head in (0, "mean", "max"):
+        for pool in ("max", "mean"):
+            for rows, cols in windows(a.context, a.views):
+                ms = 1000 * clock(a.device, view, capture, head, rows, cols, a.size, a.size, pool)
+                times.setdefault("one head" if head == 0 else f"{head} of heads", []).append(ms)
+    every = [ms for group in times.values() for ms in group]
+    result["view_ms_median"] = round(statistics.median(every), 1)
+    result["view_ms_max"] = round(max(every), 1)
+    for name, group in times.items():
+        key = name.replace(" ", "_")
+        result[f"view_ms_median_{key}"] = round(statistics.median(group), 1)
+        result[f"view_ms_max_{key}"] = round(max(group), 1)
+    result["stored_mib"] = round(store.stored_bytes() / 2**20, 1)
+    if not a.json:
+        for key, value in result.items():
+            print(f"{key:30} {value}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
