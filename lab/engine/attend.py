@@ -136,7 +136,7 @@ def _logits(ctx: LayerContext, q: torch.Tensor, pos: torch.Tensor, shift: Shift 
     if shift is not None and shift.delta:
         turned = ctx.rope.rotate(q, -shift.delta)
         s = s.clone()
-        s[..., : shift.count] = turned @ ctx.store.keys()[:, :, : shift.count].to(q.dtype).mT
+        s[..., : shift.count] = turned @ ctx.store.all_keys()[:, :, : shift.count].to(q.dtype).mT
     return s
 
 

@@ -49,7 +49,7 @@ class LabCache(DynamicCache):
         for i, layer in enumerate(self.layers):
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 window = getattr(layer, "sliding_window", None)
-                self.layers[i] = LabLayer(i, reserve, track, window)
+                self.layers[i] = LabLayer(i, reserve, track, window, self.policy.slack)
                 self.layers[i].policy = self.policy
         self.stack = stack
 

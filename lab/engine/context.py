@@ -70,7 +70,7 @@ class LayerContext:
         q = self.store.queries[:, :, -rows:]
         w = q.shape[2]
         pos_q = torch.arange(self.row - w + 1, self.row + 1, device=q.device)
-        keys = self.store.keys()
+        keys = self.store.all_keys()
         grouped = q.unflatten(1, (self.kv_heads, self.groups)).flatten(2, 3)
         s = (grouped @ keys.mT).float().unflatten(2, (self.groups, w)) * self.scale
         if self.softcap:

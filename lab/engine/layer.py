@@ -28,16 +28,19 @@ class Handle:
 class LabLayer(CacheLayerMixin):
     """A transformers cache layer whose storage the lab's attention function reads and changes.
 
-    Attributes: index, the layer's place among the cache's layers; seen, tokens fed so far (never tokens kept).
+    Attributes: index, the layer's place among the cache's layers; seen, tokens fed so far (never tokens kept);
+    slack, entries per lane to allocate beyond what eviction leaves.
     """
 
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, index: int, reserve: int = 0, track: bool = False, window: int | None = None) -> None:
+    def __init__(
+        self, index: int, reserve: int = 0, track: bool = False, window: int | None = None, slack: int = 32
+    ) -> None:
         super().__init__()
         self.index, self.reserve, self.track = index, reserve, track
-        self.window = window
+        self.window, self.slack = window, slack
         self.reset()
 
     def reset(self) -> None:
@@ -162,11 +165,11 @@ class LabLayer(CacheLayerMixin):
         lens = torch.tensor(counts, device=self.device).view(self.batch, self.heads, 1)
         return torch.arange(max(counts), device=self.device) < lens
 
-    def keys(self) -> torch.Tensor:
+    def all_keys(self) -> torch.Tensor:
         """Stored keys in logical order, decoded: [B, Hk, longest, d]."""
         return self._gathered(self.keys_side)
 
-    def values(self) -> torch.Tensor:
+    def all_values(self) -> torch.Tensor:
         """Stored values in logical order, decoded: [B, Hk, longest, d]."""
         return self._gathered(self.values_side)
 
@@ -223,9 +226,9 @@ class LabLayer(CacheLayerMixin):
                 index = (start + torch.arange(width, device=self.device)).clamp_max(mask.shape[-1] - 1)
                 lens = segment.rows.lens_tensor(self.device).unsqueeze(-1)
                 last = segment is side[-1]
-                segment.keep(mask.gather(2, index), spare=self._slack() if last else 0)
+                segment.keep(mask.gather(2, index), spare=self.slack if last else 0)
                 start = start + lens
-        self.meta.keep(mask, spare=self._slack())
+        self.meta.keep(mask, spare=self.slack)
 
     def drop_one(self, slot: torch.Tensor, row: int) -> None:
         """Drop entry slot int64 [B, Hk] of every lane: O(row) when all rows are exact."""
@@ -253,10 +256,9 @@ class LabLayer(CacheLayerMixin):
         if not coded:
             coded.append(Coded(codec, self.batch, self.heads))
         before = coded[0].rows.lens_tensor(self.device).unsqueeze(-1)
-        taken = exact.rows.take_front(count, skip=first)["x"]
-        pos = self.positions()
         index = before + first + torch.arange(count, device=self.device)
-        moved = pos.gather(2, index.expand(self.batch, self.heads, -1))
+        moved = self.positions().gather(2, index.expand(self.batch, self.heads, -1))
+        taken = exact.rows.take_front(count, skip=first)["x"]
         coded[0].append(taken, moved)
         if self.history is not None and side == "key":
             self.history.coded(moved, codec.bits, row)
@@ -282,7 +284,7 @@ class LabLayer(CacheLayerMixin):
 
     def clone(self) -> "LabLayer":
         """An independent copy: the fork of a stream."""
-        twin = LabLayer(self.index, self.reserve, self.track, self.window)
+        twin = LabLayer(self.index, self.reserve, self.track, self.window, self.slack)
         twin.__dict__.update({k: v for k, v in self.__dict__.items()})
         twin.coded_k, twin.coded_v = [s.clone() for s in self.coded_k], [s.clone() for s in self.coded_v]
         if self.is_initialized:
@@ -297,9 +299,6 @@ class LabLayer(CacheLayerMixin):
         if not self.is_initialized:
             return []
         return [*self.keys_side, *self.values_side] + ([self.meta] if self.meta is not None else [])
-
-    def _slack(self) -> int:
-        return 32
 
     def _gathered(self, side: list[Segment]) -> torch.Tensor:
         if len(side) == 1:

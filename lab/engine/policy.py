@@ -47,6 +47,11 @@ class Policy:
         """Positions stop being a plain range, so they are stored with the entries (rule R1)."""
         return self.scorer is not None or (self.encoder is not None and not self.encoder.keeps_order)
 
+    @property
+    def slack(self) -> int:
+        """Entries per lane worth allocating beyond what eviction leaves: one where each step evicts one."""
+        return 1 if self.scorer is not None and self.scorer.evicts_in_decode else 32
+
     def rope(self, layer: int) -> Rope | None:
         if not self.want_rope or self.model is None:
             return None

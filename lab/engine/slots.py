@@ -96,8 +96,8 @@ def param(
 
 
 BUDGET_HELP = (
-    "How much of the prompt each layer may keep: a fraction up to 1, or a number of entries above 1. "
-    "Protected entries count against it."
+    "How much of the prompt each layer may keep: a fraction below 1, or a number of entries above 1; 1 keeps everything. "
+    "Entries that are always kept count against it."
 )
 
 
@@ -237,10 +237,14 @@ class Technique:
         return entries * head_dim * element
 
 
+UNLIMITED = 2**31
+
+
 def resolve_budget(owner: str, budget: float, prompt: int) -> int:
-    """Entries from a budget given as a fraction (<= 1) or a count (> 1); never more than the prompt, at least 1."""
-    entries = round(budget * prompt) if budget <= 1 else int(budget)
-    return max(1, min(entries, prompt))
+    """Entries from a budget given as a fraction below 1 of the prompt, or a count above 1; exactly 1 keeps everything."""
+    if budget == 1:
+        return UNLIMITED
+    return max(1, round(budget * prompt)) if budget < 1 else int(budget)
 
 
 def _convert(kind: str, value: Any) -> Any:

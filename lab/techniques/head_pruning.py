@@ -1,0 +1,58 @@
+"""Head pruning: switch query heads off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lab.engine.context import LayerContext
+from lab.engine.slots import Paper, Technique, param
+from lab.techniques.zerotuning import picked, span
+
+
+@dataclass(frozen=True)
+class HeadPruning(Technique):
+    """Multiply the outputs of chosen query heads by zero before the output projection (arXiv 1905.10650)."""
+
+    name: ClassVar[str] = "head_pruning"
+    title: ClassVar[str] = "Head pruning"
+    paper: ClassVar[Paper] = Paper("Are Sixteen Heads Really Better than One?", "1905.10650", 2019)
+    slots: ClassVar[tuple[str, ...]] = ("route",)
+    help: ClassVar[str] = (
+        "Switches query heads off and shows what the model loses without them. Name heads yourself, or give a share to "
+        "switch off at random as a control; many heads turn out to be dispensable."
+    )
+    saves: ClassVar[str] = "nothing"
+    does_not_save: ClassVar[str] = "Keys and values stay stored, and the heads are still computed before their output is closed."
+
+    heads: str = param("none", "Query heads to switch off in the chosen layers: none, or numbers joined by ; such as 0;3.")
+    layers: str = param("all", "Layers it acts on: all, or a range such as 8-20.")
+    fraction: float = param(0.0, "Share of all heads to switch off at random (seeded); 0 uses the list only.", min=0, max=1)
+
+    def validate(self) -> None:
+        span(self.name, "layers", self.layers, "-")
+        if self.heads != "none":
+            picked(self.name, "heads", self.heads)
+
+    def route(self, ctx: LayerContext) -> torch.Tensor | None:
+        chosen = span(self.name, "layers", self.layers, "-")
+        if chosen and not chosen[0] <= ctx.layer <= chosen[1]:
+            return None
+        key = ("head_pruning", ctx.layer)
+        if key not in ctx.shared:
+            ctx.shared[key] = self._gate(ctx)
+        return ctx.shared[key]
+
+    def _gate(self, ctx: LayerContext) -> torch.Tensor | None:
+        gate = torch.ones(ctx.heads)
+        if self.heads != "none":
+            listed = picked(self.name, "heads", self.heads)
+            gate[[h for h in listed if h < ctx.heads] if listed is not None else slice(None)] = 0
+        if self.fraction:
+            generator = torch.Generator().manual_seed(1000 * ctx.seed + 7)
+            draw = torch.rand(ctx.layers, ctx.heads, generator=generator)
+            count = round(self.fraction * draw.numel())
+            gate[draw[ctx.layer] <= draw.flatten().sort().values[count - 1]] = 0 if count else 1
+        return None if bool(gate.all()) else gate.view(1, -1, 1, 1).to(ctx.q.device)
