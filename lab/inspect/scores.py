@@ -56,7 +56,7 @@ def logits(capture: Capture, head: int, rows: tuple[int, int], cols: tuple[int, 
     if capture.death is not None:
         death = capture.death[kv, c0:c1]
         gone = torch.nonzero(death < r1).flatten()
-        if gone.numel() == c1 - c0:
+        if 3 * gone.numel() > c1 - c0:
             s.masked_fill_(death <= index, -torch.inf)
         elif gone.numel():
             s[:, gone] = s[:, gone].masked_fill_(death[gone] <= index, -torch.inf)
