@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from lab.engine.history import History
 from lab.engine.ragged import Ragged
 from lab.engine.segments import Codec, Coded, Exact
+from lab.engine.tap import Tap
 
 Segment = Exact | Coded
 
@@ -41,6 +42,7 @@ class LabLayer(CacheLayerMixin):
         super().__init__()
         self.index, self.reserve, self.track = index, reserve, track
         self.window, self.slack = window, slack
+        self.tap: Tap | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -108,6 +110,11 @@ class LabLayer(CacheLayerMixin):
     @property
     def heads(self) -> int:
         return self.exact_k.rows.heads
+
+    @property
+    def widths(self) -> int:
+        """Channels of a key plus channels of a value."""
+        return self.exact_k.rows.fields["x"].shape[-1] + self.exact_v.rows.fields["x"].shape[-1]
 
     @property
     def keys_side(self) -> list[Segment]:
@@ -290,6 +297,7 @@ class LabLayer(CacheLayerMixin):
         if self.is_initialized:
             twin.exact_k, twin.exact_v = self.exact_k.clone(), self.exact_v.clone()
         twin.meta = self.meta.clone() if self.meta is not None else None
+        twin.tap = None
         twin.history = self.history.clone() if self.history is not None else None
         twin.state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.state.items()}
         return twin

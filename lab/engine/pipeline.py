@@ -31,6 +31,8 @@ def run(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> torch.Te
     """One layer's step. q [B,Hq,T,d]; returns [B,T,Hq,dv]. Stores the handle's rows, attends, then applies the dial."""
     store = handle.layer
     ctx = _append(policy, handle, q, call)
+    if store.tap is not None:
+        store.tap.add(ctx, handle)
     result = _attend(policy, ctx, handle, call)
     out = result.out
     for technique in policy.routes:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Callable
+from typing import Iterator
 
 import torch
 
 from lab.engine.cache import LabCache
 from lab.engine.stack import Stack
+from lab.engine.tap import Tap
 from lab.errors import LabError
-
-
-class Cancelled(Exception):
-    """The user asked to stop."""
 
 
 class Session:
@@ -22,16 +19,16 @@ class Session:
     Args:
         model: a causal LM `attach` accepts. stack: what to do with attention and cache.
         new_tokens: decode steps to make room for. chunk: prompt rows per forward; None feeds the prompt at once.
-        record: keep the life of every position for the maps.
+        record: keep the life of every position for the cache map. capture: keep queries and keys for the attention map.
     """
 
     def __init__(
         self, model: torch.nn.Module, stack: Stack | str = "", *, new_tokens: int = 64, chunk: int | None = 512,
-        seed: int = 0, record: bool = False,
+        seed: int = 0, record: bool = False, capture: bool = False,
     ) -> None:
         self.model = model
         self.stack = Stack.parse(stack) if isinstance(stack, str) else stack
-        self.new_tokens, self.chunk, self.seed, self.record = new_tokens, chunk, seed, record
+        self.new_tokens, self.chunk, self.seed, self.record, self.capture = new_tokens, chunk, seed, record, capture
         self.cache: LabCache | None = None
         self.last_ms = 0.0
 
@@ -39,35 +36,39 @@ class Session:
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
-    @torch.inference_mode()
-    def prefill(
-        self, ids: list[int], *, samples: int = 1, progress: Callable[[float], None] | None = None,
-        cancelled: Callable[[], bool] | None = None,
-    ) -> torch.Tensor:
+    def prefill(self, ids: list[int], *, samples: int = 1) -> torch.Tensor:
         """Feed the prompt and return the last row's logits float32 [samples, V]; last_ms is the time it took.
 
-        Raises LabError for an empty prompt or an impossible budget, Cancelled when asked to stop between chunks.
+        Raises LabError for an empty prompt or an impossible budget.
         """
+        steps = self.prefill_steps(ids, samples=samples)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                return done.value
+
+    def prefill_steps(self, ids: list[int], *, samples: int = 1) -> Iterator[float]:
+        """As `prefill`, yielding the fraction done after each chunk; the caller may stop between chunks."""
         if not ids:
             raise LabError("The prompt is empty", "A prompt has at least one token", "Type a prompt, or choose a preset")
         self.cache = LabCache(
             self.model, self.stack, prompt=len(ids), reserve=len(ids) + self.new_tokens, seed=self.seed, record=self.record
         )
+        for layer in self.cache.lab_layers:
+            layer.tap = Tap() if self.capture else None
         tokens = torch.tensor([ids], device=self.device)
-        size = self.chunk or len(ids)
-        start = self._now()
-        logits = None
+        size, spent, logits = self.chunk or len(ids), 0.0, None
         for at in range(0, len(ids), size):
-            if cancelled is not None and cancelled():
-                raise Cancelled
+            start = self._now()
             logits = self._forward(tokens[:, at : at + size])
-            if progress is not None:
-                progress(min(1.0, (at + size) / len(ids)))
-        self.last_ms = (self._now() - start) * 1e3
-        self.cache.repeat(samples)
-        return logits.expand(samples, -1)
+            spent += self._now() - start
+            yield min(1.0, (at + size) / len(ids))
+        self.last_ms = spent * 1e3
+        with torch.inference_mode():
+            self.cache.repeat(samples)
+            return logits.expand(samples, -1)
 
-    @torch.inference_mode()
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """One decode step. ids int64 [B] -> logits float32 [B, V]; last_ms is the time of this step alone."""
         start = self._now()
@@ -78,7 +79,8 @@ class Session:
     def fork(self) -> "Session":
         """A session whose cache continues on its own from here."""
         twin = Session(self.model, self.stack, new_tokens=self.new_tokens, chunk=self.chunk, seed=self.seed)
-        twin.cache = self.cache.clone()
+        with torch.inference_mode():
+            twin.cache = self.cache.clone()
         return twin
 
     def close(self) -> None:
@@ -86,8 +88,9 @@ class Session:
         self.cache = None
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
-        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].float()
+        with torch.inference_mode():
+            out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            return out.logits[:, -1].float()
 
     def _now(self) -> float:
         if self.device.type == "cuda":

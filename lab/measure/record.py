@@ -1,0 +1,175 @@
+"""The run record: one plain dict that the command line prints, storage saves and the browser draws."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import platform
+import secrets
+from dataclasses import asdict
+from functools import cache as memo
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from lab import __version__
+from lab.engine.cache import LabCache
+from lab.engine.events import Fidelity, Token
+from lab.engine.stack import Stack
+from lab.measure.request import LETTERS, RunRequest
+from lab.measure.stream import Stream
+
+CAPTURE_LIMIT = 24 * 2**20  # bytes of queries and keys a saved run may carry; beyond it the map replays the run
+
+
+def new_run_id() -> str:
+    """Time and four random hex digits: "20261124-105236-3fa9"."""
+    return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def base_record(request: RunRequest, facts: dict[str, Any], ids: list[int], strings: list[str]) -> dict[str, Any]:
+    """What is known before the first token."""
+    sampling = request.sampling
+    return {
+        "schema": 1,
+        "run_id": new_run_id(),
+        "name": request.name,
+        "tags": [],
+        "created": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
+        "status": "interrupted",
+        "model": facts,
+        "device": facts["device"],
+        "environment": environment(),
+        "settings": {
+            "max_new_tokens": request.max_new_tokens, "temperature": sampling.temperature, "top_k": sampling.top_k,
+            "top_p": sampling.top_p, "seed": sampling.seed, "timing": request.timing, "samples": request.samples,
+            "chat": request.chat, "fidelity": request.fidelity,
+        },
+        "prompt": {"text": request.prompt, "token_ids": ids, "tokens": strings},
+        "variants": [_blank(LETTERS[i], stack) for i, stack in enumerate(request.stacks())],
+    }
+
+
+@memo
+def environment() -> dict[str, Any]:
+    """The machine and the libraries, once per process."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "triton": triton_version, "cpu": _cpu_name(), "threads": torch.get_num_threads(), "gpu": gpu, "lab": __version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return f"{line.split(':', 1)[1].strip()} ({os.cpu_count()} cores)"
+    except OSError:
+        pass
+    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
+def _blank(letter: str, stack: Stack) -> dict[str, Any]:
+    empty = ("ttft_ms", "tpot_ms", "kv_bytes", "kv_bytes_dense", "slack_bytes", "kept_fraction", "read_fraction",
+             "kl_mean", "top1_agreement", "perplexity", "first_divergence")
+    return {
+        "letter": letter, "spec": stack.spec, "title": stack.title, "techniques": stack.describe(),
+        "text": "", "samples": [], "token_ids": [], "finish": None, "error": None, **dict.fromkeys(empty),
+        "simulated": any(t.saves == "simulated" for t in stack.techniques),
+        "saves": sorted({t.saves for t in stack.techniques}), "tokens": [], "fidelity": [], "layers": [],
+    }
+
+
+def token_row(event: Token) -> dict[str, Any]:
+    row = asdict(event)
+    return {k: row[k] for k in ("id", "text", "logprob", "entropy", "step_ms", "kv_bytes", "kept")} | {
+        "alternatives": [list(a) for a in event.alternatives]
+    }
+
+
+def fidelity_row(event: Fidelity) -> dict[str, Any]:
+    row = asdict(event)
+    return {k: row[k] for k in ("kl", "agree", "ref_prob", "var_prob")} | {"top": [list(a) for a in event.top]}
+
+
+def fill_variant(variant: dict[str, Any], stream: Stream, reference: dict[str, Any]) -> None:
+    """Complete a variant's entry from its finished (or stopped) stream."""
+    cache = stream.session.cache
+    steps = [t["step_ms"] for t in variant["tokens"] if t["step_ms"] is not None]
+    variant["text"], variant["finish"] = stream.text, stream.reason
+    variant["token_ids"] = list(stream.token_ids[0])
+    variant["samples"] = [stream.sample_text(i) for i in range(stream.samples)] if stream.samples > 1 else []
+    variant["ttft_ms"] = stream.ttft_ms
+    variant["tpot_ms"] = float(np.median(steps)) if steps else None
+    if cache is not None:
+        variant["kv_bytes"], variant["slack_bytes"] = cache.kv_bytes, cache.slack_bytes
+        variant["kv_bytes_dense"] = dense_bytes(cache)
+        variant["kept_fraction"], variant["read_fraction"] = cache.kept_fraction, cache.read_fraction
+        variant["layers"] = [layer_row(layer) for layer in cache.lab_layers]
+    if variant is reference:
+        logps = [t["logprob"] for t in variant["tokens"]]
+    else:
+        rows = variant["fidelity"]
+        if rows:
+            variant["kl_mean"] = float(np.mean([r["kl"] for r in rows]))
+            variant["top1_agreement"] = float(np.mean([r["agree"] for r in rows]))
+        logps = [math.log(max(r["var_prob"], 1e-45)) for r in rows]
+        variant["first_divergence"] = first_divergence(variant["token_ids"], reference["token_ids"])
+    variant["perplexity"] = math.exp(-float(np.mean(logps))) if logps else None
+
+
+def first_divergence(tokens: list[int], reference: list[int]) -> int | None:
+    """Index of the first token that differs, None where one text is the other's beginning."""
+    return next((i for i, (a, b) in enumerate(zip(tokens, reference)) if a != b), None)
+
+
+def dense_bytes(cache: LabCache) -> int:
+    """Bytes the same tokens take without any technique, in the same dtype: windowed layers hold their window."""
+    total = 0
+    for layer in cache.lab_layers:
+        if layer.is_initialized:
+            rows = min(layer.seen, layer.window) if layer.window else layer.seen
+            size = torch.empty(0, dtype=layer.dtype).element_size()
+            total += layer.batch * layer.heads * rows * layer.widths * size
+    return total
+
+
+def layer_row(layer) -> dict[str, Any]:
+    """Bytes and entry counts of one layer, summed over KV heads (and samples)."""
+    counts = layer.bits_count()
+    gone = layer.seen * layer.batch * layer.heads - sum(layer.counts)
+    return {
+        "layer": layer.index, "kv_bytes": layer.live_bytes,
+        "bits": {"16": counts.get(16, 0), "8": counts.get(8, 0), "4": counts.get(4, 0), "2": counts.get(2, 0), "0": gone},
+    }
+
+
+def cache_arrays(letter: str, cache: LabCache) -> dict[str, np.ndarray]:
+    """The life of every position: bits, death and demoted, [L, Hk, seen], for the first sequence."""
+    parts = [layer.history.upto(layer.seen) for layer in cache.lab_layers if layer.history is not None]
+    if not parts or len({p[0].shape[1] for p in parts}) > 1:
+        return {}
+    names = ("bits", "death", "demoted")
+    return {f"cache/{letter}/{name}": torch.stack([p[i][0] for p in parts]).numpy() for i, name in enumerate(names)}
+
+
+def capture_arrays(letter: str, cache: LabCache) -> dict[str, np.ndarray]:
+    """Queries, keys and scales of every tapped layer."""
+    out = {}
+    for layer in cache.lab_layers:
+        if layer.tap is not None:
+            out[f"qk/{letter}/{layer.index}/q"] = layer.tap.q.numpy()
+            out[f"qk/{letter}/{layer.index}/k"] = layer.tap.k.numpy()
+            out[f"qk/{letter}/{layer.index}/meta"] = np.array(layer.tap.meta)
+    return out
