@@ -1,0 +1,122 @@
+"""Launching the decode kernels: views of the tiers as words, scratch for the parts, grids from capacities."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.backend import interpreting
+from kernels.decode import config
+from kernels.decode.api import Decoded
+from kernels.decode.tier import TierView
+from kernels.decode.triton_merge import mass_kernel, merge_kernel
+from kernels.decode.triton_split import split_kernel
+
+_INTEGER = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
+_FLOAT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def _pairs(scale: torch.Tensor) -> torch.Tensor:
+    """Scales as the kernel reads them: an even number of groups per token becomes int32 pairs."""
+    return scale.view(torch.int32) if scale.shape[-1] % 2 == 0 else scale
+
+
+def _code_arguments(t: TierView, dim: int, columns: int) -> tuple[list, dict]:
+    """Pointers (k, v, k_scale, k_zero, v_scale, v_zero, k_group, levels) and constants for a tier's code."""
+    nothing = t.start
+    if t.bits == 16:
+        pointers = [t.k, t.v] + [nothing] * 6
+        sizes = dict(CODE="affine", K_MODE="token", GK=dim, GV=dim, CK=dim, CV=dim, WK=1, WV=1, PK=16, PV=16)
+        return pointers, sizes
+    width = dim * t.bits // 8
+    gv = dim // t.v_scale.shape[-1]
+    if t.k_group is None:
+        mode, gk = "token", dim // t.k_scale.shape[-1]
+    else:
+        mode, gk = ("block" if t.k_block else "gather"), dim
+    # keys contract over channels and read fastest as 2-byte words; values contract over tokens and want 4
+    ck, wk, pk = config.words(width, gk, 2)
+    cv, wv, pv = config.words(width, gv, 4)
+    k_scale, k_zero = (_pairs(t.k_scale), t.k_zero) if mode == "token" else (t.k_scale, t.k_zero)
+    pointers = [
+        t.k.view(_INTEGER[wk]), t.v.view(_INTEGER[wv]), k_scale,
+        nothing if k_zero is None else (_pairs(k_zero) if mode == "token" else k_zero),
+        _pairs(t.v_scale), nothing if t.v_zero is None else _pairs(t.v_zero),
+        nothing if t.k_group is None else t.k_group, nothing if t.levels is None else t.levels,
+    ]
+    sizes = dict(CODE=t.code, K_MODE=mode, GK=gk, GV=gv, CK=ck, CV=cv, WK=wk, WV=wv, PK=pk, PV=pv)
+    return pointers, sizes
+
+
+def plan(t: TierView, group: int, dtype: torch.dtype) -> config.Split:
+    """The configuration a tier will run with."""
+    exact = dtype == torch.float32 if t.bits < 16 else t.k.dtype == torch.float32
+    c = config.split(t.bits, t.dim, group, t.lanes, t.capacity, exact)
+    if t.k_block and c.tile > t.k_block:
+        raise ValueError(f"per-channel blocks of {t.k_block} tokens are shorter than the tile of {c.tile}; "
+                         "set k_block=0 to gather scales per token.")
+    return c
+
+
+def run(
+    q: torch.Tensor, tiers: list[TierView], scale: float, softcap: float | None, sink: torch.Tensor | None,
+    threshold: torch.Tensor | None, want_mass: bool, want_entropy: bool, plans: list[config.Split] | None = None,
+) -> Decoded:
+    """The Triton path of `kernels.decode.attend`; arguments are checked there."""
+    batch, heads, dim = q.shape
+    lanes = tiers[0].lanes
+    group = batch * heads // lanes
+    rows = batch * heads
+    device = q.device
+    q = q.contiguous()
+    plans = plans or [plan(t, group, q.dtype) for t in tiers]
+    counts = [max(1, math.ceil(t.capacity / p.chunk)) for t, p in zip(tiers, plans)]
+    splits = sum(counts)
+    part_o = torch.empty(splits, rows, dim, dtype=torch.float32, device=device)
+    part_lse = torch.empty(splits, rows, dtype=torch.float32, device=device)
+    part_ent = torch.empty_like(part_lse) if want_entropy else part_lse
+    bounds = part_lse if threshold is None else threshold.float().expand(batch, heads).contiguous()
+    columns = config.heads_padded(group)
+    locals_ = []
+    first = 0
+    for t, p, count in zip(tiers, plans, counts):
+        dot = _FLOAT[t.k.dtype] if t.bits == 16 else (tl.float32 if q.dtype == torch.float32 else tl.float16)
+        pointers, sizes = _code_arguments(t, dim, columns)
+        tiles = count * p.chunk // p.tile
+        weights = torch.empty(t.slots, group, dtype=torch.float16, device=device) if want_mass else part_lse
+        tops = torch.empty(lanes, tiles, group, dtype=torch.float32, device=device) if want_mass else part_lse
+        locals_.append((weights, tops, tiles, p.tile))
+        options = {} if p.registers is None or interpreting() else {"maxnreg": p.registers}
+        split_kernel[(count, lanes)](
+            q, *pointers, t.start, t.length, part_lse if t.bias is None else t.bias, bounds,
+            part_o, part_lse, part_ent, weights, tops,
+            scale, softcap or 1.0, p.chunk, first, tiles,
+            0 if t.bias is None or t.bias.dim() == 1 else t.bias.stride(0),
+            G=group, NQ=columns, D=dim, DP=max(16, triton.next_power_of_2(dim)), BITS=t.bits, **sizes,
+            BN=p.tile, DT=dot, ASM=not interpreting(), STAGES=p.stages, SOFTCAP=softcap is not None,
+            BIAS=t.bias is not None, THETA=threshold is not None, MASS=want_mass, ENTROPY=want_entropy,
+            num_warps=p.warps, num_stages=p.stages, **options,
+        )
+        first += count
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, heads, dtype=torch.float32, device=device)
+    entropy = torch.empty_like(lse) if want_entropy else None
+    slice_ = min(64, triton.next_power_of_2(dim))
+    merge_kernel[(rows, triton.cdiv(dim, slice_))](
+        part_o, part_lse, part_ent, part_lse if sink is None else sink, out, lse, lse if entropy is None else entropy,
+        splits, rows, heads, D=dim, BD=slice_, BS=16 if splits <= 64 else 64, SINK=sink is not None,
+        ENTROPY=want_entropy, num_warps=2 if splits <= 64 else 4,
+    )
+    masses = []
+    if want_mass:
+        for t, (weights, tops, tiles, tile) in zip(tiers, locals_):
+            mass = torch.empty(t.slots, dtype=torch.float32, device=device)
+            mass_kernel[(triton.cdiv(max(1, t.capacity), 256), lanes)](
+                weights, tops, lse, t.start, t.length, mass, tiles,
+                G=group, GP=triton.next_power_of_2(group), TILE=tile, BN=256, num_warps=4,
+            )
+            masses.append(mass)
+    return Decoded(out, lse, entropy, masses)

@@ -1,0 +1,82 @@
+"""Joining the parts that the split kernel wrote, and turning local weights into attention mass."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def merge_kernel(
+    part_o, part_lse, part_ent, sink_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads,
+    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SINK: tl.constexpr, ENTROPY: tl.constexpr,
+):
+    """One (row, slice of channels): exact log-sum-exp merge over all parts (invariant I5).
+
+    part_o [splits, rows, D] float32, part_lse [splits, rows] base 2 (-inf where a part is empty: its output was never
+    written and is never read). lse_ptr gets natural logarithms. A sink logit joins the sum without a value.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    i = tl.arange(0, BS)
+    top = tl.full([BS], float("-inf"), tl.float32)
+    for s in range(0, splits, BS):
+        top = tl.maximum(top, tl.load(part_lse + (s + i) * rows + row, mask=s + i < splits, other=float("-inf")))
+    m = tl.max(top, 0)
+    sink = 0.0
+    if SINK:
+        sink = tl.load(sink_ptr + row % heads).to(tl.float32) * LOG2E
+        m = tl.maximum(m, sink)
+    m = tl.where(m == float("-inf"), 0.0, m)
+    acc = tl.zeros([BD], tl.float32)
+    total = tl.zeros([BS], tl.float32)
+    ent = tl.zeros([BS], tl.float32)
+    for s in range(0, splits, BS):
+        inside = s + i < splits
+        w = tl.exp2(tl.load(part_lse + (s + i) * rows + row, mask=inside, other=float("-inf")) - m)
+        seen = inside & (w > 0.0)
+        o = tl.load(part_o + ((s + i).to(tl.int64) * rows + row)[:, None] * D + d[None, :],
+                    mask=seen[:, None] & (d < D)[None, :], other=0.0)
+        acc += tl.sum(o * w[:, None], 0)
+        total += w
+        if ENTROPY:
+            ent += w * tl.load(part_ent + (s + i) * rows + row, mask=seen, other=0.0)
+    keys = tl.sum(total, 0)
+    z = keys
+    if SINK:
+        z += tl.exp2(sink - m)
+    inv = tl.where(z > 0.0, 1.0 / tl.maximum(z, 1e-38), 0.0)
+    tl.store(o_ptr + row * D + d, (acc * inv).to(o_ptr.dtype.element_ty), mask=d < D)
+    if tl.program_id(1) == 0:
+        lse = tl.where(z > 0.0, m + tl.log2(tl.maximum(z, 1e-38)), float("-inf"))
+        tl.store(lse_ptr + row, lse * LN2)
+        if ENTROPY:
+            # -sum p ln p = lse * sum p - sum p*s, in base 2 until the end
+            h = tl.where(keys > 0.0, tl.maximum(lse, -1e30) * keys * inv - tl.sum(ent, 0) * inv, 0.0)
+            tl.store(ent_ptr + row, tl.maximum(h, 0.0) * LN2)
+
+
+@triton.jit
+def mass_kernel(
+    p_ptr, m_ptr, lse_ptr, start_ptr, len_ptr, mass_ptr, tiles,
+    G: tl.constexpr, GP: tl.constexpr, TILE: tl.constexpr, BN: tl.constexpr,
+):
+    """mass[slot] = sum over the group of exp(s - lse), from weights relative to each tile's running maximum.
+
+    p [slots, G] float16, m [lanes, tiles, G] float32 base 2, lse [lanes, G] natural.
+    """
+    lane = tl.program_id(1).to(tl.int64)
+    n = tl.load(len_ptr + lane).to(tl.int32)
+    t = tl.program_id(0) * BN
+    if t >= n:
+        return
+    i = t + tl.arange(0, BN)
+    g = tl.arange(0, GP)
+    slot = tl.load(start_ptr + lane).to(tl.int64) + i
+    ok = (i < n)[:, None] & (g < G)[None, :]
+    p = tl.load(p_ptr + slot[:, None] * G + g[None, :], mask=ok, other=0.0).to(tl.float32)
+    m = tl.load(m_ptr + ((lane * tiles + i // TILE) * G)[:, None] + g[None, :], mask=ok, other=0.0)
+    lse = tl.load(lse_ptr + lane * G + g, mask=g < G, other=0.0) * LOG2E
+    w = tl.where(p > 0.0, p * tl.exp2(m - lse[None, :]), 0.0)
+    tl.store(mass_ptr + slot, tl.sum(w, 1), mask=i < n)

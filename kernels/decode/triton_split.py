@@ -1,0 +1,317 @@
+"""The split kernel of flash-decoding: one program attends the query heads of one lane to one chunk of one tier.
+
+Tiles are transposed: keys are the rows of every product and the (padded) query heads its 8 or 16 columns, so a group
+of 4 heads wastes half a tile instead of three quarters, and all softmax arithmetic is on half as many numbers.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.decode.pieces import piece
+
+LOG2E = tl.constexpr(1.4426950408889634)
+FLOOR = tl.constexpr(-1e30)  # stands for "nothing seen yet": finite, so that differences stay numbers
+
+
+@triton.jit
+def _power_of_two(x):
+    """The power of two at or below x (float32, > 0) and its inverse; exact."""
+    e = tl.minimum(tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 0xFF, 32), 222)
+    return (e << 23).to(tl.float32, bitcast=True), ((254 - e) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _decode_piece(x, levels_ptr, WORD: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr,
+                  CENTRE: tl.constexpr, CODE: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr):
+    """A piece under a code: affine integers, a table of levels, or float8 e4m3 (times 2^-8)."""
+    if CODE == "levels":
+        index = ((x.to(tl.int32) >> (8 * BYTE + BITS * PART)) & ((1 << BITS) - 1))
+        y = tl.load(levels_ptr + index).to(DT)
+    elif CODE == "fp8":
+        b = (x.to(tl.int32) >> (8 * BYTE)) & 0xFF
+        # moving exponent and mantissa into a half leaves the value divided by 2^8, subnormals included
+        y = (((b & 0x80) << 8) | ((b & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True).to(DT)
+    else:
+        y = piece(x, WORD, BYTE, BITS, PART, CENTRE, DT, ASM)
+    return y
+
+
+@triton.jit
+def _rows(ptr, at, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Tile [BN, PADDED] of rows `at`; columns past WIDTH are zero."""
+    where = ptr + at[:, None] * STRIDE + column[None, :]
+    if WIDTH == PADDED:
+        return tl.load(where)
+    else:
+        return tl.load(where, mask=(column < WIDTH)[None, :], other=0)
+
+
+@triton.jit
+def _columns(ptr, at, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """The transpose of `_rows`, [PADDED, BN]; loaded so, because a transposed tile would be copied word by word."""
+    where = ptr + at[None, :] * STRIDE + column[:, None]
+    if WIDTH == PADDED:
+        return tl.load(where)
+    else:
+        return tl.load(where, mask=(column < WIDTH)[:, None], other=0)
+
+
+@triton.jit
+def _scales(ptr, row, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """float32 [BN] scales of one channel group; an even number of groups is read as int32 pairs (asynchronously)."""
+    if GROUPS % 2 == 0:
+        pair = tl.load(ptr + row * (GROUPS // 2) + GROUP // 2)
+        half = pair >> 16 if GROUP % 2 else pair
+        x = half.to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        x = tl.load(ptr + row * GROUPS + GROUP)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def split_kernel(
+    q_ptr, k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, kg_ptr, levels_ptr, start_ptr, len_ptr, bias_ptr, theta_ptr,
+    o_ptr, lse_ptr, ent_ptr, p_ptr, m_ptr,
+    scale, softcap, chunk, split0, tiles, bias_stride,
+    G: tl.constexpr, NQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr,
+    K_MODE: tl.constexpr,  # "token": scales per token and group; "block": per channel, tiles are groups; "gather"
+    GK: tl.constexpr, GV: tl.constexpr,  # channels per scale group of keys and values
+    CK: tl.constexpr, CV: tl.constexpr,  # bytes per column block, so that a block lies inside one group
+    WK: tl.constexpr, WV: tl.constexpr,  # bytes per word
+    PK: tl.constexpr, PV: tl.constexpr,  # words per block, padded to a legal tile
+    BN: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, THETA: tl.constexpr, MASS: tl.constexpr, ENTROPY: tl.constexpr,
+):
+    PARTS: tl.constexpr = 1 if BITS == 16 else 8 // BITS
+    W: tl.constexpr = D // PARTS  # bytes per token (channels per token for BITS == 16)
+    MID: tl.constexpr = (1 << (BITS - 1)) if CODE == "affine" else 0
+    # keys with per-token scales may come as 1024 + unit*code: both constants leave through the query
+    UNSHIFT: tl.constexpr = CODE == "affine" and K_MODE == "token" and DT == tl.float16
+    KMID: tl.constexpr = 0 if UNSHIFT else MID
+    lane = tl.program_id(1).to(tl.int64)
+    lanes = tl.num_programs(1)
+    c = tl.program_id(0)
+    n = tl.load(len_ptr + lane).to(tl.int32)
+    lo = c * chunk
+    g = tl.arange(0, NQ)
+    live = g < G
+    row = ((split0 + c) * lanes + lane) * G
+    if lo >= n:
+        tl.store(lse_ptr + row + g, tl.full([NQ], float("-inf"), tl.float32), mask=live)
+        return
+    count = tl.minimum(n, lo + chunk) - lo
+    first = tl.load(start_ptr + lane).to(tl.int64) + lo  # 64-bit once; offsets inside a chunk fit 32 bits
+    i = tl.arange(0, BN)
+
+    # queries, brought to [1, 32) by an exact power of two, so that float16 holds every 16-bit input exactly
+    d = tl.arange(0, DP)
+    q_head = q_ptr + (lane * G + g) * D
+    q_all = tl.load(q_head[None, :] + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0).to(tl.float32)
+    unit, inverse = _power_of_two(tl.max(tl.abs(q_all), 0))
+    if DT != tl.float16:
+        unit = tl.full([NQ], 1.0, tl.float32)
+        inverse = unit
+    else:
+        unit = unit * 0.0625
+        inverse = inverse * 16.0
+    r = unit * scale
+    if CODE == "fp8":
+        r = r * 256.0
+    if not SOFTCAP:
+        r = r * LOG2E
+
+    acc = ()
+    qs = ()
+    offset = ()
+    qsum = ()
+    if BITS == 16:
+        qs = (q_all * inverse[None, :]).to(DT)
+        acc = tl.zeros([DP, NQ], tl.float32)
+        kd = d
+        vd = d
+        kin = d < D
+        vin = d < D
+    else:
+        wk = tl.arange(0, PK)
+        wv = tl.arange(0, PV)
+        kin = wk < CK // WK
+        vin = wv < CV // WV
+        for cp in tl.static_range((W // CK) * PARTS):
+            for j in tl.static_range(WK):
+                ch = (cp % PARTS) * W + (cp // PARTS) * CK + wk * WK + j
+                x = tl.load(q_head[None, :] + ch[:, None], mask=live[None, :] & kin[:, None], other=0.0)
+                x = x.to(tl.float32) * inverse[None, :]
+                if UNSHIFT:
+                    x = x * (1.0 / (1 << BITS * (cp % PARTS)))
+                qs = qs + (x.to(DT),)
+        if K_MODE == "token":
+            for gi in tl.static_range(D // GK):
+                off = tl.zeros([NQ], tl.float32)
+                tot = tl.zeros([NQ], tl.float32)
+                for cp in tl.static_range((W // CK) * PARTS):
+                    if ((cp % PARTS) * W + (cp // PARTS) * CK) // GK == gi:
+                        for j in tl.static_range(WK):
+                            part = tl.sum(qs[cp * WK + j].to(tl.float32), 0)
+                            off += part * 1024.0
+                            if UNSHIFT:
+                                part = part * (1 << BITS * (cp % PARTS))
+                            tot += part
+                offset = offset + (off,)
+                qsum = qsum + (tot,)
+        for a in tl.static_range((W // CV) * WV * PARTS):
+            acc = acc + (tl.zeros([PV, NQ], tl.float32),)
+    mids = ()
+    for gi in tl.static_range(D // GV):
+        mids = mids + (tl.zeros([BN, NQ], tl.float32),)
+    m = tl.full([NQ], FLOOR, tl.float32)
+    l = tl.zeros([BN, NQ], tl.float32)
+    ent = tl.zeros([BN, NQ], tl.float32)
+    if THETA:
+        theta = tl.load(theta_ptr + lane * G + g, mask=live, other=0.0) * LOG2E
+
+    if BITS == 16:
+        k_ptr += first * D
+        v_ptr += first * D
+    else:
+        k_ptr += first * (W // WK)
+        v_ptr += first * (W // WV)
+        vs_ptr += first * (D // GV) // (2 - (D // GV) % 2)
+        vz_ptr += first * (D // GV) // (2 - (D // GV) % 2)
+        if K_MODE == "token":
+            ks_ptr += first * (D // GK) // (2 - (D // GK) % 2)
+            kz_ptr += first * (D // GK) // (2 - (D // GK) % 2)
+        else:
+            kg_ptr += first
+    if BIAS:
+        bias_ptr += first
+    if MASS:
+        p_ptr += first * G
+    for t in tl.range(0, count, BN, num_stages=STAGES):
+        ok = t + i < count
+        # rows past the end repeat the last one: their weight is zero, and loads need no mask
+        at = tl.minimum(t + i, count - 1)
+        # scores, [BN, NQ]
+        if BITS == 16:
+            kt = _rows(k_ptr, at, d, D, D, DP)
+            s = tl.dot(kt.to(DT), qs, input_precision="ieee") * r[None, :]
+        else:
+            s = tl.zeros([BN, NQ], tl.float32)
+            if K_MODE == "block":
+                kgroup = tl.load(kg_ptr + t).to(tl.int64) * D
+            if K_MODE == "gather":
+                kgroup = tl.load(kg_ptr + at).to(tl.int64) * D
+            kt = ()
+            for cb in tl.static_range(W // CK):
+                kt = kt + (_rows(k_ptr + cb * (CK // WK), at, wk, W // WK, CK // WK, PK),)
+            for gi in tl.static_range(D // GK):
+                if UNSHIFT:
+                    sg = tl.zeros([BN, NQ], tl.float32) - offset[gi][None, :]
+                else:
+                    sg = tl.zeros([BN, NQ], tl.float32)
+                zero_sum = tl.zeros([PK, NQ], tl.float32)
+                for cp in tl.static_range((W // CK) * PARTS):
+                    if ((cp % PARTS) * W + (cp // PARTS) * CK) // GK == gi:
+                        for j in tl.static_range(WK):
+                            y = _decode_piece(kt[cp // PARTS], levels_ptr, WK, j, BITS, cp % PARTS, KMID, CODE, DT, ASM)
+                            xq = qs[cp * WK + j]
+                            if K_MODE == "token":
+                                sg = tl.dot(y, xq, sg, input_precision="ieee")
+                            else:
+                                ch2 = (cp % PARTS) * W + (cp // PARTS) * CK + wk * WK + j
+                                if K_MODE == "block":
+                                    sc = tl.load(ks_ptr + kgroup + ch2, mask=kin, other=0.0).to(tl.float32)
+                                    zc = tl.load(kz_ptr + kgroup + ch2, mask=kin, other=0.0).to(tl.float32)
+                                    xf = xq.to(tl.float32)
+                                    zero_sum += xf * (zc + KMID * sc)[:, None]
+                                    sg = tl.dot(y, (xf * sc[:, None]).to(DT), sg, input_precision="ieee")
+                                else:
+                                    from_k = kgroup[:, None] + ch2[None, :]
+                                    sc = tl.load(ks_ptr + from_k, mask=kin[None, :], other=0.0).to(tl.float32)
+                                    zc = tl.load(kz_ptr + from_k, mask=kin[None, :], other=0.0).to(tl.float32)
+                                    y = ((y.to(tl.float32) + KMID) * sc + zc).to(DT)
+                                    sg = tl.dot(y, xq, sg, input_precision="ieee")
+                if K_MODE == "token":
+                    ks = _scales(ks_ptr, at, gi, D // GK)
+                    s += sg * ks[:, None]
+                    if CODE == "affine":
+                        kz = _scales(kz_ptr, at, gi, D // GK) + KMID * ks
+                        s += kz[:, None] * qsum[gi][None, :]
+                elif K_MODE == "block":
+                    s += sg + tl.sum(zero_sum, 0)[None, :]
+                else:
+                    s += sg
+            s = s * r[None, :]
+        if SOFTCAP:
+            e = tl.exp2(s * (2.0 * LOG2E / softcap))
+            s = softcap * LOG2E * (1.0 - 2.0 / (e + 1.0))
+        if BIAS:
+            b = tl.load(bias_ptr + at[:, None] + g[None, :] * bias_stride, mask=live[None, :], other=0.0)
+            s += b.to(tl.float32) * LOG2E
+        keep = ok[:, None]
+        if THETA:
+            keep = keep & (s > theta[None, :])
+        s = tl.where(keep, s, float("-inf"))
+
+        m_new = tl.maximum(m, tl.max(s, 0))
+        alpha = tl.exp2(m - m_new)
+        m = m_new
+        p = tl.exp2(s - m[None, :])
+        l = l * alpha[None, :] + p
+        if ENTROPY:
+            # a weight of zero may belong to a logit of -inf
+            ent = ent * alpha[None, :] + p * tl.where(p > 0.0, s, 0.0)
+        if MASS:
+            tl.store(p_ptr + at[:, None] * G + g[None, :], p.to(tl.float16), mask=ok[:, None] & live[None, :])
+            tl.store(m_ptr + (lane * tiles + (lo + t) // BN) * G + g, m, mask=live)
+
+        # values, transposed: [channels, BN] x [BN, NQ]
+        if BITS == 16:
+            vt = _columns(v_ptr, at, d, D, D, DP)
+            acc = tl.dot(vt.to(DT), p.to(DT), acc * alpha[None, :], input_precision="ieee")
+        else:
+            vt = ()
+            for cb in tl.static_range(W // CV):
+                vt = vt + (_columns(v_ptr + cb * (CV // WV), at, wv, W // WV, CV // WV, PV),)
+            new_mids = ()
+            ps = ()
+            for gi in tl.static_range(D // GV):
+                vs = _scales(vs_ptr, at, gi, D // GV)
+                # 64 keeps small scales of small weights among float16's normal numbers; undone at the end
+                if DT == tl.float16:
+                    ps = ps + ((p * (vs * 64.0)[:, None]).to(DT),)
+                else:
+                    ps = ps + ((p * vs[:, None]).to(DT),)
+                if CODE == "affine":
+                    vz = _scales(vz_ptr, at, gi, D // GV)
+                    new_mids = new_mids + (mids[gi] * alpha[None, :] + p * (vz + MID * vs)[:, None],)
+                else:
+                    new_mids = new_mids + (mids[gi],)
+            mids = new_mids
+            new_acc = ()
+            for cp in tl.static_range((W // CV) * PARTS):
+                for j in tl.static_range(WV):
+                    y = _decode_piece(vt[cp // PARTS], levels_ptr, WV, j, BITS, cp % PARTS, MID, CODE, DT, ASM)
+                    new_acc = new_acc + (tl.dot(y, ps[((cp % PARTS) * W + (cp // PARTS) * CV) // GV], acc[cp * WV + j] * alpha[None, :],
+                                                input_precision="ieee"),)
+            acc = new_acc
+
+    total = tl.sum(l, 0)
+    inv = tl.where(total > 0.0, 1.0 / tl.maximum(total, 1e-38), 0.0)
+    out = o_ptr + (row + g) * D
+    if BITS == 16:
+        tl.store(out[None, :] + d[:, None], acc * inv[None, :], mask=live[None, :] & kin[:, None])
+    else:
+        unscale = 1.0
+        if DT == tl.float16:
+            unscale = unscale / 64.0
+        if CODE == "fp8":
+            unscale = unscale * 256.0
+        for cp in tl.static_range((W // CV) * PARTS):
+            mid = tl.sum(mids[((cp % PARTS) * W + (cp // PARTS) * CV) // GV], 0)
+            for j in tl.static_range(WV):
+                ch = (cp % PARTS) * W + (cp // PARTS) * CV + wv * WV + j
+                tl.store(out[None, :] + ch[:, None], (acc[cp * WV + j] * unscale + mid[None, :]) * inv[None, :],
+                         mask=live[None, :] & vin[:, None])
+    tl.store(lse_ptr + row + g, tl.where(total > 0.0, m + tl.log2(tl.maximum(total, 1e-38)), float("-inf")), mask=live)
+    if ENTROPY:
+        tl.store(ent_ptr + row + g, tl.sum(ent, 0) * inv, mask=live)
