@@ -48,15 +48,16 @@ class Session:
             except StopIteration as done:
                 return done.value
 
-    def prefill_steps(self, ids: list[int], *, samples: int = 1) -> Iterator[float]:
-        """As `prefill`, yielding the fraction done after each chunk; the caller may stop between chunks."""
+    def prefill_steps(self, ids: list[int], *, samples: int = 1, taps: set[int] | None = None) -> Iterator[float]:
+        """As `prefill`, yielding the fraction done after each chunk; the caller may stop between chunks. `taps` names
+        layers whose queries and keys to keep when not all are captured."""
         if not ids:
             raise LabError("The prompt is empty", "A prompt has at least one token", "Type a prompt, or choose a preset")
         self.cache = LabCache(
             self.model, self.stack, prompt=len(ids), reserve=len(ids) + self.new_tokens, seed=self.seed, record=self.record
         )
         for layer in self.cache.lab_layers:
-            layer.tap = Tap() if self.capture else None
+            layer.tap = Tap() if self.capture or layer.index in (taps or ()) else None
         tokens = torch.tensor([ids], device=self.device)
         size, spent, logits = self.chunk or len(ids), 0.0, None
         for at in range(0, len(ids), size):

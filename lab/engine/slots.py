@@ -216,6 +216,19 @@ class Technique:
         """The number `allocate` will give before anything is measured, for the predicted size of the cache."""
         return total
 
+    def planned_lanes(self, total: int, prompt: int, layer: int, layers: int, kv_heads: int) -> list[int]:
+        """`planned_entries` per KV head, for techniques whose heads keep different numbers of entries."""
+        return [self.planned_entries(total, prompt, layer, layers)] * kv_heads
+
+    def planned_read(self, entries: Any, layer: int, layers: int) -> tuple[Any, Any]:
+        """Predicted reads of one decode step per KV head with `entries` stored (a number or an array of numbers):
+        (entries' worth of key bytes read in order to choose, entries read for attention)."""
+        return 0 * entries, entries
+
+    def table_bytes(self, entries: int, head_dim: int, element: int, layer: int, layers: int) -> int:
+        """Predicted bytes per KV head of what is stored beside `entries` entries in order to choose among them."""
+        return 0
+
     def reduce(self, ctx: "LayerContext", keep: torch.Tensor, scores: torch.Tensor | None) -> None:
         """Fold entries that leave (keep [B,Hk,N] False) into those that stay, before they are dropped."""
 

@@ -49,7 +49,9 @@ def base_record(request: RunRequest, facts: dict[str, Any], ids: list[int], stri
             "chat": request.chat, "fidelity": request.fidelity,
         },
         "prompt": {"text": request.prompt, "token_ids": ids, "tokens": strings},
-        "variants": [_blank(LETTERS[i], stack) for i, stack in enumerate(request.stacks())],
+        "variants": [
+            _blank(LETTERS[i], request.variants[i].strip() or stack.spec, stack) for i, stack in enumerate(request.stacks())
+        ],
     }
 
 
@@ -80,11 +82,11 @@ def _cpu_name() -> str:
     return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
 
 
-def _blank(letter: str, stack: Stack) -> dict[str, Any]:
+def _blank(letter: str, spec: str, stack: Stack) -> dict[str, Any]:
     empty = ("ttft_ms", "tpot_ms", "kv_bytes", "kv_bytes_dense", "slack_bytes", "kept_fraction", "read_fraction",
              "kl_mean", "top1_agreement", "perplexity", "first_divergence")
     return {
-        "letter": letter, "spec": stack.spec, "title": stack.title, "techniques": stack.describe(),
+        "letter": letter, "spec": spec, "title": stack.title, "techniques": stack.describe(),
         "text": "", "samples": [], "token_ids": [], "finish": None, "error": None, **dict.fromkeys(empty),
         "simulated": any(t.saves == "simulated" for t in stack.techniques),
         "saves": sorted({t.saves for t in stack.techniques}), "tokens": [], "fidelity": [], "layers": [],

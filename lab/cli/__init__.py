@@ -1,0 +1,39 @@
+"""The command line: the same verbs on the same engine, also the machine-readable face.
+
+    python -m lab techniques [--json]
+    python -m lab run --model default --prompt-file F --variant dense --variant "h2o(budget=0.25)" --json OUT.json
+    python -m lab runs list|show ID|compare ID ID|export ID --format parquet|csv|json --out F|import F
+    python -m lab serve --port N
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lab.errors import LabError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 a run failed, 2 the request could not be carried out."""
+    from lab.cli import run, runs, serve, techniques
+
+    parser = argparse.ArgumentParser(prog="python -m lab", description="Attention Lab on the command line.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+    for module in (techniques, run, runs, serve):
+        module.add(verbs)
+    args = parser.parse_args(argv)
+    try:
+        return args.act(args) or 0
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if type(error).__name__ != "StorageError":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+    return 2

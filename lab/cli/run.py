@@ -1,0 +1,190 @@
+"""`run`: generate side by side, measure, save."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lab.errors import LabError
+
+
+def add(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser("run", help="run variants on a prompt and compare them")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="the prompt")
+    source.add_argument("--prompt-file", type=Path, help="a UTF-8 text file with the prompt; - reads standard input")
+    parser.add_argument("--variant", action="append", default=[], metavar="SPEC",
+                        help='"dense" or techniques such as "h2o(budget=0.25)+kivi(bits=2)"; the first is the reference')
+    model_options(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=1, help="continuations per variant")
+    parser.add_argument("--timing", choices=("interleaved", "clean"), default="interleaved")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    parser.add_argument("--truncate", action="store_true", help="cut a prompt that does not fit, from the front")
+    parser.add_argument("--no-fidelity", action="store_true", help="skip the teacher-forced comparison")
+    parser.add_argument("--name", default="", help="a name for the saved run")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the run record here; - prints it")
+    parser.add_argument("--db", type=Path, help="the database to save into (default: the lab's own)")
+    parser.add_argument("--no-save", action="store_true", help="do not save the run")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.set_defaults(act=act)
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """The options every verb that loads a model shares."""
+    parser.add_argument("--model", default="default", help="default, a hub id, a folder, or a .gguf file")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--weights", default="auto", choices=("auto", "float32", "bfloat16", "int8", "int4"),
+                        help="how linear weights are held on a CPU")
+
+
+def act(args: argparse.Namespace) -> int:
+    from storage import Store
+
+    from lab.engine.sampling import Sampling
+    from lab.measure.experiment import Experiment
+    from lab.measure.request import RunRequest
+
+    request = RunRequest(
+        prompt=read_prompt(args), variants=tuple(args.variant or ["dense"]), max_new_tokens=args.max_new_tokens,
+        sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed), timing=args.timing,
+        samples=args.samples, fidelity=not args.no_fidelity, chat=args.chat, truncate=args.truncate, name=args.name,
+    )
+    say = Say(quiet=args.quiet)
+    loaded = load_model(args, say)
+    experiment = Experiment(loaded, request)
+    # With --db the file asked for is used or refused; without it a locked default file must not cost the run.
+    store = None if args.no_save else Store.open(args.db, fallback=args.db is None)
+    try:
+        if store is not None:
+            if store.notice:
+                say.line(store.notice)
+            store.begin(experiment.record)
+        run(experiment, say)
+        if store is not None:
+            store.save(experiment.record, experiment.arrays)
+    finally:
+        if store is not None:
+            store.close()
+    if args.json is not None:
+        write_json(experiment.record, args.json)
+    if not args.quiet:
+        table(experiment.record, sys.stderr if args.json == Path("-") else sys.stdout)
+    return 1 if experiment.record["status"] == "failed" else 0
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt's text. Raises LabError for a file that cannot be read as text."""
+    if args.prompt is not None:
+        return args.prompt
+    if str(args.prompt_file) == "-":
+        return sys.stdin.read()
+    try:
+        return args.prompt_file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise LabError(f"The prompt file {args.prompt_file} cannot be read ({error.strerror})", "Give a text file") from None
+    except UnicodeDecodeError:
+        raise LabError(f"The prompt file {args.prompt_file} is not UTF-8 text", "Give a text file in UTF-8") from None
+
+
+def load_model(args: argparse.Namespace, say: "Say") -> Any:
+    from lab.models import load
+    from lab.models.environment import check_environment
+
+    check_environment()
+    loaded = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights,
+                  progress=lambda fraction, text: say.progress(fraction, text))
+    say.clear()
+    return loaded
+
+
+def run(experiment: Any, say: "Say") -> None:
+    """Drive an experiment to its end; Ctrl-C stops it within a step and keeps what there is."""
+    from lab.engine.events import Failed, Progress, Token
+
+    total = experiment.request.max_new_tokens
+    walk = experiment.events()
+    while True:
+        try:
+            event = next(walk, None)
+        except KeyboardInterrupt:
+            experiment.cancel()
+            continue
+        if event is None:
+            break
+        if isinstance(event, Progress):
+            say.progress(event.fraction, event.text)
+        elif isinstance(event, Token):
+            say.progress((event.index + 1) / total, f"token {event.index + 1} of {total}")
+        elif isinstance(event, Failed):
+            say.clear()
+            say.line(event.message)
+    say.clear()
+
+
+def write_json(record: dict[str, Any], path: Path) -> None:
+    """Write the record as JSON; the file appears whole or not at all."""
+    text = json.dumps(record, ensure_ascii=False, indent=1)
+    if str(path) == "-":
+        print(text)
+        return
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as f:
+            f.write(text)
+        os.replace(f.name, path)
+    except OSError as error:
+        raise LabError(f"{path} cannot be written ({error.strerror})", "Give a path in a folder you may write to") from None
+
+
+def table(record: dict[str, Any], out) -> None:
+    """The figures of a run as text."""
+    print(f"run {record['run_id']} · {record['model']['id']} · {record['model']['weights']} weights · {record['device']}", file=out)
+    head = f"{'':2} {'variant':<36} {'TTFT':>9} {'per token':>10} {'KV':>10} {'ratio':>6} {'kept':>6} {'agree':>6} {'KL':>7} {'fork':>5}"
+    print(head, file=out)
+    for v in record["variants"]:
+        if v["error"]:
+            print(f"{v['letter']:2} {v['spec']:<36.36} {v['error']}", file=out)
+            continue
+        ratio = v["kv_bytes"] / v["kv_bytes_dense"] if v["kv_bytes"] is not None and v["kv_bytes_dense"] else None
+        cells = [
+            _number(v["ttft_ms"], "{:.0f} ms"), _number(v["tpot_ms"], "{:.1f} ms"),
+            _number(v["kv_bytes"] and v["kv_bytes"] / 2**20, "{:.2f} MiB"), _number(ratio, "{:.2f}x"),
+            _number(v["kept_fraction"], "{:.0%}"), _number(v["top1_agreement"], "{:.2f}"), _number(v["kl_mean"], "{:.3f}"),
+            _number(v["first_divergence"], "{}"),
+        ]
+        widths = (9, 10, 10, 6, 6, 6, 7, 5)
+        print(f"{v['letter']:2} {v['spec']:<36.36} " + " ".join(f"{c:>{w}}" for c, w in zip(cells, widths)), file=out)
+
+
+def _number(value: Any, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+class Say:
+    """Progress on standard error: one line that is rewritten on a terminal, nothing when quiet or not a terminal."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.live = not quiet and sys.stderr.isatty()
+        self.quiet = quiet
+
+    def progress(self, fraction: float, text: str) -> None:
+        if self.live:
+            print(f"\r\x1b[K{fraction:4.0%} {text[:100]}", end="", file=sys.stderr, flush=True)
+
+    def line(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
+    def clear(self) -> None:
+        if self.live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
