@@ -1,0 +1,57 @@
+/* Shared by every component script; each file is a function body that gets
+   element, trigger, props, server, upload and watch from gr.HTML. Text enters the page through
+   textContent only; the single exception are fragments that lab/ui/components escaped in Python. */
+const h = (tag, attrs, ...kids) => {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(attrs || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (key === "class") node.className = value;
+    else if (key === "style") node.style.cssText = value;
+    else if (key === "value") node.value = value;
+    else node.setAttribute(key, value === true ? "" : value);
+  }
+  for (const kid of kids.flat(9)) if (kid !== null && kid !== undefined && kid !== false) node.append(kid);
+  return node;
+};
+const swap = (node, ...kids) => node.replaceChildren(...kids.flat(9).filter(k => k !== null && k !== undefined && k !== false));
+const fmt = {
+  int: n => (n === null || n === undefined) ? "–" : Math.round(n).toLocaleString("en-US"),
+  dec: (n, d = 3) => (n === null || n === undefined || !isFinite(n)) ? "–"
+    : (n !== 0 && Math.abs(n) < 0.5 * 10 ** -d) ? n.toExponential(1) : n.toFixed(d),
+  tok: t => t === undefined ? "?" : /^\s*$/.test(t) && t ? t.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣")
+    : t.replace(/\n/g, "⏎"),
+};
+const debounce = (fn, ms) => { let timer; return (...a) => { clearTimeout(timer); timer = setTimeout(() => fn(...a), ms); }; };
+const css = name => getComputedStyle(element).getPropertyValue(name).trim();
+const hex = text => { const c = text.replace("#", ""); return [0, 2, 4].map(i => parseInt(c.slice(i, i + 2), 16)); };
+const copy = async (text, button) => {
+  const done = ok => { if (!button) return; const was = button.textContent; button.textContent = ok ? "Copied" : "Could not copy";
+    setTimeout(() => { button.textContent = was; }, 1400); };
+  try { await navigator.clipboard.writeText(text); done(true); }
+  catch { const box = h("textarea", {style: "position:fixed;opacity:0"}); box.value = text; document.body.append(box); box.select();
+    done(document.execCommand("copy")); box.remove(); }
+};
+const download = file => {
+  if (!file || !file.data) return;
+  const bytes = Uint8Array.from(atob(file.data), c => c.charCodeAt(0));
+  const link = h("a", {href: URL.createObjectURL(new Blob([bytes], {type: file.type})), download: file.name});
+  document.body.append(link); link.click(); link.remove(); setTimeout(() => URL.revokeObjectURL(link.href), 4000);
+};
+const toast = (text, action, onaction) => {
+  document.querySelectorAll(".al-toast").forEach(t => t.remove());
+  const box = h("div", {class: "al-toast", role: "status"}, h("span", {}, text),
+    action ? h("button", {type: "button", onclick: () => { box.remove(); onaction(); }}, action) : null);
+  document.body.append(box); setTimeout(() => box.remove(), action ? 12000 : 4000);
+};
+const address = changes => {
+  const url = new URL(location.href);
+  for (const [key, value] of Object.entries(changes))
+    if (value === null || value === undefined || value === "") url.searchParams.delete(key); else url.searchParams.set(key, value);
+  history.replaceState(null, "", url);
+};
+const owner = () => {
+  try { let key = localStorage.getItem("attention-lab-owner");
+    if (!key) { key = [...crypto.getRandomValues(new Uint8Array(16))].map(b => b.toString(16).padStart(2, "0")).join("");
+      localStorage.setItem("attention-lab-owner", key); } return key; } catch { return ""; }
+};

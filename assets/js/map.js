@@ -1,0 +1,157 @@
+/* The attention map: a canvas over tiles of bytes from server.tile. Needs state `S` and callbacks from attention.js. */
+const canvas = h("canvas", {class: "mapcanvas", tabindex: "0", role: "application",
+  "aria-label": "attention map: arrow keys move, Enter pins, plus and minus zoom, Escape unpins"});
+const live = h("div", {class: "sr", "aria-live": "polite"});
+const cover = h("div", {class: "mapcover", hidden: true});
+const maptip = h("div", {class: "al-tip", role: "tooltip", hidden: true});
+document.body.append(maptip);
+const mapbox = h("div", {class: "mapbox"}, canvas, cover, live);
+let V = {r: 0, c: 0, span: 1}, tiles = {over: null, near: null}, wanted = 0, ramp = null, hatchPattern = null, hover = null, cellAsk = 0;
+
+const total = () => (S.now || {}).tokens || 1;
+function palette() {
+  const stops = [0, 1, 2, 3, 4].map(i => hex(css(`--ramp${i}`) || "#888888"));
+  ramp = new Uint8ClampedArray(256 * 3);
+  for (let b = 1; b < 256; b++) { const x = (b - 1) / 254 * 3.9999, i = Math.floor(x), f = x - i;
+    for (let k = 0; k < 3; k++) ramp[b * 3 + k] = stops[i][k] + (stops[i + 1][k] - stops[i][k]) * f; }
+  const p = h("canvas", {width: 8, height: 8}), g = p.getContext("2d");
+  g.fillStyle = css("--b0"); g.fillRect(0, 0, 8, 8); g.strokeStyle = css("--hatch"); g.lineWidth = 1;
+  g.beginPath(); for (const d of [-8, 0, 8]) { g.moveTo(d, 8); g.lineTo(d + 8, 0); } g.stroke();
+  hatchPattern = p;
+}
+const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
+function paint(tile) {
+  const data = tile.bytes, n = tile.w * tile.h, image = new ImageData(tile.w, tile.h), bg = hex(css("--ramp0") || "#888888");
+  for (let i = 0; i < n; i++) { const b = data[i], o = i * 4;
+    if (b) { image.data[o] = ramp[b * 3]; image.data[o + 1] = ramp[b * 3 + 1]; image.data[o + 2] = ramp[b * 3 + 2]; image.data[o + 3] = 255; }
+    else { image.data[o] = bg[0]; image.data[o + 1] = bg[1]; image.data[o + 2] = bg[2]; image.data[o + 3] = 255; } }
+  tile.image = h("canvas", {width: tile.w, height: tile.h}); tile.image.getContext("2d").putImageData(image, 0, 0);
+  tile.mask = null;
+  if (tile.lost) { const m = new ImageData(tile.w, tile.h);
+    for (let i = 0; i < n; i++) m.data[i * 4 + 3] = data[i] ? Math.min(110, tile.lost[i] >> 1) : tile.lost[i];
+    tile.mask = h("canvas", {width: tile.w, height: tile.h}); tile.mask.getContext("2d").putImageData(m, 0, 0); }
+}
+function draw() {
+  const side = canvas.width; if (!side || !ramp) return;
+  const g = canvas.getContext("2d"), scale = side / V.span;
+  g.imageSmoothingEnabled = false; g.globalCompositeOperation = "source-over";
+  g.fillStyle = css("--ramp0"); g.fillRect(0, 0, side, side);
+  for (const tile of [tiles.over, tiles.near]) {
+    if (!tile) continue;
+    const x = (tile.cols[0] - V.c) * scale, y = (tile.rows[0] - V.r) * scale;
+    const w = tile.w * tile.col_step * scale, t = tile.h * tile.row_step * scale;
+    g.drawImage(tile.image, x, y, w, t);
+    if (tile.mask) { const s = h("canvas", {width: side, height: side}), q = s.getContext("2d");
+      q.imageSmoothingEnabled = false; q.drawImage(tile.mask, x, y, w, t); q.globalCompositeOperation = "source-in";
+      q.fillStyle = q.createPattern(hatchPattern, "repeat"); q.fillRect(0, 0, side, side); g.drawImage(s, 0, 0); }
+  }
+  const dpr = devicePixelRatio || 1, at = S.pin || S.cursor;
+  if (S.now && S.now.prompt < total()) line(g, (S.now.prompt - V.r) * scale, (S.now.prompt - V.c) * scale, css("--soft"), dpr, [3 * dpr, 4 * dpr]);
+  if (at) { const accent = css("--accent"), x = (at.col - V.c) * scale, y = (at.row - V.r) * scale, s = Math.max(scale, 3 * dpr);
+    g.fillStyle = accent; g.globalAlpha = S.pin ? .22 : .12; g.fillRect(0, y, side, Math.max(scale, dpr)); g.fillRect(x, 0, Math.max(scale, dpr), side);
+    g.globalAlpha = 1; g.strokeStyle = accent; g.lineWidth = (S.pin ? 2 : 1) * dpr; g.strokeRect(x - dpr / 2, y - dpr / 2, s + dpr, s + dpr); }
+}
+function line(g, y, x, colour, dpr, dash) { g.strokeStyle = colour; g.lineWidth = dpr; g.setLineDash(dash); g.globalAlpha = .6; g.beginPath();
+  g.moveTo(0, Math.round(y) + .5); g.lineTo(canvas.width, Math.round(y) + .5); g.moveTo(Math.round(x) + .5, 0); g.lineTo(Math.round(x) + .5, canvas.height);
+  g.stroke(); g.setLineDash([]); g.globalAlpha = 1; }
+function size() {
+  const whole = stage.clientWidth; if (!whole) return;
+  const side = Math.round(whole < 860 ? Math.min(whole, Math.max(320, innerHeight * .86)) : Math.min(whole - 320, Math.max(420, innerHeight * .86))), dpr = Math.min(devicePixelRatio || 1, 2);
+  stage.style.setProperty("--map", side + "px");
+  canvas.style.width = canvas.style.height = side + "px";
+  if (canvas.width !== Math.round(side * dpr)) { canvas.width = canvas.height = Math.round(side * dpr); draw(); }
+}
+
+function clampView() { const t = total(); V.span = Math.max(Math.min(16, t), Math.min(t, V.span));
+  V.r = Math.max(0, Math.min(t - V.span, V.r)); V.c = Math.max(0, Math.min(t - V.span, V.c));
+  canvas.style.touchAction = V.span < t ? "none" : "pan-y"; }
+async function fetchTile(rows, cols) {
+  const answer = await server.tile({...S.ask(), rows, cols, width: 512, height: 512, pool: S.pool, log: S.log});
+  if (answer.error) return answer;
+  answer.bytes = bytes(answer.data); answer.lost = answer.evicted ? bytes(answer.evicted) : null; delete answer.data; delete answer.evicted;
+  paint(answer); return answer;
+}
+async function overview() {
+  const mine = ++wanted; tiles = {over: null, near: null}; draw();
+  const slow = setTimeout(() => { if (mine === wanted) say("Computing the map…"); }, 250);
+  const tile = await fetchTile([0, total()], [0, total()]).catch(e => ({error: "The server did not answer. Reload the page."}));
+  clearTimeout(slow); if (mine !== wanted) return;
+  if (tile.error) return S.trouble(tile);
+  say(null); tiles.over = tile; draw(); S.drawn(); if (V.span < total()) near();
+}
+const near = debounce(async () => {
+  if (!tiles.over || V.span >= total() && tiles.over.row_step === 1) { tiles.near = null; draw(); return; }
+  const mine = ++wanted, margin = 0;
+  const rows = [Math.floor(V.r - margin), Math.ceil(V.r + V.span + margin)], cols = [Math.floor(V.c - margin), Math.ceil(V.c + V.span + margin)];
+  if (V.span >= total()) return;
+  const tile = await fetchTile(rows, cols).catch(() => null);
+  if (mine !== wanted || !tile || tile.error) return;
+  tiles.near = tile; draw(); S.drawn();
+}, 90);
+function say(text) { cover.hidden = !text; swap(cover, text ? h("p", {}, text) : ""); }
+function zoom(factor, px = .5, py = .5) {
+  const span = Math.max(Math.min(16, total()), Math.min(total(), V.span * factor));
+  V.c += (V.span - span) * px; V.r += (V.span - span) * py; V.span = span; clampView(); draw(); near(); S.moved();
+}
+function show(row, col) { // bring a cell into sight
+  const pad = V.span * .1;
+  if (row < V.r + pad || row > V.r + V.span - pad) V.r = row - V.span / 2;
+  if (col < V.c + pad || col > V.c + V.span - pad) V.c = col - V.span / 2;
+  clampView(); draw(); near();
+}
+function place(event) { const r = canvas.getBoundingClientRect(), px = (event.clientX - r.left) / r.width, py = (event.clientY - r.top) / r.height;
+  return {px, py, row: Math.max(0, Math.min(total() - 1, Math.floor(V.r + py * V.span))), col: Math.max(0, Math.min(total() - 1, Math.floor(V.c + px * V.span)))}; }
+canvas.addEventListener("wheel", e => { e.preventDefault(); const p = place(e); zoom(Math.exp(Math.max(-60, Math.min(60, e.deltaY)) * .008), p.px, p.py); }, {passive: false});
+let drag = null; const touches = new Map();
+canvas.addEventListener("pointerdown", e => { touches.set(e.pointerId, e); canvas.setPointerCapture(e.pointerId);
+  drag = {x: e.clientX, y: e.clientY, r: V.r, c: V.c, moved: false, pinch: touches.size === 2 ? gap() : 0}; });
+const gap = () => { const [a, b] = [...touches.values()]; return Math.hypot(a.clientX - b.clientX, a.clientY - b.clientY); };
+canvas.addEventListener("pointermove", e => {
+  if (touches.has(e.pointerId)) touches.set(e.pointerId, e);
+  if (touches.size === 2 && drag) { const now = gap(); if (drag.pinch) zoom(drag.pinch / now); drag.pinch = now; drag.moved = true; return; }
+  if (drag) { const unit = V.span / canvas.clientWidth, dx = e.clientX - drag.x, dy = e.clientY - drag.y;
+    if (!drag.moved && Math.hypot(dx, dy) < 4) return;
+    drag.moved = true; maptip.hidden = true; V.c = drag.c - dx * unit; V.r = drag.r - dy * unit; clampView(); draw(); near(); S.moved(); return; }
+  const p = place(e); hover = p; tip(p.row, p.col, e.clientX, e.clientY); if (!S.pin) S.point(p.row, p.col);
+});
+canvas.addEventListener("pointerup", e => { touches.delete(e.pointerId); const was = drag; drag = null;
+  if (was && !was.moved) { const p = place(e); S.setPin(S.pin && S.pin.row === p.row && S.pin.col === p.col ? null : p); tip(p.row, p.col, e.clientX, e.clientY); } });
+canvas.addEventListener("pointercancel", e => { touches.delete(e.pointerId); drag = null; });
+canvas.addEventListener("pointerleave", () => { hover = null; maptip.hidden = true; });
+canvas.addEventListener("blur", () => { maptip.hidden = true; });
+canvas.addEventListener("keydown", e => {
+  const at = S.pin || S.cursor || {row: total() - 1, col: 0}, step = Math.max(1, Math.round(V.span / 512)) * (e.shiftKey ? 10 : 1);
+  const move = {ArrowUp: [-step, 0], ArrowDown: [step, 0], ArrowLeft: [0, -step], ArrowRight: [0, step]}[e.key];
+  if (move) { e.preventDefault(); const next = {row: Math.max(0, Math.min(total() - 1, at.row + move[0])), col: Math.max(0, Math.min(total() - 1, at.col + move[1]))};
+    if (S.pin) S.setPin(next); else S.point(next.row, next.col); show(next.row, next.col); tipAt(next); return; }
+  if (e.key === "Escape") { S.setPin(null); maptip.hidden = true; e.preventDefault(); }
+  else if (e.key === "Enter" || e.key === " ") { e.preventDefault(); S.setPin(S.pin ? null : at); tipAt(at); }
+  else if (e.key === "+" || e.key === "=") zoom(.7); else if (e.key === "-") zoom(1.4);
+  else if (e.key === "0" || e.key === "Home") reset();
+});
+function reset() { V = {r: 0, c: 0, span: total()}; clampView(); tiles.near = null; draw(); S.moved(); }
+function tipAt(at) { const r = canvas.getBoundingClientRect(), s = r.width / V.span;
+  tip(at.row, at.col, r.left + (at.col + .5 - V.c) * s, r.top + (at.row + .5 - V.r) * s); }
+const exact = debounce(async (row, col, mine) => { const a = await server.cell({...S.ask(), row, col}).catch(() => null);
+  if (mine === cellAsk && a && !a.error) fill(row, col, a); }, 50);
+function tip(row, col, x, y) {
+  const mine = ++cellAsk; fill(row, col, null); maptip.hidden = false;
+  const w = maptip.offsetWidth, t = maptip.offsetHeight;
+  maptip.style.left = Math.max(8, x + 18 + w > innerWidth ? x - w - 14 : x + 18) + "px";
+  maptip.style.top = Math.max(8, Math.min(innerHeight - t - 8, y + 14)) + "px";
+  exact(row, col, mine);
+}
+const kept = a => a.bits === null || a.bits === undefined ? null : a.bits === 0 ? "evicted" : a.bits === 16 ? "kept exactly" : `kept at ${a.bits} bit`;
+function fill(row, col, a) {
+  const tokens = S.tokens || [], tile = tiles.near || tiles.over, coarse = tile && tile.row_step > 1;
+  const words = a ? a.weight === null || a.weight === undefined
+    ? [({future: "not yet written: the future", window: "outside the sliding window"})[a.why] || a.why || "not visible"]
+    : ["weight ", h("b", {class: "num"}, fmt.dec(a.weight, 3)), " · rank ", h("b", {class: "num"}, fmt.int(a.rank)), " of ", h("b", {class: "num"}, fmt.int(a.of))] : ["\u2026"];
+  const cache = a && a.weight !== null ? kept(a) : null;
+  swap(maptip, h("div", {}, h("span", {class: "num soft"}, `row ${fmt.int(row)} `), h("code", {}, fmt.tok(tokens[row])), " → ",
+    h("span", {class: "num soft"}, `col ${fmt.int(col)} `), h("code", {}, fmt.tok(tokens[col]))), h("div", {}, words, cache ? " · " + cache : null),
+    coarse ? h("div", {class: "soft"}, `one cell shows ${tile.row_step} × ${tile.col_step} tokens`) : null);
+  if (a) live.textContent = maptip.textContent;
+}
+new MutationObserver(() => { palette(); for (const t of [tiles.over, tiles.near]) if (t) paint(t); draw(); S.recolour(); })
+  .observe(document.body, {attributes: true, attributeFilter: ["class"]});

@@ -1,0 +1,9 @@
+/* The line above the prompt. value = {tokens, text}; tells the variant cards how long the prompt is. */
+const draw = () => {
+  const v = props.value || {};
+  swap(element, h("div", {class: "h"}, "Prompt", v.text ? h("span", {class: v.over ? "num over" : "num"}, " · " + v.text) : null));
+  dispatchEvent(new CustomEvent("al-prompt", {detail: {tokens: v.tokens || null}}));
+};
+// Until the model is there its tokens cannot be counted; ask again now and then.
+setInterval(() => { if ((props.value || {}).waiting && !document.hidden) trigger("ready"); }, 4000);
+draw(); watch("value", draw);

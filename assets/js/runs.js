@@ -1,0 +1,74 @@
+/* Saved runs. server: listing, rename, tag, delete, restore, compare, export, take. Triggers 'open' {run_id}. */
+let rows = [], query = "", marked = new Set(), table = null, onlyDiff = true, editing = null, notice = "", loaded = false, find = "";
+const ask = extra => ({owner: owner(), ...extra});
+const search = h("input", {type: "search", placeholder: "Search name, prompt, technique, model or #tag", "aria-label": "search runs", oninput: e => { query = e.target.value; list(); }});
+const file = h("input", {type: "file", accept: ".json,.parquet", class: "sr", tabindex: "-1", "aria-hidden": "true", onchange: async e => {
+  const f = e.target.files[0]; e.target.value = ""; if (!f) return; toast(`Importing ${f.name}`);
+  const data = await new Promise(done => { const r = new FileReader(); r.onload = () => done(String(r.result).split(",")[1] || ""); r.readAsDataURL(f); });
+  const a = await server.take(ask({name: f.name, data})); toast(a.error || "Imported."); load(); }});
+const body = h("div"), comparison = h("section", {class: "comparison", "aria-label": "comparison", hidden: true});
+const cmpbutton = h("button", {type: "button", class: "plain", disabled: true, onclick: () => compare()}, "Compare");
+swap(element, h("div", {class: "row runsbar"}, search, h("span", {class: "sp"}), cmpbutton,
+  h("button", {type: "button", class: "plain", onclick: () => file.click()}, "Import"), file), body, comparison);
+
+async function load() {
+  const a = await server.listing(ask()).catch(() => ({error: "The server did not answer. Reload the page."}));
+  loaded = true; if (a.error) { swap(body, h("p", {class: "why", role: "alert"}, a.error)); return; }
+  rows = a.rows; notice = a.note || ""; marked = new Set([...marked].filter(id => rows.some(r => r.run_id === id))); list();
+}
+const matches = r => query.toLowerCase().split(/\s+/).filter(Boolean).every(w => w[0] === "#" ? r.tags.some(t => t.toLowerCase().startsWith(w.slice(1)))
+  : [r.run_id, r.name, r.model, r.prompt, ...r.tags, ...r.titles, ...r.specs].join(" ").toLowerCase().includes(w));
+function mark(id, on) { if (on && marked.size >= 10) { toast("Ten runs is the most that can be compared."); list(); return; } on ? marked.add(id) : marked.delete(id); buttons(); }
+function buttons() { cmpbutton.disabled = marked.size < 2; cmpbutton.textContent = marked.size < 2 ? "Compare" : `Compare ${marked.size} runs`; }
+const open = id => trigger("open", {run_id: id, owner: owner()});
+function list() {
+  const shown = rows.filter(matches); buttons();
+  if (!rows.length) { swap(body, notice ? h("p", {class: "banner"}, notice) : null, h("div", {class: "empty"}, h("p", {}, "No saved runs yet. Every run is saved here when it ends."),
+    h("button", {type: "button", onclick: () => { const t = document.querySelector('[role=tab][id*="compare"]'); if (t) t.click(); }}, "Make a run"))); return; }
+  swap(body, notice ? h("p", {class: "banner"}, notice) : null, h("div", {class: "tablebox"}, h("table", {class: "lines runs"}, h("caption", {class: "sr"}, "saved runs"), h("thead", {}, h("tr", {},
+    ["", "run", "variants", "prompt", "worst KL", "smallest KV", "tags", ""].map(t => h("th", {scope: "col"}, t)))), h("tbody", {}, shown.map(row)))),
+    shown.length ? null : h("p", {class: "soft"}, "No run matches. ", h("button", {type: "button", class: "quiet", onclick: () => { query = search.value = ""; list(); }}, "Clear the search")));
+  if (editing) { const input = body.querySelector(".editing"); if (input) { input.focus(); input.select(); } }
+}
+function field(r, kind, value, done) {
+  return h("input", {type: "text", class: "editing", maxlength: 200, value, "aria-label": `${kind} of ${r.run_id}`,
+    onkeydown: e => { if (e.key === "Enter") e.target.blur(); if (e.key === "Escape") { editing = null; list(); } },
+    onblur: async e => { if (!editing) return; editing = null; if (e.target.value !== value) { const a = await done(e.target.value); if (a && a.error) toast(a.error); } load(); }});
+}
+function row(r) {
+  const is = kind => editing && editing.id === r.run_id && editing.kind === kind, edit = kind => { editing = {id: r.run_id, kind}; list(); };
+  return h("tr", {class: (props.value || {}).current === r.run_id ? "on" : ""},
+    h("td", {}, h("input", {type: "checkbox", "aria-label": `choose ${r.name || r.run_id} for comparison`, checked: marked.has(r.run_id), onchange: e => mark(r.run_id, e.target.checked)})),
+    h("td", {class: "runname"}, is("name") ? field(r, "name", r.name, name => server.rename(ask({run_id: r.run_id, name})))
+      : h("button", {type: "button", class: "link", onclick: () => open(r.run_id)}, r.name || r.run_id),
+      h("small", {class: "soft"}, [r.when, r.model, r.status === "complete" ? "" : r.status].filter(Boolean).join(" · "))),
+    h("td", {class: "variants"}, r.titles.map((t, i) => h("span", {title: r.specs[i]}, h("span", {class: `dot v${"ABCDEFGH"[i]}`}), t))),
+    h("td", {class: "prompt"}, h("div", {title: r.prompt}, r.prompt)), h("td", {class: "num"}, r.kl_text), h("td", {class: "num"}, r.kv_text),
+    h("td", {class: "tags"}, is("tags") ? field(r, "tags", r.tags.join(", "), text => server.tag(ask({run_id: r.run_id, tags: text.split(",").map(t => t.trim()).filter(Boolean)})))
+      : [r.tags.map(t => h("button", {type: "button", class: "chip pick", onclick: () => { query = search.value = "#" + t; list(); }}, t)), h("button", {type: "button", class: "quiet", "aria-label": `edit tags of ${r.name || r.run_id}`, onclick: () => edit("tags")}, r.tags.length ? "edit" : "+ tag")]),
+    h("td", {class: "acts"}, h("button", {type: "button", class: "quiet", onclick: () => open(r.run_id)}, "Open"), h("button", {type: "button", class: "quiet", onclick: () => edit("name")}, "Rename"),
+      h("select", {"aria-label": `export ${r.name || r.run_id}`, onchange: async e => { const format = e.target.value; e.target.selectedIndex = 0; if (!format) return;
+        const a = await server.export(ask({run_id: r.run_id, format})); a.error ? toast(a.error) : download(a); }},
+        h("option", {value: ""}, "Export"), h("option", {value: "json"}, "JSON"), h("option", {value: "csv"}, "CSV"), h("option", {value: "parquet"}, "Parquet")),
+      h("button", {type: "button", class: "quiet", "aria-label": `delete ${r.name || r.run_id}`, onclick: async () => { const a = await server.delete(ask({run_id: r.run_id})); if (a.error) { toast(a.error); return; }
+        await load(); toast(`Deleted ${r.name || r.run_id}.`, "Undo", async () => { const b = await server.restore(ask({run_id: r.run_id})); if (b.error) toast(b.error); load(); }); }}, "Delete")));
+}
+const show = v => v === null || v === undefined ? "–" : typeof v === "number" ? (Number.isInteger(v) ? v.toLocaleString("en-US") : String(Number(v.toPrecision(4)))) : String(v);
+async function compare() {
+  const a = await server.compare(ask({ids: [...marked], only: onlyDiff})); if (a.error) { toast(a.error); return; }
+  table = a; drawComparison(); comparison.hidden = false; comparison.scrollIntoView({block: "nearest"});
+}
+function drawComparison() {
+  const lines = table.rows.filter(r => !find || r.field.toLowerCase().includes(find.toLowerCase()));
+  const focus = document.activeElement === comparison.querySelector("input[type=search]");
+  swap(comparison, h("div", {class: "row"}, h("span", {class: "h"}, `${table.run_ids.length} runs compared`), h("input", {type: "search", placeholder: "Field", "aria-label": "search fields", value: find, oninput: e => { find = e.target.value; drawComparison(); }}),
+    h("span", {class: "seg small", role: "group", "aria-label": "which fields"}, [[true, "differences"], [false, "all fields"]].map(([v, t]) => h("button", {type: "button", "aria-pressed": String(onlyDiff === v), onclick: () => { onlyDiff = v; compare(); }}, t))),
+    h("span", {class: "sp"}), h("button", {type: "button", class: "quiet", onclick: () => { comparison.hidden = true; }}, "Close")),
+    lines.length ? h("div", {class: "tablebox"}, h("table", {class: "lines cmp"}, h("thead", {}, h("tr", {}, h("th", {scope: "col"}, "field"), table.run_ids.map((id, i) => h("th", {scope: "col"}, h("button", {type: "button", class: "link", onclick: () => open(id)}, table.names[i] || id))))),
+      h("tbody", {}, lines.map(r => h("tr", {class: r.differs ? "differs" : ""}, h("th", {scope: "row"}, r.field), r.values.map(v => h("td", {title: show(v), class: typeof v === "number" ? "num" : ""}, show(v).slice(0, 160))))))))
+      : h("p", {class: "soft"}, "These runs agree in every field shown here."));
+  if (focus) { const s = comparison.querySelector("input[type=search]"); s.focus(); s.setSelectionRange(s.value.length, s.value.length); }
+}
+load(); watch("value", () => list());
+addEventListener("al-runs", () => load());
+document.addEventListener("click", e => { const t = e.target.closest && e.target.closest('[role=tab]'); if (t && /runs/i.test(t.textContent)) load(); });

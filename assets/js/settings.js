@@ -1,0 +1,31 @@
+/* Preset and decoding controls. value = {presets, preset, mode, temperature, top_k, top_p, seed, max_new_tokens, timing, limits} */
+let v = Object.assign({}, props.value);
+const tell = () => dispatchEvent(new CustomEvent("al-settings", {detail: {max_new_tokens: v.max_new_tokens}}));
+const send = (changes, redraw = true) => { v = Object.assign({}, v, changes); props.value = v; tell(); if (redraw) draw(); };
+const num = (key, name, min, max, step, unit) => h("label", {class: "field"}, h("span", {}, name),
+  h("span", {class: "in"}, h("input", {type: "number", min, max, step, value: v[key], inputmode: "decimal", "aria-label": name,
+    onchange: e => { let n = Number(e.target.value); if (!isFinite(n)) n = v[key]; n = Math.min(max, Math.max(min, n));
+      if (step === 1) n = Math.round(n); e.target.value = n; send({[key]: n}, false); }}), unit ? h("i", {}, unit) : null));
+const seg = (key, name, options) => h("div", {class: "field"}, h("span", {id: `al-${key}`}, name),
+  h("span", {class: "seg small", role: "group", "aria-labelledby": `al-${key}`}, options.map(o =>
+    h("button", {type: "button", "aria-pressed": String(v[key] === o), onclick: () => send({[key]: o})}, o))));
+function draw() {
+  const presets = v.presets || [], chosen = presets.find(p => p.id === v.preset), most = (v.limits || {}).max_new_tokens || 1024;
+  const active = element.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
+  swap(element, 
+    h("section", {class: "side"}, h("h2", {}, "Preset"),
+      h("select", {"aria-label": "preset", onchange: e => { send({preset: e.target.value}); trigger("preset", {id: e.target.value}); }},
+        h("option", {value: "", selected: !chosen}, "Choose an experiment"),
+        presets.map(p => h("option", {value: p.id, selected: p.id === v.preset}, p.title))),
+      chosen ? h("p", {class: "soft"}, chosen.about) : null),
+    h("section", {class: "side"}, h("h2", {}, "Decoding"),
+      seg("mode", "mode", ["greedy", "sampled"]),
+      v.mode === "sampled" ? [num("temperature", "temperature", 0.05, 5, 0.05), num("top_k", "top-k, 0 is off", 0, 1000, 1), num("top_p", "top-p", 0.01, 1, 0.01),
+        num("seed", "seed", 0, 2147483647, 1)] : null,
+      num("max_new_tokens", "new tokens", 1, most, 1)),
+    h("section", {class: "side"}, h("h2", {}, "Timing"), seg("timing", "steps", ["interleaved", "clean"]),
+      h("p", {class: "soft"}, v.timing === "clean" ? "One variant after another, each warmed up: the fairest times."
+        : "All variants step by step beside each other; each step is timed alone.")));
+  if (active) { const again = [...element.querySelectorAll("[aria-label]")].find(n => n.getAttribute("aria-label") === active); if (again) again.focus(); }
+}
+draw(); tell(); watch("value", () => { v = Object.assign({}, props.value); tell(); draw(); });

@@ -1,0 +1,141 @@
+"""The whole page: header, four tabs, and what connects them. `serve` starts it; a Space calls the same launch."""
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import gradio as gr
+
+from . import assets, attention, compare, memory, runs
+from .components import cards, charts, columns
+from .controller import Lab, on_space, sentence
+from .state import Address
+from .theme import theme
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+QUIET: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
+TAB_ADDRESS = "() => {{ const u = new URL(location.href); u.searchParams.set('tab', '{tab}'); history.replaceState(null, '', u); }}"
+OWNER = """() => { try { let k = localStorage.getItem('attention-lab-owner');
+  if (!k) { k = [...crypto.getRandomValues(new Uint8Array(16))].map(b => b.toString(16).padStart(2, '0')).join('');
+    localStorage.setItem('attention-lab-owner', k); } return k; } catch { return ''; } }"""
+
+
+def build(lab: Lab | None = None) -> gr.Blocks:
+    """The app as Blocks. `lab` is the controller; tests pass one without an engine."""
+    lab = lab or default_lab()
+    with gr.Blocks(title="Attention Lab", fill_width=True, analytics_enabled=False) as demo:
+        view = gr.State("recorded" if lab.has_example else "")
+        owner = gr.Textbox("", visible="hidden", label="visitor", elem_id="owner")
+        header = gr.HTML(header_of(lab, "recorded"), apply_default_css=False, elem_id="header")
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("Compare", id="compare") as tab_compare:
+                c = compare.build(lab)
+            with gr.Tab("Attention", id="attention") as tab_attention:
+                att, att_status = attention.build(lab)
+            with gr.Tab("Memory & speed", id="memory") as tab_memory:
+                mem = memory.build(lab)
+            with gr.Tab("Runs", id="runs") as tab_runs:
+                table = runs.build(lab)
+        for tab, name in ((tab_compare, "compare"), (tab_attention, "attention"), (tab_memory, "memory"), (tab_runs, "runs")):
+            tab.select(None, None, None, js=TAB_ADDRESS.format(tab=name), **PRIVATE)
+        _compare_events(lab, c, view, owner)
+        shown = [c.prompt, c.setup, c.settings, c.columns, c.charts, c.saved, c.banner, c.status, c.model]
+        att.replay(attention.replayer(lab), None, [att, att_status], concurrency_id="model", show_progress="hidden", **PRIVATE)
+        view.change(follow(lab), view, [header, att, *mem, table], **QUIET)
+        table.open(opener(lab), c.settings, [view, tabs, *shown], **QUIET)
+        arrived = demo.load(None, None, owner, js=OWNER, **PRIVATE)
+        arrived.then(arrival(lab), owner, [view, tabs, att, *shown], **QUIET)
+    demo.queue(default_concurrency_limit=4, max_size=32)
+    return demo
+
+
+def _compare_events(lab: Lab, c: compare.Parts, view: gr.State, owner: gr.Textbox) -> None:
+    outputs = [c.columns, c.status, c.run, c.stop, view, c.saved, c.model, c.banner, c.charts]
+    c.run.click(compare.runner(lab), [c.prompt, c.setup, c.settings, owner], outputs, concurrency_id="model", concurrency_limit=1,
+                trigger_mode="once", show_progress="minimal", show_progress_on=c.status, **PRIVATE)
+    c.stop.click(compare.stopper(lab), None, c.status, **QUIET)
+    c.settings.preset(compare.apply_preset(lab), c.settings, [c.prompt, c.setup, c.settings, c.status], **QUIET)
+    c.info.ready(lambda text: (compare.token_counter(lab)(text), cards.model_card(lab.facts(), lab.loaded)), c.prompt,
+                 [c.info, c.model], **QUIET)
+
+
+def follow(lab: Lab) -> Any:
+    """When another run is opened: header, map, figures and the marked line of the table follow."""
+    def moved(key: str) -> tuple[Any, ...]:
+        run = lab.shelf.get(key)
+        return (header_of(lab, key), attention.value(lab, key), *memory.draw(lab, key),
+                {"current": run.record.get("run_id") if run else None})
+    return moved
+
+
+def shown_as_saved(lab: Lab, key: str, settings: dict[str, Any]) -> tuple[Any, ...]:
+    """Compare exactly as it was when the run ended."""
+    run = lab.shelf.get(key)
+    record = run.record if run else None
+    start = compare.starting(lab, record)
+    return (start["prompt"], {**start["setup"], "rev": key}, start["settings"], columns.columns(record), charts.charts(record),
+            compare.saved_value(record, bool(run and run.recorded)), cards.banner(compare.EXAMPLE) if run and run.recorded else "",
+            cards.status("Opened as it was saved."), cards.model_card((record or {}).get("model"), lab.loaded))
+
+
+def opener(lab: Lab) -> Any:
+    """Open a run from the table."""
+    def opened(settings: dict[str, Any], event: gr.EventData) -> tuple[Any, ...]:
+        try:
+            key = lab.open(str(event._data.get("run_id")), str(event._data.get("owner") or "nobody"))
+        except Exception as problem:
+            return (gr.skip(), gr.Tabs(selected="compare"), *[gr.skip()] * 7, cards.error(sentence(problem)), gr.skip())
+        return (key, gr.Tabs(selected="compare"), *shown_as_saved(lab, key, settings))
+    return opened
+
+
+def arrival(lab: Lab) -> Any:
+    """A first look at the address: which run, tab, layer and head somebody linked to."""
+    def arrived(owner: str, request: gr.Request) -> tuple[Any, ...]:
+        address = Address.read(dict(request.query_params))
+        tab = gr.Tabs(selected=address.tab) if address.tab != "compare" else gr.skip()
+        if address.run is None:
+            key = "recorded" if lab.has_example else ""
+            att = attention.value(lab, key, address) if address.variant or address.layer is not None else gr.skip()
+            return (gr.skip(), tab, att, *[gr.skip()] * 9)
+        try:
+            key = lab.open(address.run, owner or "nobody")
+        except Exception as problem:
+            return (gr.skip(), tab, gr.skip(), *[gr.skip()] * 7, cards.error(sentence(problem)), gr.skip())
+        return (key, tab, attention.value(lab, key, address), *shown_as_saved(lab, key, {}))
+    return arrived
+
+
+def header_of(lab: Lab, key: str | None) -> str:
+    """Chips: the model and the open run."""
+    run = lab.shelf.get(key)
+    facts = lab.facts() or {}
+    name = str(facts.get("id") or "").split("/")[-1]
+    model = " · ".join(filter(None, [name, f"{facts['weights']} weights" if facts.get("weights") else "", str(facts.get("device") or "").upper()]))
+    shown = "recorded example" if run and run.recorded else (run.record.get("name") or run.record.get("run_id") or "") if run else ""
+    return cards.header(model, shown)
+
+
+def default_lab() -> Lab:
+    """The controller on the real engine and the saved runs."""
+    from .library import StoreLibrary
+
+    return Lab(StoreLibrary.open(), public=on_space())
+
+
+def launch_options() -> dict[str, Any]:
+    """What every launch needs: theme and style, no run history, no server-side rendering, no public routes."""
+    return {"theme": theme(), "css_paths": [assets.CSS], "run_history": False, "ssr_mode": False, "footer_links": [],
+            "show_error": False, "max_file_size": "256mb", "quiet": True}
+
+
+def serve(port: int | None = None, *, share: bool = False, host: str | None = None, lab: Lab | None = None,
+          block: bool = True, preload: bool | None = None) -> gr.Blocks:
+    """Start the browser app. With `block=False` it returns at once (tests)."""
+    lab = lab or default_lab()
+    demo = build(lab)
+    if preload or (preload is None and os.environ.get("LAB_PRELOAD", "1") != "0"):
+        lab.preload()
+    demo.launch(server_port=port, server_name=host or ("0.0.0.0" if on_space() else None), share=share,
+                prevent_thread_lock=not block, **launch_options())
+    return demo

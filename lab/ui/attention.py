@@ -1,0 +1,121 @@
+"""The Attention tab: the map, the token strip, where a row looks, the heads of a layer, and the cache map."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from . import assets, maps
+from .components import cards
+from .controller import Lab, sentence
+from .opened import OpenRun
+from .state import Address
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+GONE = "This run is no longer open on the server. Open it again from Runs."
+
+
+def value(lab: Lab, key: str | None, address: Address | None = None) -> dict[str, Any]:
+    """What the component draws: which run, and the shape of each variant. Maps are asked for later."""
+    run = lab.shelf.get(key)
+    if run is None:
+        return {"key": None, "variants": []}
+    model = run.record.get("model") or {}
+    prompt = len((run.record.get("prompt") or {}).get("tokens") or [])
+    variants = []
+    for v in run.record.get("variants") or []:
+        if v.get("error"):
+            continue
+        letter = v["letter"]
+        variants.append({"letter": letter, "title": v.get("title") or v.get("spec"), "layers": run.layers(letter),
+                         "layers_total": model.get("layers") or 1, "heads": model.get("heads") or 1,
+                         "kv_heads": model.get("kv_heads") or 1, "prompt": prompt, "tokens": fed(run, letter)})
+    chosen = address or Address()
+    return {"key": key, "rev": time.time(), "variants": variants,
+            "sel": {"letter": chosen.variant, "layer": chosen.layer, "head": chosen.head}}
+
+
+def fed(run: OpenRun, letter: str) -> int:
+    """Tokens that went through the model: what captures and cache arrays cover."""
+    for layer in run.layers(letter):
+        return int(run.arrays[f"qk/{letter}/{layer}/k"].shape[1])
+    kept = run.arrays.get(f"cache/{letter}/bits")
+    if kept is not None:
+        return int(kept.shape[-1])
+    prompt = len((run.record.get("prompt") or {}).get("tokens") or [])
+    return max(1, prompt + max(0, len(run.variant(letter).get("tokens") or []) - 1))
+
+
+def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
+    """The component's server functions. A key that nobody can guess says which open run is meant."""
+
+    def answer(work: Callable[[OpenRun, dict[str, Any]], dict[str, Any]], ask: dict[str, Any]) -> dict[str, Any]:
+        run = lab.shelf.get(str((ask or {}).get("key")))
+        if run is None:
+            return {"error": GONE}
+        try:
+            return work(run, ask)
+        except Exception as problem:
+            return {"error": sentence(problem)}
+
+    def tile(ask: dict[str, Any]) -> dict[str, Any]:
+        found = answer(maps.tile, ask)
+        run = lab.shelf.get(str((ask or {}).get("key")))
+        if "error" in found and run is not None and ask.get("layer") not in run.layers(str(ask.get("letter"))):
+            found["replay"] = lab.replayable(run)
+        return found
+
+    def cell(ask: dict[str, Any]) -> dict[str, Any]:
+        return answer(maps.cell, ask)
+
+    def row(ask: dict[str, Any]) -> dict[str, Any]:
+        return answer(maps.row, ask)
+
+    def stats(ask: dict[str, Any]) -> dict[str, Any]:
+        return answer(maps.stats, ask)
+
+    def cache(ask: dict[str, Any]) -> dict[str, Any]:
+        return answer(maps.cache, ask)
+
+    def life(ask: dict[str, Any]) -> dict[str, Any]:
+        return answer(maps.life, ask)
+
+    def tokens(ask: dict[str, Any]) -> dict[str, Any]:
+        return answer(lambda run, _: {"tokens": words(run, str(ask.get("letter")))}, ask)
+    return [tile, cell, row, stats, cache, life, tokens]
+
+
+def words(run: OpenRun, letter: str) -> list[str]:
+    """Token texts of the prompt and of what a variant wrote, as far as they were fed."""
+    generated = [str(t.get("text") or "") for t in run.variant(letter).get("tokens") or []]
+    return [*map(str, (run.record.get("prompt") or {}).get("tokens") or []), *generated][: fed(run, letter)]
+
+
+def build(lab: Lab) -> tuple[gr.HTML, gr.HTML]:
+    """The component and its status line."""
+    status = gr.HTML("", apply_default_css=False, elem_id="attstatus")
+    view = gr.HTML(value(lab, "recorded"), html_template="", apply_default_css=False, elem_id="attention",
+                   js_on_load=assets.script("attention", "map", "panels", "attention_shell"), server_functions=functions(lab))
+    return view, status
+
+
+def replayer(lab: Lab) -> Any:
+    """Run a saved variant through the model again to capture a layer that was not recorded."""
+
+    def replay(event: gr.EventData) -> Iterator[Any]:
+        ask = event._data
+        key, letter = str(ask.get("key")), str(ask.get("letter"))
+        run = lab.shelf.get(key)
+        if run is None:
+            yield gr.skip(), cards.error(GONE)
+            return
+        yield gr.skip(), cards.status(f"Replaying variant {letter} to capture layer {ask.get('layer')}", 0.0, True)
+        try:
+            lab.replay(run, letter, int(ask["layer"]))
+        except Exception as problem:
+            yield gr.skip(), cards.error(sentence(problem))
+            return
+        yield value(lab, key, Address(variant=letter, layer=int(ask["layer"]))), ""
+    return replay

@@ -1,0 +1,66 @@
+"""The result columns: for every variant a title, the dial, the streamed text and the figures under it.
+
+The browser receives them as small pieces (one per token), so that a stream sends only what is new.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from ..format import esc
+from . import dial, metrics, tokens
+
+ENDINGS = {
+    "length": "reached the token limit", "stop": "ended by itself", "cancelled": "stopped by you",
+    "interrupted": "interrupted before the end",
+}
+
+
+def saving(variant: dict[str, Any]) -> str:
+    """The chip beside the title."""
+    if not variant.get("techniques"):
+        return "full cache"
+    if variant.get("simulated"):
+        return "reads less, stores the same"
+    return ""
+
+
+def head(variant: dict[str, Any], reference: bool) -> str:
+    """Letter, title and chips of one column."""
+    chips = ['<span class="chip">reference</span>'] if reference else []
+    note = saving(variant)
+    if note and not reference:
+        chips.append(f'<span class="chip">{esc(note)}</span>')
+    spec = esc(variant.get("spec") or "dense")
+    title = esc(variant.get("title") or variant.get("spec") or "Dense")
+    return (f'<span class="badge" aria-label="variant {esc(variant.get("letter"))}">{esc(variant.get("letter"))}</span>'
+            f'<h3 title="{spec}">{title}</h3>{"".join(chips)}')
+
+
+def note(variant: dict[str, Any]) -> str:
+    """One line under the text: how it ended, or the error that ended it."""
+    if variant.get("error"):
+        return f'<p class="error" role="alert">{esc(variant["error"])}</p>'
+    ending = ENDINGS.get(str(variant.get("finish") or ""))
+    fork = variant.get("first_divergence")
+    parts = [f'{len(variant.get("tokens") or []):,} tokens' if ending else "", ending or ""]
+    if ending and fork is not None:
+        parts.append(f"first differs at token {fork + 1}")
+    return f'<p class="ending">{esc(" · ".join(p for p in parts if p))}</p>' if ending else ""
+
+
+def columns(record: dict[str, Any] | None, live: bool = False) -> dict[str, Any]:
+    """What the columns component draws: {"run", "live", "cols": [{letter, head, dial, own, forced, note, strip}]}."""
+    if not record:
+        return {"run": None, "live": False, "cols": []}
+    variants = record.get("variants") or []
+    reference = variants[0] if variants else {}
+    drawn = []
+    for i, variant in enumerate(variants):
+        drawn.append({
+            "letter": str(variant.get("letter") or "?"), "head": head(variant, i == 0), "dial": dial.dial(variant),
+            "spec": str(variant.get("spec") or "dense"),
+            "own": tokens.own_text(variant), "forced": tokens.forced_text(variant, reference) if i and not live else [],
+            "note": note(variant), "strip": metrics.metrics(variant, reference if i else None),
+            "writing": live and not variant.get("finish") and not variant.get("error"),
+        })
+    return {"run": record.get("run_id"), "live": live, "cols": drawn}

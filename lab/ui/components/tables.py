@@ -1,0 +1,56 @@
+"""Tables: what every variant cost, and what each layer holds."""
+from __future__ import annotations
+
+from typing import Any
+
+from ..format import BITS, DASH, decimal, duration, esc, missing, percent, ratio, size
+from .dial import label
+
+
+def _letter(variant: dict[str, Any]) -> str:
+    return f'<span class="badge v{esc(variant.get("letter"))}">{esc(variant.get("letter"))}</span>'
+
+
+def costs(record: dict[str, Any]) -> str:
+    """One line a variant: times, bytes, entries. All measured."""
+    heads = ("variant", "time to first token", "per token", "KV cache", "of dense", "allocated, empty", "kept", "read",
+             "perplexity", "KL, nats", "agreement")
+    rows = []
+    for i, v in enumerate(record.get("variants") or []):
+        cells = [duration(v.get("ttft_ms")), duration(v.get("tpot_ms")), size(v.get("kv_bytes")),
+                 ratio(v.get("kv_bytes"), v.get("kv_bytes_dense")) or DASH, size(v.get("slack_bytes")),
+                 percent(v.get("kept_fraction")), percent(v.get("read_fraction")), decimal(v.get("perplexity"), 2),
+                 decimal(v.get("kl_mean"), 3) if i else DASH, decimal(v.get("top1_agreement"), 2) if i else DASH]
+        title = esc(v.get("title") or v.get("spec"))
+        rows.append(f'<tr><th scope="row">{_letter(v)} {title}</th>' + "".join(f'<td class="num">{esc(c)}</td>' for c in cells) + "</tr>")
+    head = "".join(f'<th scope="col">{esc(h)}</th>' for h in heads)
+    return (f'<div class="tablebox"><table class="lines"><caption class="sr">measured cost of each variant</caption>'
+            f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
+
+
+def _bar(bits: dict[str, Any]) -> str:
+    counts = {b: int(bits.get(str(b)) or 0) for b in BITS}
+    whole = sum(counts.values())
+    if not whole:
+        return ""
+    words = ", ".join(f"{label(b)} {percent(n / whole)}" for b, n in counts.items() if n)
+    spans = "".join(f'<span class="bits b{b}" style="width:{n / whole * 100:.2f}%"></span>' for b, n in counts.items() if n)
+    return f'<div class="dial mini" role="img" aria-label="{esc(words)}" title="{esc(words)}">{spans}</div>'
+
+
+def layers(record: dict[str, Any]) -> str:
+    """Bytes and bits of every layer, variants beside each other."""
+    variants = [v for v in record.get("variants") or [] if v.get("layers")]
+    if not variants:
+        return '<p class="soft">This run did not record its layers.</p>'
+    head = "".join(f'<th scope="col" colspan="2">{_letter(v)} {esc(v.get("title") or v.get("spec"))}</th>' for v in variants)
+    table = {(i, layer.get("layer")): layer for i, v in enumerate(variants) for layer in v["layers"]}
+    rows = []
+    for number in sorted({n for _, n in table if not missing(n)}):
+        cells = []
+        for i in range(len(variants)):
+            layer = table.get((i, number)) or {}
+            cells.append(f'<td class="num">{esc(size(layer.get("kv_bytes")))}</td><td class="bar">{_bar(layer.get("bits") or {})}</td>')
+        rows.append(f'<tr><th scope="row" class="num">{esc(number)}</th>{"".join(cells)}</tr>')
+    return (f'<div class="tablebox"><table class="lines layers"><caption class="sr">KV bytes and bits by layer</caption>'
+            f'<thead><tr><th scope="col">layer</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>')

@@ -1,0 +1,301 @@
+"""The only door from the browser to the engine: models, techniques, experiments and predicted cost.
+
+Every method is narrow and returns plain values or the engine's events; tabs never import lab.engine themselves.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lab.errors import LabError
+
+from . import recorded
+from .format import ratio, size
+from .opened import OpenRun, Shelf
+
+log = logging.getLogger("lab.ui")
+
+SLOT_IDENTITY = {"trim": "whole prompt", "select": "all entries", "edit": "–", "weigh": "softmax", "combine": "exact merge",
+                 "route": "–", "observe": "–", "score": "–", "allocate": "all at 16 bit", "reduce": "–",
+                 "encode": "16 bit", "calibrate": "–"}
+CACHE_SIDE = ("observe", "score", "allocate", "reduce", "encode")
+MOST_VARIANTS = 4
+Report = Callable[[float, str], None]
+
+
+@dataclass
+class Outcome:
+    """What an experiment leaves: the record of the contract and its arrays."""
+
+    record: dict[str, Any]
+    arrays: dict[str, Any] = field(default_factory=dict)
+
+
+class Lab:
+    """One per process: the model (loaded once, lazily), the technique registry, open runs and running jobs."""
+
+    def __init__(self, library: Any, *, source: str = "default", device: str = "auto", weights: str = "auto",
+                 public: bool = False, max_new_tokens: int = 1024) -> None:
+        self.library, self.public, self.max_new_tokens = library, public, max_new_tokens
+        self.source, self.device, self.weights = source, device, weights
+        self.shelf = Shelf()
+        self._model: Any = None
+        self._loading, self._jobs_lock = threading.Lock(), threading.Lock()
+        self._jobs: dict[str, threading.Event] = {}
+        example = recorded.load()
+        self.has_example = example is not None
+        if example is not None:
+            self.shelf.put(example, "recorded")
+
+    # -- techniques ---------------------------------------------------------------------------------------------
+    def registry(self) -> dict[str, Any]:
+        """Technique classes by name."""
+        from lab import techniques
+
+        return techniques.registry()
+
+    def catalog(self) -> dict[str, Any]:
+        """Slots and techniques as the variant cards need them, from the registry's declarations."""
+        from lab.engine.slots import PIPELINE, SLOT_HELP
+
+        return {"slots": [{"name": slot, "question": SLOT_HELP.get(slot, ""), "identity": SLOT_IDENTITY.get(slot, "–"),
+                           "side": "cache" if slot in CACHE_SIDE else "attention"} for slot in PIPELINE],
+                "techniques": [self._declaration(t) for t in self.registry().values()]}
+
+    @staticmethod
+    def _declaration(technique: Any) -> dict[str, Any]:
+        paper = technique.paper
+        return {"name": technique.name, "title": technique.title, "slots": list(technique.slots), "help": technique.help,
+                "saves": technique.saves, "does_not_save": technique.does_not_save,
+                "paper": {"title": paper.title, "arxiv": paper.arxiv, "year": paper.year, "url": getattr(paper, "url", None)},
+                "parameters": [{"name": p.name, "type": p.type, "default": p.default, "min": p.min, "max": p.max,
+                                "choices": list(p.choices) if p.choices else None, "unit": p.unit, "help": p.help}
+                               for p in technique.parameters()]}
+
+    def techniques_of(self, variant: dict[str, Any]) -> list[Any]:
+        """Technique objects from a card's [{name, params}]. Raises LabError for what is unknown or out of range."""
+        known = self.registry()
+        built = []
+        for item in variant.get("techniques") or []:
+            if item.get("name") not in known:
+                raise LabError(f'There is no technique called "{item.get("name")}"', fix="Remove it from the variant")
+            kind = known[item["name"]]
+            names = {p.name for p in kind.parameters()}
+            built.append(kind(**{k: v for k, v in (item.get("params") or {}).items() if k in names}))
+        return built
+
+    def stack(self, variant: dict[str, Any]) -> Any:
+        """The engine's Stack of one card."""
+        from lab.engine.stack import Stack
+
+        return Stack.of(self.techniques_of(variant))
+
+    def cards_of(self, spec: str) -> dict[str, Any]:
+        """A card's {techniques: [{name, params}]} from a spec such as "h2o(budget=0.25)+kivi"."""
+        from lab.engine.stack import Stack
+
+        return {"techniques": Stack.parse(spec, self.registry()).describe()}
+
+    def plan(self, ask: dict[str, Any]) -> dict[str, Any]:
+        """What the cards show before a run: title, spec, conflicts, what is blocked and why, predicted KV bytes.
+
+        `ask`: {variants: [{techniques}], prompt_tokens int|None, max_new_tokens int}.
+        """
+        from lab.engine.stack import conflicts
+
+        known, answers = self.registry(), []
+        for variant in (ask.get("variants") or [])[:MOST_VARIANTS]:
+            answer: dict[str, Any] = {"conflicts": [], "blocked": {}}
+            answers.append(answer)
+            try:
+                chosen = self.techniques_of(variant)
+            except LabError as problem:
+                answer["error"] = str(problem)
+                continue
+            answer["conflicts"] = conflicts(chosen)
+            standing = set(answer["conflicts"])
+            for name, kind in known.items():
+                if name not in {t.name for t in chosen}:
+                    new = [c for c in conflicts([*chosen, kind]) if c not in standing]
+                    if new:
+                        answer["blocked"][name] = new[0]
+            if answer["conflicts"]:
+                continue
+            stack = self.stack(variant)
+            answer.update(spec=stack.spec, title=stack.title, saves=self.saves(stack),
+                          **self._predicted(stack, ask.get("prompt_tokens"), int(ask.get("max_new_tokens") or 0)))
+        return {"variants": answers}
+
+    @staticmethod
+    def saves(stack: Any) -> str:
+        """What a stack that frees no memory is said to save; empty when it frees memory, for then bytes tell."""
+        words = list(dict.fromkeys(t.saves for t in stack.techniques if t.saves))
+        if not words or any(w.startswith("memory") for w in words):
+            return ""
+        reads = [w for w in words if w != "nothing"]
+        return reads[0] if reads else "saves nothing"
+
+    def _predicted(self, stack: Any, prompt_tokens: int | None, new_tokens: int) -> dict[str, Any]:
+        facts = self.facts()
+        if not facts:
+            return {"pending": "predicted size: once the model is loaded"}
+        if not prompt_tokens:
+            return {"pending": "predicted size: once there is a prompt"}
+        try:
+            seen = self.predict(stack, facts, prompt_tokens, new_tokens)
+        except LabError as problem:
+            return {"error": str(problem)}
+        if seen is None:
+            return {}
+        mine, dense = seen
+        return {"kv": {"text": size(mine), "ratio": ratio(mine, dense) if stack.techniques else "",
+                       "at": f"{prompt_tokens + new_tokens:,} tokens"}}
+
+    def predict(self, stack: Any, facts: dict[str, Any], prompt: int, new: int) -> tuple[float, float] | None:
+        """(bytes of this stack, bytes of the dense cache) after `prompt` + `new` tokens, from lab.measure.cost."""
+        try:
+            from lab.measure import cost
+        except ImportError:
+            return None
+        found = cost.predict(stack, facts, prompt, new)
+        return (found["kv_bytes"], found["kv_bytes_dense"]) if isinstance(found, dict) else (found.kv_bytes, found.kv_bytes_dense)
+
+    # -- model --------------------------------------------------------------------------------------------------
+    @property
+    def loaded(self) -> bool:
+        """True when the model is in memory."""
+        return self._model is not None
+
+    def facts(self) -> dict[str, Any] | None:
+        """Facts of the loaded model; of the recorded run's model before that; None when neither is there."""
+        if self._model is not None:
+            return self._model.facts.to_dict()
+        example = self.shelf.get("recorded")
+        return example.record.get("model") if example else None
+
+    def ensure_model(self, report: Report | None = None) -> Any:
+        """Load the model once; later callers wait for the first. Raises LabError with the reason."""
+        with self._loading:
+            if self._model is None:
+                from lab import models
+
+                self._model = models.load(self.source, device=self.device, weights=self.weights, progress=report)
+            return self._model
+
+    def preload(self) -> threading.Thread:
+        """Load the model in the background; a failure is told at the first Run."""
+        def work() -> None:
+            try:
+                self.ensure_model()
+            except Exception as problem:  # told to the person at Run, where something can be done about it
+                log.warning("background load failed: %s", problem)
+        thread = threading.Thread(target=work, name="preload", daemon=True)
+        thread.start()
+        return thread
+
+    def count_tokens(self, text: str) -> int | None:
+        """Tokens of a prompt as the model will read it, or None before the model is loaded."""
+        if self._model is None:
+            return None
+        from lab.measure import experiment
+
+        return len(experiment.encode(self._model, text))
+
+    def limit(self) -> int | None:
+        """The model's context length in tokens."""
+        facts = self.facts()
+        return facts.get("context") if facts else None
+
+    # -- runs ---------------------------------------------------------------------------------------------------
+    def begin(self, visitor: str) -> threading.Event | None:
+        """Register a visitor's job and return its stop signal; None when one is already under way."""
+        with self._jobs_lock:
+            if visitor in self._jobs:
+                return None
+            self._jobs[visitor] = threading.Event()
+            return self._jobs[visitor]
+
+    def end(self, visitor: str) -> None:
+        """The job is over."""
+        with self._jobs_lock:
+            self._jobs.pop(visitor, None)
+
+    def stop(self, visitor: str) -> bool:
+        """Ask a visitor's job to stop within a step. False when there is none."""
+        with self._jobs_lock:
+            event = self._jobs.get(visitor)
+        if event is not None:
+            event.set()
+        return event is not None
+
+    def run(self, prompt: str, variants: list[dict[str, Any]], settings: dict[str, Any],
+            cancel: threading.Event) -> Iterator[Any]:
+        """Events of one experiment, then one Outcome."""
+        from lab.measure import experiment
+
+        stacks = [self.stack(v) for v in variants]
+        result = yield from experiment.run(self.ensure_model(), prompt, stacks, settings, cancel=cancel)
+        record, arrays = result
+        yield Outcome(record, arrays)
+
+    def replay(self, run: OpenRun, letter: str, layer: int, report: Report | None = None) -> None:
+        """Run a saved variant's tokens through the model again to capture one layer's queries and keys."""
+        from lab.measure import experiment
+
+        run.add(experiment.replay(self.ensure_model(report), run.record, letter, [layer]))
+
+    def replayable(self, run: OpenRun) -> bool:
+        """True when the loaded (or loadable) model is the one that made the run."""
+        model = (run.record.get("model") or {}).get("id")
+        facts = self.facts() or {}
+        return not self.loaded or model == facts.get("id")
+
+    def growth(self, record: dict[str, Any], variant: dict[str, Any], points: int = 24) -> tuple[list[int], list[float]]:
+        """Predicted KV bytes from the run's end to the model's full context, as (tokens, bytes)."""
+        facts = record.get("model") or {}
+        start = len((record.get("prompt") or {}).get("token_ids") or []) + len(variant.get("tokens") or [])
+        end = int(facts.get("context") or 0)
+        if end <= start:
+            return [], []
+        prompt = len((record.get("prompt") or {}).get("token_ids") or [])
+        stack = self.stack(variant)
+        xs = sorted({start + (end - start) * i // (points - 1) for i in range(points)})
+        try:
+            ys = [self.predict(stack, facts, prompt, x - prompt) for x in xs]
+        except LabError:
+            return [], []
+        return ([], []) if any(y is None for y in ys) else (xs, [y[0] for y in ys])
+
+    def keep(self, outcome: Outcome, owner: str) -> tuple[str, str | None]:
+        """Put a finished run on the shelf and save it. Returns (key, sentence about a failed save or None)."""
+        key = self.shelf.put(OpenRun(outcome.record, outcome.arrays))
+        try:
+            self.library.save(outcome.record, outcome.arrays, owner if self.public else "")
+        except Exception as problem:
+            log.warning("save failed: %s", problem)
+            return key, f"The run is open but not saved: {problem}"
+        return key, None
+
+    def open(self, run_id: str, owner: str) -> str:
+        """Open a saved run and return its key. Raises LabError when it is not there or not this visitor's."""
+        record, arrays = self.library.load(run_id, owner if self.public else "")
+        return self.shelf.put(OpenRun(record, arrays))
+
+
+def on_space() -> bool:
+    """True on a Hugging Face Space, where visitors are strangers to each other."""
+    return bool(os.environ.get("SPACE_ID"))
+
+
+def sentence(problem: BaseException) -> str:
+    """What a person reads about a failure. Never a traceback."""
+    if isinstance(problem, LabError) or type(problem).__name__ == "StorageError":
+        return str(problem)
+    if "out of memory" in str(problem).lower() or isinstance(problem, MemoryError):
+        return "The machine ran out of memory. A shorter prompt, fewer variants or fewer new tokens need less."
+    log.exception("unexpected failure", exc_info=problem)
+    return f"Something unexpected went wrong ({type(problem).__name__}). The details are in the server's log."

@@ -1,0 +1,75 @@
+"""The Runs tab: saved runs as a table with search, tags, comparison, export, import and undo."""
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from lab.errors import LabError
+
+from . import assets
+from .compare import owner_of
+from .controller import Lab, sentence
+from .format import decimal, percent, when
+
+MOST_IMPORT = 256 * 1024 * 1024
+
+
+def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
+    """Server functions of the table; each answers {"error": sentence} instead of failing."""
+
+    def guarded(work: Callable[[dict[str, Any], str], dict[str, Any]], ask: dict[str, Any] | None) -> dict[str, Any]:
+        try:
+            return work(ask or {}, owner_of(lab, ask or {}))
+        except Exception as problem:
+            return {"error": sentence(problem)}
+
+    def listing(ask: dict[str, Any]) -> dict[str, Any]:
+        def work(_: dict[str, Any], owner: str) -> dict[str, Any]:
+            rows = [{**row, "when": when(row["created"]), "kl_text": decimal(row["kl"], 3), "kv_text": percent(row["kv"])}
+                    for row in lab.library.rows(owner)]
+            return {"rows": rows, "note": lab.library.note}
+        return guarded(work, ask)
+
+    def rename(ask: dict[str, Any]) -> dict[str, Any]:
+        return guarded(lambda a, who: lab.library.rename(str(a["run_id"]), str(a["name"])[:120], who) or {"ok": True}, ask)
+
+    def tag(ask: dict[str, Any]) -> dict[str, Any]:
+        return guarded(lambda a, who: lab.library.tag(str(a["run_id"]), [str(t)[:40] for t in a["tags"]][:20], who) or {"ok": True}, ask)
+
+    def delete(ask: dict[str, Any]) -> dict[str, Any]:
+        return guarded(lambda a, who: lab.library.delete(str(a["run_id"]), who) or {"ok": True}, ask)
+
+    def restore(ask: dict[str, Any]) -> dict[str, Any]:
+        return guarded(lambda a, who: lab.library.restore(str(a["run_id"]), who) or {"ok": True}, ask)
+
+    def compare(ask: dict[str, Any]) -> dict[str, Any]:
+        return guarded(lambda a, who: lab.library.compare([str(i) for i in a["ids"]][:10], bool(a.get("only", True)), who), ask)
+
+    def export(ask: dict[str, Any]) -> dict[str, Any]:
+        def work(a: dict[str, Any], who: str) -> dict[str, Any]:
+            name, kind, data = lab.library.export(str(a["run_id"]), str(a["format"]), who)
+            return {"name": name, "type": kind, "data": base64.b64encode(data).decode("ascii")}
+        return guarded(work, ask)
+
+    def take(ask: dict[str, Any]) -> dict[str, Any]:
+        def work(a: dict[str, Any], who: str) -> dict[str, Any]:
+            text = str(a["data"])
+            if len(text) > MOST_IMPORT * 4 // 3:
+                raise LabError("The file is larger than 256 MB", fix="Import it with: python -m lab runs import FILE")
+            try:
+                data = base64.b64decode(text, validate=True)
+            except (binascii.Error, ValueError):
+                raise LabError("The file did not arrive whole", fix="Try again") from None
+            return {"run_id": lab.library.take(str(a["name"]), data, who)}
+        return guarded(work, ask)
+    return [listing, rename, tag, delete, restore, compare, export, take]
+
+
+def build(lab: Lab) -> gr.HTML:
+    """The table. It triggers 'open' with {run_id}; everything else it does by itself."""
+    return gr.HTML({"current": "recorded"}, html_template="", apply_default_css=False, elem_id="runs",
+                   js_on_load=assets.script("runs"), server_functions=functions(lab))

@@ -1,0 +1,75 @@
+"""What a visitor's page remembers, and how the address bar names it."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+TABS = ("compare", "attention", "memory", "runs")
+MAX_PROMPT_CHARS = 400_000
+
+
+@dataclass(frozen=True)
+class Address:
+    """The shareable part of the page: ?tab=&run=&variant=&layer=&head="""
+
+    tab: str = "compare"
+    run: str | None = None
+    variant: str | None = None
+    layer: int | None = None
+    head: int | str | None = None
+
+    @classmethod
+    def read(cls, query: Any) -> Address:
+        """From query parameters; whatever is not understood falls back to the default."""
+        def number(name: str) -> int | None:
+            value = str(query.get(name) or "")
+            return int(value) if value.isdigit() and len(value) < 6 else None
+        tab, head = str(query.get("tab") or ""), str(query.get("head") or "")
+        run = str(query.get("run") or "")[:80]
+        letter = str(query.get("variant") or "")
+        return cls(tab if tab in TABS else "compare", run or None, letter if letter in ("A", "B", "C", "D") else None,
+                   number("layer"), head if head in ("mean", "max") else number("head"))
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Decoding controls as the browser sends them, checked against the lab's limits."""
+
+    mode: str = "greedy"
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 64
+    timing: str = "interleaved"
+
+    @classmethod
+    def read(cls, value: dict[str, Any] | None, most_tokens: int) -> Decoding:
+        """From the settings component's value. Out-of-range numbers are brought to the nearest bound."""
+        v, base = value or {}, cls()
+
+        def bounded(name: str, low: float, high: float) -> float:
+            try:
+                return min(max(float(v.get(name, getattr(base, name))), low), high)
+            except (TypeError, ValueError):
+                return getattr(base, name)
+        return cls("sampled" if v.get("mode") == "sampled" else "greedy", bounded("temperature", 0.05, 5.0),
+                   int(bounded("top_k", 0, 1000)), bounded("top_p", 0.01, 1.0), int(bounded("seed", 0, 2**31 - 1)),
+                   int(bounded("max_new_tokens", 1, most_tokens)), "clean" if v.get("timing") == "clean" else "interleaved")
+
+    def settings(self) -> dict[str, Any]:
+        """The run record's settings; greedy is temperature 0."""
+        sampled = self.mode == "sampled"
+        return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature if sampled else 0.0,
+                "top_k": self.top_k if sampled else 0, "top_p": self.top_p if sampled else 1.0, "seed": self.seed,
+                "timing": self.timing, "samples": 1}
+
+
+def decoding_value(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """The settings component's value for a saved run."""
+    sampled = bool(settings.get("temperature"))
+    changes = {"mode": "sampled" if sampled else "greedy", "preset": "", "seed": settings.get("seed", 0),
+               "max_new_tokens": settings.get("max_new_tokens", 64), "timing": settings.get("timing", "interleaved")}
+    if sampled:
+        changes |= {k: settings[k] for k in ("temperature", "top_k", "top_p") if settings.get(k) is not None}
+    return {**base, **changes}
