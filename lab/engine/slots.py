@@ -119,10 +119,11 @@ class ColumnBias:
 
 @dataclass(frozen=True)
 class Shift:
-    """Read the first `count` stored keys as if they stood `delta` positions later (re-rotation, rule R1)."""
+    """Read the stored keys before position `before` as if they stood `delta` (an int, or int64 [B,Hk]) positions later
+    (re-rotation, rule R1)."""
 
-    count: int
-    delta: int
+    before: int
+    delta: int | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -294,4 +295,7 @@ def _article(kind: str) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value)

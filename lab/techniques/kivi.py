@@ -81,5 +81,6 @@ class Kivi(Technique):
         coded = self.due(side, entries)[1]
         exact = (entries - coded) * head_dim * element
         if side == "key":
-            return exact + coded * head_dim * self.bits // 8 + coded // self.group * head_dim * 4
+            ids = 4 * coded  # which block's scales a row uses
+            return exact + coded * head_dim * self.bits // 8 + coded // self.group * head_dim * 4 + ids
         return exact + coded * TokenCodec.bytes_per_row(self.bits, self.group, head_dim)
