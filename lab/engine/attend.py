@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kernels import cpu_attention as core
-from kernels.merge import merge, scale_columns
+from kernels.merge import merge, scale_columns, sink_logit
 from lab.engine.context import LayerContext
 from lab.engine.slots import Band, ColumnBias, Shift
 
@@ -82,6 +82,8 @@ def general(ctx: LayerContext, bands: list[Band], edits: list, want_mass: bool, 
         if not simple:
             s = s.masked_fill(_hidden(pos, valid, pos_q[:, r0 : r0 + ROWS], ctx.window, bands), -torch.inf)
         p, lse = core.softmax(s)
+        if ctx.sink is not None:
+            p, lse = (x.unflatten(1, (kv, groups)) for x in sink_logit(p.flatten(1, 2), lse.flatten(1, 2), ctx.sink))
         outs.append(_mix(ctx, p.flatten(2, 3), pos).unflatten(2, (groups, count)).flatten(1, 2))
         lses.append(lse.flatten(1, 2))
         if want_mass:
@@ -114,17 +116,11 @@ def biased_columns(ctx: LayerContext, result: Result, edits: list[ColumnBias]) -
     return Result(out.flatten(1, 2), lse.flatten(1, 2), result.mass, result.last)
 
 
-def dense_rows(ctx: LayerContext, rows: torch.Tensor) -> torch.Tensor:
-    """Dense outputs [B,Hq,R,d] of chosen rows (int64 [R], counted within this call) over every exact key they see."""
-    store = ctx.store
-    keys, values = store.exact_k.decode(), store.exact_v.decode()
-    q = ctx.q[:, :, rows].unflatten(1, (ctx.kv_heads, ctx.groups)).flatten(2, 3)
-    i = rows + ctx.first - store.base
-    visible = torch.arange(keys.shape[2], device=q.device) <= i[:, None]
-    if ctx.window:
-        visible &= i[:, None] - torch.arange(keys.shape[2], device=q.device) < ctx.window
-    out, _ = core.materialised(q, keys, values, ctx.scale, mask=visible.repeat(ctx.groups, 1))
-    return out.unflatten(2, (ctx.groups, rows.numel())).flatten(1, 2)
+def dense_rows(ctx: LayerContext, rows: torch.Tensor, edits: list) -> torch.Tensor:
+    """Outputs [B,Hq,R,d] of chosen rows (int64 [R], counted within this call) over every key they may see, under the
+    same edits as the rows they stand beside."""
+    place = ctx.pos_q if ctx.pos_q is not None else torch.arange(ctx.first, ctx.row + 1, device=ctx.q.device)[None]
+    return general(replace(ctx, q=ctx.q[:, :, rows], pos_q=place[:, rows]), [], edits, False, False).out
 
 
 def _logits(ctx: LayerContext, q: torch.Tensor, pos: torch.Tensor, shift: Shift | None) -> torch.Tensor:
@@ -133,11 +129,21 @@ def _logits(ctx: LayerContext, q: torch.Tensor, pos: torch.Tensor, shift: Shift 
         s = side[0].logits(q)
     else:
         s = _joined(ctx, [(seg, lambda p, seg=seg: seg.logits(q, p)) for seg in side], pos, q.shape[2])
-    if shift is not None and shift.delta:
-        turned = ctx.rope.rotate(q, -shift.delta)
-        s = s.clone()
-        s[..., : shift.count] = turned @ ctx.store.all_keys()[:, :, : shift.count].to(q.dtype).mT
-    return s
+    return s if shift is None else _shifted(ctx, s, q, pos, shift)
+
+
+def _shifted(ctx: LayerContext, s: torch.Tensor, q: torch.Tensor, pos: torch.Tensor, shift: Shift) -> torch.Tensor:
+    """s [B,Hk,R,N] with the logits of the keys before position shift.before replaced by those of the turned keys."""
+    store = ctx.store
+    valid = store.valid()
+    place = pos if valid is None else pos.masked_fill(~valid, torch.iinfo(torch.int64).max)
+    place, slot = place.topk(min(shift.before, pos.shape[-1]), dim=-1, largest=False)
+    delta = shift.delta if isinstance(shift.delta, int) else shift.delta.unsqueeze(-1)
+    keys = store.all_keys()
+    keys = keys.gather(2, slot.unsqueeze(-1).expand(*slot.shape, keys.shape[-1]))
+    turned = ctx.rope.rotate(q, -delta) @ keys.to(q.dtype).mT
+    at = slot.unsqueeze(2).expand(turned.shape)
+    return s.scatter(-1, at, torch.where((place < shift.before).unsqueeze(2), turned, s.gather(-1, at)))
 
 
 def _joined(ctx: LayerContext, parts: list, pos: torch.Tensor, rows: int) -> torch.Tensor:

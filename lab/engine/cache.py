@@ -51,6 +51,7 @@ class LabCache(DynamicCache):
                 window = getattr(layer, "sliding_window", None)
                 self.layers[i] = LabLayer(i, reserve, track, window, self.policy.slack)
                 self.layers[i].policy = self.policy
+                self.layers[i].shared = bool(getattr(config, "num_kv_shared_layers", 0))
         self.stack = stack
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kernels.cpu_attention import softmax
+from kernels.merge import sink_logit
 from lab.engine.layer import LabLayer
 from lab.engine.rope import Rope
 
@@ -30,6 +31,7 @@ class LayerContext:
     softcap: float | None
     window: int | None
     prompt: int
+    sink: torch.Tensor | None = None  # [Hq] learned logit that joins every row's softmax (gpt-oss)
     seed: int = 0
     rope: Rope | None = None
     last_p: torch.Tensor | None = None  # [B, Hq, N] weights of the newest row, where a technique needs them
@@ -49,13 +51,19 @@ class LayerContext:
 
     @property
     def state(self) -> dict:
-        """Mutable per layer and cache; tensors in it are copied when a stream forks."""
+        """Mutable per layer and cache. Tensors in it are [B, ...]: they are copied when a stream forks and follow the
+        sequences when samples are repeated or beams reordered."""
         return self.store.state
 
     @property
     def row(self) -> int:
-        """Position of the newest row."""
+        """Position of the newest row, padding counted."""
         return self.first + self.q.shape[2] - 1
+
+    @property
+    def newest(self) -> int | torch.Tensor:
+        """Position of the newest row, comparable with `positions()`: an int, or int64 [B,1,1] where there is padding."""
+        return self.row if self.pos_q is None else self.pos_q[:, -1].view(-1, 1, 1)
 
     def positions(self) -> torch.Tensor:
         return self.store.positions()
@@ -66,24 +74,26 @@ class LayerContext:
 
     def window_weights(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """win(rows) of the sheets: softmax weights float32 [B, Hq, w, N] of the last w <= rows prompt queries over all
-        stored entries, and the positions int64 [w] of those queries."""
+        stored entries, and the positions int64 [w] of those queries ([B, w] with padding, whose rows see nothing)."""
         q = self.store.queries[:, :, -rows:]
         w = q.shape[2]
-        pos_q = torch.arange(self.row - w + 1, self.row + 1, device=q.device)
+        back = torch.arange(1 - w, 1, device=q.device)
+        pos_q = back + (self.row if self.pos_q is None else self.pos_q[:, -1:])
         keys = self.store.all_keys()
         grouped = q.unflatten(1, (self.kv_heads, self.groups)).flatten(2, 3)
         s = (grouped @ keys.mT).float().unflatten(2, (self.groups, w)) * self.scale
         if self.softcap:
             s = self.softcap * torch.tanh(s / self.softcap)
-        pos = self.positions()[:, :, None, None, :]
-        hidden = pos > pos_q[:, None]
+        pos, i = self.positions()[:, :, None, None, :], pos_q.view(-1, 1, 1, w, 1)
+        hidden = pos > i
         if self.window:
-            hidden = hidden | (pos_q[:, None] - pos >= self.window)
+            hidden = hidden | (i - pos >= self.window)
         valid = self.store.valid()
         if valid is not None:
             hidden = hidden | ~valid[:, :, None, None, :]
-        p, _ = softmax(s.masked_fill(hidden, -torch.inf))
-        return p.flatten(1, 2), pos_q
+        p, lse = softmax(s.masked_fill(hidden, -torch.inf))
+        p, lse = p.flatten(1, 2), lse.flatten(1, 2)
+        return p if self.sink is None else sink_logit(p, lse, self.sink)[0], pos_q
 
     def per_kv_head(self, x: torch.Tensor) -> torch.Tensor:
         """Reduce [B, Hq, ...] to [B, Hk, ...] by the mean over each group (rule R3)."""

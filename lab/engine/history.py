@@ -42,6 +42,9 @@ class History:
     def repeat(self, times: int) -> None:
         self.death, self.demoted, self.bits = (t.repeat(times, 1, 1) for t in (self.death, self.demoted, self.bits))
 
+    def select(self, index: list[int]) -> None:
+        self.death, self.demoted, self.bits = (t[index] for t in (self.death, self.demoted, self.bits))
+
     def clone(self) -> "History":
         twin = History.__new__(History)
         twin.death, twin.demoted, twin.bits = self.death.clone(), self.demoted.clone(), self.bits.clone()

@@ -42,6 +42,7 @@ class LabLayer(CacheLayerMixin):
         super().__init__()
         self.index, self.reserve, self.track = index, reserve, track
         self.window, self.slack = window, slack
+        self.shared = False  # other layers read this one's rows after it
         self.tap: Tap | None = None
         self.reset()
 
@@ -101,6 +102,9 @@ class LabLayer(CacheLayerMixin):
         chosen = [int(i) for i in indices]
         for part in self._parts():
             part.select_sequences(chosen)
+        if self.history is not None:
+            self.history.select(chosen)
+        self._each_sequence(lambda x: x[torch.tensor(chosen, device=x.device)])
 
     # -- what is stored --------------------------------------------------------------------------------------------
     @property
@@ -274,13 +278,10 @@ class LabLayer(CacheLayerMixin):
         """Bring `meta` in line after `code` skipped the `first` exact rows on both sides."""
         if first == 0 or self.meta is None:
             return
-        total = self.meta.longest
-        start = self.coded_k[0].rows.longest - count
-        order = torch.arange(total, device=self.device)
-        moved = order[start + first : start + first + count].clone()
-        order[start + count : start + count + first] = order[start : start + first].clone()
-        order[start : start + count] = moved
-        self.meta.order(order.expand(self.batch, self.heads, -1))
+        line = torch.arange(self.meta.longest, device=self.device)
+        start = self.coded_k[0].rows.lens_tensor(self.device).unsqueeze(-1) - count  # [B, Hk, 1]
+        back = torch.where(line < start + count + first, line - count, line)
+        self.meta.order(torch.where(line < start, line, torch.where(line < start + count, line + first, back)))
 
     def repeat(self, times: int) -> None:
         """Turn one prompt's cache into `times` samples of it."""
@@ -288,6 +289,7 @@ class LabLayer(CacheLayerMixin):
             part.repeat(times)
         if self.history is not None:
             self.history.repeat(times)
+        self._each_sequence(lambda x: x.repeat(times, *[1] * (x.dim() - 1)))
 
     def clone(self) -> "LabLayer":
         """An independent copy: the fork of a stream."""
@@ -307,6 +309,14 @@ class LabLayer(CacheLayerMixin):
         if not self.is_initialized:
             return []
         return [*self.keys_side, *self.values_side] + ([self.meta] if self.meta is not None else [])
+
+    def _each_sequence(self, change) -> None:
+        """Apply a change of the batch to what is kept beside the stored rows: [B, ...] tensors."""
+        if isinstance(self.budget, torch.Tensor):
+            self.budget = change(self.budget)
+        if self.queries is not None:
+            self.queries = change(self.queries)
+        self.state = {k: change(v) if isinstance(v, torch.Tensor) else v for k, v in self.state.items()}
 
     def _gathered(self, side: list[Segment]) -> torch.Tensor:
         if len(side) == 1:

@@ -42,7 +42,7 @@ def run(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> torch.Te
     if handle.fresh:
         handle.fresh = False
         policy.after(ctx, result)
-        if store.window:
+        if store.window and not store.shared:
             store.trim_window()
     return out.transpose(1, 2)
 
@@ -59,6 +59,8 @@ def _append(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> Laye
         keep = call.mask[:, -rows:].bool()
         pos_q = (call.mask.long().cumsum(-1) - 1)[:, -rows:].masked_fill(~keep, -1)
     if handle.fresh:
+        if store.window and store.shared:  # later layers read these rows too, so they go before the next step
+            store.trim_window()
         if policy.record and store.history is None:
             store.history = History(q.shape[0], handle.k.shape[1], store.reserve)
         pos = None
@@ -68,7 +70,7 @@ def _append(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> Laye
         store.append(handle.k, handle.v, pos, keep)
     return LayerContext(
         store=store, layer=store.index, layers=policy.layers, phase=policy.phase(store, rows), q=q, pos_q=pos_q,
-        first=first, scale=call.scale, softcap=call.softcap, window=call.window,
+        first=first, scale=call.scale, softcap=call.softcap, window=call.window, sink=call.sink,
         prompt=policy.prompt or first + rows, seed=policy.seed, rope=policy.rope(store.index), shared=policy.shared,
     )
 
@@ -85,22 +87,21 @@ def _attend(policy: Policy, ctx: LayerContext, handle: Handle, call: Call) -> at
             result = attend.prompt_rows(ctx, handle.k, handle.v, band)
             if edits:
                 result = attend.biased_columns(ctx, result, edits)
-            return _finish(policy, ctx, call, result, bands, edits)
-    if rows == 1 and quick and not edits and not policy.want_mass and not policy.want_last:
-        return _finish(policy, ctx, call, attend.one_row(ctx), bands, edits)
-    result = attend.general(ctx, bands, edits, policy.want_mass, policy.want_last)
-    return _finish(policy, ctx, call, result, bands, edits)
+            return _finish(policy, ctx, _with_sink(ctx, result), bands, edits)
+    if rows == 1 and quick and not bands and not edits and not policy.want_mass and not policy.want_last:
+        return _with_sink(ctx, attend.one_row(ctx))
+    return _finish(policy, ctx, attend.general(ctx, bands, edits, policy.want_mass, policy.want_last), bands, edits)
 
 
-def _finish(policy: Policy, ctx: LayerContext, call: Call, result: attend.Result, bands: list, edits: list) -> attend.Result:
-    if call.sink is not None:
-        out, lse = sink_logit(result.out, result.lse, call.sink)
-        if result.mass is not None:  # the sink takes its share of every row; one row per decode step makes this exact
-            share = torch.exp(result.lse - lse)
-            result.mass = result.mass * ctx.per_kv_head(share).mean(-1, keepdim=True)
-        result = attend.Result(out, lse, result.mass, result.last)
+def _with_sink(ctx: LayerContext, result: attend.Result) -> attend.Result:
+    if ctx.sink is None:
+        return result
+    return attend.Result(*sink_logit(result.out, result.lse, ctx.sink))
+
+
+def _finish(policy: Policy, ctx: LayerContext, result: attend.Result, bands: list, edits: list) -> attend.Result:
     if ctx.phase == "prefill" and policy.combine is not None and bands:
-        result.out = policy.combine.combine(ctx, result.out, lambda rows: attend.dense_rows(ctx, rows))
+        result.out = policy.combine.combine(ctx, result.out, lambda rows: attend.dense_rows(ctx, rows, edits))
     if policy.want_mass and result.mass is None:
         first = ctx.first - ctx.store.base
         result.mass = core.column_mass(

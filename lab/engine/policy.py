@@ -127,6 +127,8 @@ class Policy:
         longest = store.longest
         scores = self.scorer.score(ctx) if total < longest or self.allocator is not None else None
         budget = self.allocator.allocate(ctx, total, scores) if self.allocator is not None else total
+        if isinstance(budget, int) and budget < total:  # an allocation never takes what its scorer protects (rule R5)
+            budget = max(budget, min(total, sum(self.scorer.protected(budget, ctx.prompt))))
         store.budget = budget
         if isinstance(budget, int) and budget >= longest:
             return
@@ -158,8 +160,7 @@ class Policy:
         """bool [B, Hk, N] of the entries that always stay (rule R5)."""
         first, last = self.scorer.protected(budget, ctx.prompt)
         pos = ctx.positions()
-        newest = ctx.row if ctx.pos_q is None else ctx.pos_q[:, -1].view(-1, 1, 1)
-        return (pos < first) | (pos > newest - last)
+        return (pos < first) | (pos > ctx.newest - last)
 
     def _chosen(self, ctx: LayerContext, scores: torch.Tensor, budget: int | torch.Tensor) -> torch.Tensor:
         """Protected entries and the best of the rest, bool [B, Hk, N], `budget` of them per lane."""

@@ -37,4 +37,4 @@ class H2O(Technique):
 
     def score(self, ctx: LayerContext) -> torch.Tensor:
         mass = ctx.mass()
-        return mass / (ctx.row + 1 - ctx.positions()).clamp_min(1) if self.norm else mass
+        return mass / (ctx.newest + 1 - ctx.positions()).clamp_min(1) if self.norm else mass

@@ -54,5 +54,6 @@ class HeadPruning(Technique):
             generator = torch.Generator().manual_seed(1000 * ctx.seed + 7)
             draw = torch.rand(ctx.layers, ctx.heads, generator=generator)
             count = round(self.fraction * draw.numel())
-            gate[draw[ctx.layer] <= draw.flatten().sort().values[count - 1]] = 0 if count else 1
+            if count:
+                gate[draw[ctx.layer] <= draw.flatten().sort().values[count - 1]] = 0
         return None if bool(gate.all()) else gate.view(1, -1, 1, 1).to(ctx.q.device)

@@ -52,5 +52,10 @@ class StreamingLLM(Technique):
         store = ctx.store
         if not self.renumber or ctx.phase != "decode" or store.budget is None or not self.sinks:
             return []
-        gap = store.seen - store.longest  # positions that fell out between the sinks and the window
-        return [Shift(min(self.sinks, store.longest), gap)] if gap else []
+        # the gap: positions that fell out between the sinks and the window
+        if ctx.pos_q is None and store.valid() is None:
+            gap = ctx.row + 1 - store.longest
+            return [Shift(self.sinks, gap)] if gap else []
+        counts = torch.tensor(store.counts, device=store.device).view(store.batch, store.heads)
+        newest = ctx.newest if isinstance(ctx.newest, int) else ctx.newest.squeeze(-1)
+        return [Shift(self.sinks, newest + 1 - counts)]

@@ -1,0 +1,36 @@
+"""Shared by every test: the repository on the path, one thread, repeatable hypothesis runs, the suite's markers.
+
+Imports nothing heavy by itself: storage tests run without torch, kernel and engine tests without gradio or duckdb.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT / "tests", ROOT):  # helpers of the tests, and the rooms
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+MARKERS = {
+    "model": "needs the bundled real language model (skipped where it cannot be loaded)",
+    "slow": "takes more than a few seconds",
+}
+
+
+def pytest_configure(config):
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    try:
+        from hypothesis import HealthCheck, settings
+    except ImportError:
+        return
+    settings.register_profile(
+        "lab", deadline=None, derandomize=True, print_blob=True, suppress_health_check=list(HealthCheck)
+    )
+    settings.register_profile("wide", parent=settings.get_profile("lab"), derandomize=False, max_examples=500)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "lab"))
