@@ -10,6 +10,7 @@ from typing import Any
 def add(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("techniques", help="list the techniques and their parameters")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--markdown", action="store_true", help="print the table of the README")
     parser.set_defaults(act=act)
 
 
@@ -17,6 +18,9 @@ def act(args: argparse.Namespace) -> int:
     rows = describe()
     if args.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return 0
+    if args.markdown:
+        print(markdown())
         return 0
     for row in rows:
         print(f"{row['name']:<20} {row['title']} · {', '.join(row['slots'])} · saves {row['saves']}")
@@ -43,3 +47,13 @@ def describe() -> list[dict[str, Any]]:
         }
         for cls in registry().values()
     ]
+
+
+def markdown() -> str:
+    """The registry as the README's table."""
+    lines = ["| technique | name | slots | saves | paper |", "|---|---|---|---|---|"]
+    for row in describe():
+        paper = row["paper"]
+        source = f"[{paper['arxiv']}]({paper['url']})" if paper["url"] else paper["arxiv"]
+        lines.append(f"| {row['title']} | `{row['name']}` | {', '.join(row['slots'])} | {row['saves']} | {source} |")
+    return "\n".join(lines)
