@@ -42,7 +42,7 @@ def affine_range(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torc
     low, high = low.float(), high.float()
     zero = (low - low.abs() * 2**-10).half()
     step = (high - zero.float()).clamp_min(0) / (2**bits - 1)
-    return (step * (1 + 2**-10)).half(), zero
+    return (step * (1 + 2**-10) + 2**-24).half(), zero  # the second term where float16 has gone subnormal
 
 
 def quantise(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
