@@ -8,6 +8,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from lab.engine.layer import Handle
 from lab.engine.pipeline import Call, run, run_without_cache
+from lab.engine.policy import Policy
 from lab.errors import LabError
 
 NAME = "lab"
@@ -56,6 +57,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
             "Decoder models that call transformers' attention interface work", "Choose a Llama, Qwen, Gemma or similar model",
         )
     assert ALL_MASK_ATTENTION_FUNCTIONS[NAME] is mask
+    model._lab_hook = model.base_model.register_forward_hook(_forward_done, with_kwargs=True)
     return model
 
 
@@ -63,7 +65,16 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Give `model` its earlier attention implementation back."""
     if is_attached(model):
         model.set_attn_implementation(model._lab_previous)
+        model._lab_hook.remove()
     return model
+
+
+def _forward_done(module: torch.nn.Module, args: tuple, kwargs: dict, output) -> None:
+    """After the last layer: tell the policy of the lab's cache, if one is in use and waits for it."""
+    cache = kwargs.get("past_key_values")
+    policy = getattr(cache if cache is not None else getattr(output, "past_key_values", None), "policy", None)
+    if isinstance(policy, Policy) and (policy.watchers or policy.waits):
+        policy.forward_done(kwargs.get("input_ids", args[0] if args else None), output[0])
 
 
 def is_attached(model: PreTrainedModel) -> bool:

@@ -9,7 +9,7 @@ import torch
 from kernels import cpu_attention as core
 from kernels.merge import merge, scale_columns, sink_logit
 from lab.engine.context import LayerContext
-from lab.engine.slots import Band, ColumnBias, Shift
+from lab.engine.slots import Band, ColumnBias, EntryBias, Shift
 
 ROWS = 128  # query rows per block of the general path: bounds the logits to [B, Hk, G*ROWS, N]
 
@@ -79,6 +79,9 @@ def general(ctx: LayerContext, bands: list[Band], edits: list, want_mass: bool, 
         for edit in biases:
             bias = edit.bias.to(s.device).view(kv, groups)[None, :, :, None, None]
             s = torch.where((pos == edit.position)[:, :, None, None, :], s + bias, s)
+        for edit in edits:
+            if isinstance(edit, EntryBias):
+                s = s + edit.bias[:, :, None, None, :]
         if not simple:
             s = s.masked_fill(_hidden(pos, valid, pos_q[:, r0 : r0 + ROWS], ctx.window, bands), -torch.inf)
         p, lse = core.softmax(s)
@@ -128,7 +131,7 @@ def _logits(ctx: LayerContext, q: torch.Tensor, pos: torch.Tensor, shift: Shift 
     if len(side) == 1:
         s = side[0].logits(q)
     else:
-        s = _joined(ctx, [(seg, lambda p, seg=seg: seg.logits(q, p)) for seg in side], pos, q.shape[2])
+        s = _joined(ctx, q)
     return s if shift is None else _shifted(ctx, s, q, pos, shift)
 
 
@@ -146,19 +149,16 @@ def _shifted(ctx: LayerContext, s: torch.Tensor, q: torch.Tensor, pos: torch.Ten
     return s.scatter(-1, at, torch.where((place < shift.before).unsqueeze(2), turned, s.gather(-1, at)))
 
 
-def _joined(ctx: LayerContext, parts: list, pos: torch.Tensor, rows: int) -> torch.Tensor:
-    """Concatenate per-segment [B,Hk,R,n] blocks in logical order, lane by lane where lanes are uneven."""
-    used = [(seg, read) for seg, read in parts if seg.rows.longest]
-    start, blocks = 0, []
-    for seg, read in used:
-        blocks.append(read(pos[:, :, start : start + seg.rows.longest]))
-        start += seg.rows.longest
+def _joined(ctx: LayerContext, q: torch.Tensor) -> torch.Tensor:
+    """Per-segment logits of q [B,Hk,R,d] in logical order [B,Hk,R,N], lane by lane where lanes are uneven."""
+    used = ctx.store.spans(ctx.store.keys_side)
+    blocks = [seg.logits(q, where) for seg, where in used]
     if len(used) == 1:
         return blocks[0]
     if all(seg.rows.level for seg, _ in used):
         return torch.cat(blocks, -1)
     store = ctx.store
-    out = blocks[0].new_zeros(store.batch, store.heads, rows, store.longest)
+    out = blocks[0].new_zeros(store.batch, store.heads, q.shape[2], store.longest)
     for lane in range(store.batch * store.heads):
         b, h = divmod(lane, store.heads)
         at = 0

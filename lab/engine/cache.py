@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from lab.engine.calibrate import calibrated
 from lab.engine.layer import LabLayer
 from lab.engine.policy import Policy
 from lab.engine.stack import Stack
@@ -45,6 +46,8 @@ class LabCache(DynamicCache):
         self.policy = Policy(stack, len(self.layers), model, prompt=prompt, seed=seed, record=record)
         if prompt:
             self.policy.check(prompt)
+        if stack.one("calibrate") is not None:
+            self.policy.calibration = calibrated(model, stack)
         track = self.policy.tracks
         for i, layer in enumerate(self.layers):
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):

@@ -10,6 +10,7 @@ from kernels.cpu_attention import softmax
 from kernels.merge import sink_logit
 from lab.engine.layer import LabLayer
 from lab.engine.rope import Rope
+from lab.engine.slots import Technique
 
 
 @dataclass
@@ -35,6 +36,11 @@ class LayerContext:
     seed: int = 0
     rope: Rope | None = None
     last_p: torch.Tensor | None = None  # [B, Hq, N] weights of the newest row, where a technique needs them
+    out: torch.Tensor | None = None  # [B, Hq, T, d] outputs of these rows, before routing
+    scorer: Technique | None = None  # the technique that ranks entries, and the one that codes them, under this stack
+    encoder: Technique | None = None
+    model: torch.nn.Module | None = None
+    calibrated: dict[str, torch.Tensor] = field(default_factory=dict)  # what `calibrate` froze for this layer
     shared: dict = field(default_factory=dict)  # survives from layer to layer within one cache
 
     @property

@@ -27,9 +27,15 @@ class History:
         self.death[b, h, where] = row + 1
         self.bits[b, h, where] = 0
 
-    def coded(self, pos: torch.Tensor, bits: int, row: int) -> None:
-        """Entries at pos int [B,Hk,N] went down to `bits` after row `row` had attended."""
+    def coded(self, pos: torch.Tensor, bits: int, row: int, flags: torch.Tensor | None = None) -> None:
+        """Entries at pos int [B,Hk,N] went down to `bits` after row `row` had attended; flags bool picks some of them."""
         where = pos.cpu()
+        if flags is not None:
+            b, h, slot = flags.cpu().nonzero(as_tuple=True)
+            where = where[b, h, slot]
+            self._room(int(where.max()) + 1 if where.numel() else 0)
+            self.demoted[b, h, where], self.bits[b, h, where] = row + 1, bits
+            return
         self._room(int(where.max()) + 1 if where.numel() else 0)
         self.demoted.scatter_(2, where, row + 1)
         self.bits.scatter_(2, where, bits)

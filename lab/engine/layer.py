@@ -60,7 +60,8 @@ class LabLayer(CacheLayerMixin):
         self.history: History | None = None
         self.prompt_done = False
         self.budget: torch.Tensor | int | None = None
-        self.last_read = 0  # entries read by the newest query row, summed over lanes
+        self.last_read: float = 0  # entries read by the newest query row, summed over lanes; a lone key or value is half
+        self.last_probe = 0  # bytes read in order to choose them
 
     # -- transformers' side ----------------------------------------------------------------------------------------
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -147,12 +148,17 @@ class LabLayer(CacheLayerMixin):
     @property
     def live_bytes(self) -> int:
         """Bytes of everything held for the entries kept: codes, scales, tags, positions, running statistics."""
-        return sum(part.live_bytes for part in self._parts())
+        return sum(part.live_bytes for part in self._parts()) + self.table_bytes
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes of the tensors behind them; the difference to live_bytes is slack capacity."""
-        return sum(part.allocated_bytes for part in self._parts())
+        return sum(part.allocated_bytes for part in self._parts()) + self.table_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes techniques keep beside the entries (page bounds, moments): the tensors in `state`."""
+        return sum(x.numel() * x.element_size() for x in self.state.values() if isinstance(x, torch.Tensor))
 
     def bits_count(self) -> dict[int, int]:
         """Entries per key width, summed over lanes; 0 counts the entries dropped."""
@@ -175,6 +181,24 @@ class LabLayer(CacheLayerMixin):
             return None
         lens = torch.tensor(counts, device=self.device).view(self.batch, self.heads, 1)
         return torch.arange(max(counts), device=self.device) < lens
+
+    def spans(self, side: list[Segment]) -> list[tuple[Segment, torch.Tensor]]:
+        """The segments of a side that hold rows, in logical order, each with its rows' positions [B, Hk, width]."""
+        pos, out = self.positions(), []
+        used = [segment for segment in side if segment.rows.longest]
+        even = all(segment.rows.level for segment in used)
+        start = torch.zeros(self.batch, self.heads, 1, dtype=torch.long, device=self.device)
+        at = 0
+        for segment in used:
+            width = segment.rows.longest
+            if even:
+                out.append((segment, pos[:, :, at : at + width]))
+            else:
+                index = (start + torch.arange(width, device=self.device)).clamp_max(pos.shape[-1] - 1)
+                out.append((segment, pos.gather(2, index)))
+                start = start + segment.rows.lens_tensor(self.device).unsqueeze(-1)
+            at += width
+        return out
 
     def all_keys(self) -> torch.Tensor:
         """Stored keys in logical order, decoded: [B, Hk, longest, d]."""
@@ -261,12 +285,25 @@ class LabLayer(CacheLayerMixin):
             self.exact_v.rows.take_front(extra)
             self.base += extra
 
-    def code(self, side: str, codec: Codec, first: int, count: int, row: int) -> None:
-        """Move `count` exact rows of one side, oldest first after skipping `first`, into that side's coded segment."""
+    def code(self, side: str, codec: Codec, first: int, count: int | list[int], row: int) -> None:
+        """Move `count` exact rows of one side, oldest first after skipping `first`, into that side's coded segment.
+
+        A list gives the count of each lane, where lanes hold different numbers of exact rows.
+        """
         exact, coded = (self.exact_k, self.coded_k) if side == "key" else (self.exact_v, self.coded_v)
         if not coded:
             coded.append(Coded(codec, self.batch, self.heads))
         before = coded[0].rows.lens_tensor(self.device).unsqueeze(-1)
+        if isinstance(count, list):
+            line = torch.arange(exact.rows.longest, device=self.device)
+            flags = (line >= first) & (line < first + torch.tensor(count, device=self.device).view(self.batch, self.heads, 1))
+            taken, slots, inside = exact.rows.packed(flags)
+            moved = self.positions().gather(2, (before + slots).clamp_max(self.longest - 1))
+            coded[0].append(taken["x"], moved, inside)
+            exact.keep(~flags, spare=self.slack)
+            if self.history is not None and side == "key":
+                self.history.coded(moved, codec.bits, row, inside)
+            return
         index = before + first + torch.arange(count, device=self.device)
         moved = self.positions().gather(2, index.expand(self.batch, self.heads, -1))
         taken = exact.rows.take_front(count, skip=first)["x"]
@@ -274,10 +311,12 @@ class LabLayer(CacheLayerMixin):
         if self.history is not None and side == "key":
             self.history.coded(moved, codec.bits, row)
 
-    def reorder_after_code(self, first: int, count: int) -> None:
+    def reorder_after_code(self, first: int, count: int | list[int]) -> None:
         """Bring `meta` in line after `code` skipped the `first` exact rows on both sides."""
         if first == 0 or self.meta is None:
             return
+        if isinstance(count, list):
+            count = torch.tensor(count, device=self.device).view(self.batch, self.heads, 1)
         line = torch.arange(self.meta.longest, device=self.device)
         start = self.coded_k[0].rows.lens_tensor(self.device).unsqueeze(-1) - count  # [B, Hk, 1]
         back = torch.where(line < start + count + first, line - count, line)
@@ -321,16 +360,7 @@ class LabLayer(CacheLayerMixin):
     def _gathered(self, side: list[Segment]) -> torch.Tensor:
         if len(side) == 1:
             return side[0].decode()
-        parts = []
-        start = 0
-        pos = self.positions()
-        for segment in side:
-            width = segment.rows.longest
-            if width == 0 and segment is not side[0]:
-                continue
-            if width:
-                parts.append((segment.decode(pos[:, :, start : start + width]).to(self.dtype), segment.rows))
-            start += width
+        parts = [(segment.decode(pos).to(self.dtype), segment.rows) for segment, pos in self.spans(side)]
         if len(parts) == 1:
             return parts[0][0]
         if all(rows.level for _, rows in parts):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from lab.engine.attend import Result
 from lab.engine.context import LayerContext
 from lab.engine.layer import LabLayer
 from lab.engine.rope import Rope, rope_of
+from lab.engine.slots import Forward
 from lab.engine.stack import Stack
+from lab.engine.tiers import narrow
 from lab.errors import LabError
 
 
@@ -25,17 +28,30 @@ class Policy:
         self.stack, self.layers, self.model = stack, layers, model
         self.prompt, self.seed, self.record = prompt, seed, record
         self.shared: dict = {}
+        self.calibration: list[dict[str, torch.Tensor]] = []  # per layer, where a technique of the stack calibrates
         self.selects, self.edits = stack.filling("select"), stack.filling("edit")
         self.routes, self.combine = stack.filling("route"), stack.one("combine")
         self.allocator, self.reducer = stack.one("allocate"), stack.one("reduce")
         self.encoder = stack.one("encode")
-        self.scorer = stack.one("score")
+        self.scorer, self.weigher = stack.one("score"), stack.one("weigh")
+        self.probe = None  # (ctx, out) -> out: what a calibration looks at
         if self.scorer is None and self.allocator is not None:
             self.scorer = self.allocator.default_scorer()
-        needs = frozenset().union(*(t.needs for t in stack.techniques), self.scorer.needs if self.scorer else ())
+        if self.allocator is None and self.scorer is not None:
+            self.allocator = self.scorer.default_allocator()
+        if self.encoder is None and self.allocator is not None:
+            self.encoder = self.allocator.default_encoder()
+        implied = (self.scorer, self.allocator, self.encoder)
+        self.members = tuple(dict.fromkeys((*stack.techniques, *(t for t in implied if t is not None))))
+        self.observers = [t for t in self.members if hasattr(t, "observe")]
+        self.watchers = [t for t in self.members if t.watches]
+        self.waits = any(t.whole_cache for t in self.members)
+        self.tiered = self.allocator is not None and self.allocator.sets_tiers
+        self._contexts: list[LayerContext] = []
+        needs = frozenset().union(*(t.needs for t in self.members))
         self.want_mass, self.want_last, self.want_queries = "mass" in needs, "last" in needs, "queries" in needs
         self.want_rope = "rope" in needs
-        self.window_rows = max([t.observation_window for t in (*stack.techniques, *filter(None, [self.scorer]))], default=0)
+        self.window_rows = max([t.observation_window for t in self.members], default=0)
         self._ropes: dict[int, Rope] = {}
 
     @classmethod
@@ -45,7 +61,7 @@ class Policy:
     @property
     def tracks(self) -> bool:
         """Positions stop being a plain range, so they are stored with the entries (rule R1)."""
-        return self.scorer is not None or (self.encoder is not None and not self.encoder.keeps_order)
+        return self.scorer is not None or self.tiered or (self.encoder is not None and not self.encoder.keeps_order)
 
     @property
     def slack(self) -> int:
@@ -62,6 +78,22 @@ class Policy:
     def phase(self, store: LabLayer, rows: int) -> str:
         """Rows belong to the prompt until it is complete; a later call of several rows is a new turn's prompt."""
         return "prefill" if rows > 1 or not store.prompt_done else "decode"
+
+    def weigh(self, ctx: LayerContext):
+        """The function that turns this step's logits into weights; None for the softmax."""
+        return self.weigher.weigh if self.weigher is not None and self.weigher.weighs(ctx) else None
+
+    def early(self, ctx: LayerContext) -> Result | None:
+        """An output that stands for this step's attention, where a technique has one; nothing is then read."""
+        for technique in self.routes:
+            out = technique.replace(ctx)
+            if out is not None:
+                store = ctx.store
+                store.last_read = store.last_probe = 0
+                mass = torch.zeros(store.positions().shape, device=out.device) if self.want_mass else None
+                last = torch.zeros(*ctx.q.shape[:2], store.longest, device=out.device) if self.want_last else None
+                return Result(out, None, mass, last)
+        return None
 
     def check(self, prompt: int) -> None:
         """Refuse a budget that cannot hold what it must protect, before anything runs.
@@ -93,36 +125,91 @@ class Policy:
         store = ctx.store
         with torch.no_grad():
             self._observe(ctx, result)
+            if self.watchers or self.waits:
+                self._contexts.append(ctx)
             if ctx.phase == "prefill":
                 if self.prompt and store.seen < self.prompt:
+                    if self.scorer is not None and self.scorer.prompt_block:
+                        self._squeeze(ctx)
                     return
                 ctx.prompt = self.prompt or store.seen
-                self._compress_prompt(ctx)
-                store.prompt_done = True
-                store.queries = None
-            elif self.scorer is not None and self.scorer.evicts_in_decode and store.budget is not None:
+                if not self.waits:
+                    self._finish_prompt(ctx)
+                return
+            if self.scorer is not None and self.scorer.evicts_in_decode and store.budget is not None:
                 self._evict(ctx)
-            if self.encoder is not None:
+            if self.tiered:
+                self._narrow(ctx, self.allocator.tiers(ctx, None, None))
+            elif self.encoder is not None:
                 self._encode(ctx)
+
+    def forward_done(self, ids: torch.Tensor | None, hidden: torch.Tensor) -> None:
+        """Every layer has attended: let techniques look at the whole, and do what waited for it.
+
+        ids int64 [B,T] or None, hidden [B,T,D]: the last hidden states of this forward.
+        """
+        contexts, self._contexts = self._contexts, []
+        if not contexts:
+            return
+        first = contexts[0]
+        complete = first.phase == "prefill" and not (self.prompt and first.store.seen < self.prompt)
+        with torch.no_grad():
+            for technique in self.watchers:
+                technique.watch(Forward(self.model, ids, hidden, contexts, complete))
+            if complete and self.waits:
+                for ctx in contexts:
+                    self._finish_prompt(ctx)
+
+    def _finish_prompt(self, ctx: LayerContext) -> None:
+        self._compress_prompt(ctx)
+        ctx.store.prompt_done = True
+        ctx.store.queries = None
+        if self.encoder is not None and not self.tiered:
+            self._encode(ctx)
 
     def _observe(self, ctx: LayerContext, result) -> None:
         store = ctx.store
+        ctx.out, ctx.scorer, ctx.encoder = result.out, self.scorer, self.encoder
+        ctx.model, ctx.calibrated = self.model, self._calibrated(ctx.layer)
         if self.want_mass:
             store.set_attribute("mass", ctx.mass() + result.mass)
         ctx.last_p = result.last
         if ctx.phase == "prefill" and (self.window_rows or self.want_queries):
             rows = ctx.q if store.queries is None else torch.cat([store.queries, ctx.q], 2)
             store.queries = rows if self.want_queries else rows[:, :, -self.window_rows :].clone()
-        for technique in self.stack.filling("observe"):
-            observe = getattr(technique, "observe", None)
-            if observe is not None:
-                observe(ctx)
+        for technique in self.observers:
+            technique.observe(ctx)
+
+    def _calibrated(self, layer: int) -> dict[str, torch.Tensor]:
+        return self.calibration[layer] if self.calibration else {}
+
+    def _squeeze(self, ctx: LayerContext) -> None:
+        """Keep a long prompt within its budget while it is still being read, a block at a time."""
+        total = self.total(self.prompt)
+        if total is not None and ctx.store.longest > total:
+            ctx.prompt = self.prompt
+            ctx.store.keep(self._chosen(ctx, self.scorer.score(ctx), total), ctx.row)
+
+    def _narrow(self, ctx: LayerContext, bits: torch.Tensor | None) -> None:
+        if bits is not None:
+            narrow(ctx.store, bits, lambda width: self.encoder.at(width).codecs(ctx), ctx.row)
+
+    def _drop(self, ctx: LayerContext, keep: torch.Tensor, scores: torch.Tensor) -> None:
+        """Merge and free the entries that leave, and set the bits of those that stay."""
+        bits = self.allocator.tiers(ctx, scores, keep) if self.tiered else None
+        if self.reducer is not None:
+            self.reducer.reduce(ctx, keep, scores)
+        ctx.store.keep(keep, ctx.row)
+        if bits is not None:
+            order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :, : ctx.store.longest]
+            self._narrow(ctx, bits.gather(2, order))
 
     def _compress_prompt(self, ctx: LayerContext) -> None:
-        total = self.total(ctx.prompt)
+        total, store = self.total(ctx.prompt), ctx.store
         if total is None:
+            if self.tiered:
+                self._narrow(ctx, self.allocator.tiers(ctx, None, None))
             return
-        store = ctx.store
         self.check(ctx.prompt)
         longest = store.longest
         scores = self.scorer.score(ctx) if total < longest or self.allocator is not None else None
@@ -131,30 +218,36 @@ class Policy:
             budget = max(budget, min(total, sum(self.scorer.protected(budget, ctx.prompt))))
         store.budget = budget
         if isinstance(budget, int) and budget >= longest:
+            if self.tiered:
+                self._narrow(ctx, self.allocator.tiers(ctx, scores, None))
             return
-        keep = self._chosen(ctx, scores if scores is not None else self.scorer.score(ctx), budget)
-        if self.reducer is not None:
-            self.reducer.reduce(ctx, keep, scores)
-        store.keep(keep, ctx.row)
+        scores = scores if scores is not None else self.scorer.score(ctx)
+        self._drop(ctx, self._chosen(ctx, scores, budget), scores)
 
     def _evict(self, ctx: LayerContext) -> None:
-        store = ctx.store
-        counts, budget = store.counts, store.budget
-        over = max(counts) - budget if isinstance(budget, int) else max(
-            n - b for n, b in zip(counts, budget.flatten().tolist())
-        )
-        if over <= 0:
+        """Bring every lane back to its budget after a decode step."""
+        store, budget = ctx.store, ctx.store.budget
+        counts = store.counts
+        wanted = [budget] * len(counts) if isinstance(budget, int) else budget.flatten().tolist()
+        over = [n - b for n, b in zip(counts, wanted)]
+        if max(over) <= 0:
             return
         scores = self.scorer.score(ctx)
-        if over == 1 and isinstance(budget, int) and self.reducer is None and counts.count(counts[0]) == len(counts):
-            guarded = scores.masked_fill(self._protected(ctx, budget), torch.inf)
-            slot = guarded.shape[-1] - 1 - guarded.flip(-1).argmin(-1)  # of equals, the later one goes (rule R4)
-            store.drop_one(slot, ctx.row)
+        leave = budget
+        if self.allocator is not None and isinstance(budget, int):
+            leave = self.allocator.leave(ctx, max(counts), budget)
+        if leave is not budget and leave != budget or self.tiered or min(over) != 1 or max(over) != 1:
+            self._drop(ctx, self._chosen(ctx, scores, leave), scores)
             return
-        keep = self._chosen(ctx, scores, budget)
+        guarded = scores.masked_fill(self._protected(ctx, min(wanted)), torch.inf)
+        valid = store.valid()
+        if valid is not None:
+            guarded = guarded.masked_fill(~valid, torch.inf)
+        slot = guarded.shape[-1] - 1 - guarded.flip(-1).argmin(-1)  # of equals, the later one goes (rule R4)
         if self.reducer is not None:
-            self.reducer.reduce(ctx, keep, scores)
-        store.keep(keep, ctx.row)
+            keep = torch.ones_like(guarded, dtype=torch.bool) if valid is None else valid.clone()
+            self.reducer.reduce(ctx, keep.scatter_(2, slot.unsqueeze(-1), False), scores)
+        store.drop_one(slot, ctx.row)
 
     def _protected(self, ctx: LayerContext, budget: int) -> torch.Tensor:
         """bool [B, Hk, N] of the entries that always stay (rule R5)."""
@@ -179,12 +272,15 @@ class Policy:
     def _encode(self, ctx: LayerContext) -> None:
         store = ctx.store
         key_codec, value_codec = self.encoder.codecs(ctx)
-        moved = 0
+        first, moved = 0, 0
         for side, codec, segment in (("key", key_codec, store.exact_k), ("value", value_codec, store.exact_v)):
-            first, count = self.encoder.due(side, min(segment.rows.lens))
-            count -= count % codec.block
-            if count > 0:
-                store.code(side, codec, first, count, ctx.row)
-                moved = count if first else 0
+            dues = [self.encoder.due(side, n) for n in dict.fromkeys(segment.rows.lens)]
+            by_length = dict(zip(dict.fromkeys(segment.rows.lens), dues))
+            counts = [by_length[n][1] - by_length[n][1] % codec.block for n in segment.rows.lens]
+            if max(counts) > 0:
+                first = dues[0][0]
+                even = counts.count(counts[0]) == len(counts)
+                store.code(side, codec, first, counts[0] if even else counts, ctx.row)
+                moved = (counts[0] if even else counts) if first else 0
         if moved:
             store.reorder_after_code(first, moved)

@@ -146,9 +146,41 @@ class Ragged:
             field[target] = field[last]
         self.lens = [n - 1 for n in self.lens]
 
+    def packed(self, flags: torch.Tensor) -> tuple[Fields, torch.Tensor, torch.Tensor]:
+        """Copies of the rows where flags bool [B, Hk, longest] is set, moved to the front of each lane.
+
+        Returns ({name: [B, Hk, m, ...]}, slots int64 [B, Hk, m], inside bool [B, Hk, m]); m is the fullest lane's count
+        and rows where `inside` is False are filler.
+        """
+        counts = flags.sum(-1)
+        m = int(counts.max()) if flags.numel() else 0
+        slots = (~flags).to(torch.uint8).argsort(dim=-1, stable=True)[:, :, :m]
+        inside = torch.arange(m, device=flags.device) < counts.unsqueeze(-1)
+        taken = {}
+        for name in self.fields:
+            table = self.padded(name)
+            index = slots.view(*slots.shape, *[1] * (table.dim() - 3)).expand(*slots.shape, *table.shape[3:])
+            taken[name] = table.gather(2, index)
+        return taken, slots, inside
+
+    def overwrite(self, rows: Fields, slots: torch.Tensor, inside: torch.Tensor) -> None:
+        """Replace rows at slots int64 [B, Hk, m] by rows {name: [B, Hk, m, ...]} where inside bool [B, Hk, m] is set."""
+        starts = torch.tensor(self.starts, device=slots.device).view(self.batch, self.heads, 1)
+        target = (starts + slots)[inside]
+        for name, new in rows.items():
+            self.fields[name][target] = new[inside].to(self.fields[name].dtype)
+
     def take_front(self, count: int, skip: int = 0) -> Fields:
         """Remove rows skip .. skip+count of every lane and return them as {name: [B, Hk, count, ...]}."""
         taken = {name: self.padded(name)[:, :, skip : skip + count].clone() for name in self.fields}
+        if self.level and self.dense and count <= 64:  # a decode step: close the gap in place, keep the room
+            n = self.lens[0]
+            for name in self.fields:
+                if skip + count < n:
+                    shaped = self._dense(name)
+                    shaped[:, :, skip : n - count] = shaped[:, :, skip + count : n].clone()
+            self.lens = [n - count] * self.lanes
+            return taken
         index = torch.arange(self.longest, device=next(iter(taken.values())).device)
         stay = (index < skip) | (index >= skip + count)
         self.keep(stay.expand(self.batch, self.heads, -1), spare=self.caps[0] - self.lens[0])

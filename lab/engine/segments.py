@@ -96,15 +96,18 @@ class Coded:
     def allocated_bytes(self) -> int:
         return self.rows.allocated_bytes + self.blocks.allocated_bytes
 
-    def append(self, x: torch.Tensor, pos: torch.Tensor) -> None:
-        """Encode x [B,Hk,T,d] at positions pos [B,Hk,T]; T is a multiple of the codec's block."""
+    def append(self, x: torch.Tensor, pos: torch.Tensor, inside: torch.Tensor | None = None) -> None:
+        """Encode x [B,Hk,T,d] at positions pos [B,Hk,T]; T is a multiple of the codec's block.
+
+        inside bool [B,Hk,T] marks the rows that count where lanes differ: a prefix of each lane, whole blocks long.
+        """
         rows, blocks = self.codec.encode(x, pos)
         if blocks:
             have = self.blocks.lens_tensor(x.device)[..., None]
             ids = torch.arange(x.shape[2], device=x.device) // self.codec.block
             rows["block"] = (ids + have).to(torch.int32)
-            self.blocks.append(blocks)
-        self.rows.append(rows, spare=max(self.codec.block, x.shape[2] // 8))
+            self.blocks.append(blocks, None if inside is None else inside[:, :, :: self.codec.block])
+        self.rows.append(rows, inside, spare=max(self.codec.block, x.shape[2] // 8, 16))
 
     def decode(self, pos: torch.Tensor | None = None) -> torch.Tensor:
         rows = {name: self.rows.padded(name) for name in self.rows.fields}

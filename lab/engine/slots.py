@@ -15,6 +15,7 @@ from lab.errors import LabError
 
 if TYPE_CHECKING:
     from lab.engine.context import LayerContext
+    from lab.engine.reads import Pick, Place, Rows, Weighed
     from lab.engine.segments import Codec
 
 PIPELINE = (
@@ -118,6 +119,28 @@ class ColumnBias:
 
 
 @dataclass(frozen=True)
+class EntryBias:
+    """Add bias float32 [B,Hk,N] to the logits of the stored entries, in storage order."""
+
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of the model under a cache, once every layer has attended.
+
+    ids int64 [B,T] or None; hidden [B,T,D] are the last hidden states; contexts, one per layer of the cache; complete,
+    whether the prompt ended here (its entries are all still exact: compression follows).
+    """
+
+    model: Any
+    ids: torch.Tensor | None
+    hidden: torch.Tensor
+    contexts: list["LayerContext"]
+    complete: bool
+
+
+@dataclass(frozen=True)
 class Shift:
     """Read the stored keys before position `before` as if they stood `delta` (an int, or int64 [B,Hk]) positions later
     (re-rotation, rule R1)."""
@@ -174,11 +197,22 @@ class Technique:
         return 0
 
     # -- slots: what the engine may call ------------------------------------------------------------------------
-    def select(self, ctx: "LayerContext") -> Band | None:
-        """Which keys prompt rows read; None for all."""
+    select_phases: ClassVar[tuple[str, ...]] = ("prefill",)  # when `select` is asked: "prefill", "decode"
+
+    def select(self, ctx: "LayerContext") -> "Band | Pick | Rows | None":
+        """Which stored entries this call's rows read: a Band, Rows for a prompt, a Pick for a decode row; None for all.
+        Several techniques' answers intersect."""
         return None
 
-    def edit(self, ctx: "LayerContext") -> list[ColumnBias | Shift]:
+    def weighs(self, ctx: "LayerContext") -> bool:
+        """Whether `weigh` replaces the softmax in this layer and phase."""
+        return True
+
+    def weigh(self, ctx: "LayerContext", s: torch.Tensor, place: "Place") -> "Weighed":
+        """Turn logits s float32 [B, Hk, G, R, n] (-inf where hidden) into weights."""
+        raise LabError(f"{self.name} does not weigh.")
+
+    def edit(self, ctx: "LayerContext") -> list[ColumnBias | EntryBias | Shift]:
         """Changes to this step's logits."""
         return []
 
@@ -189,6 +223,13 @@ class Technique:
     def route(self, ctx: "LayerContext") -> torch.Tensor | None:
         """Gate on head outputs, broadcastable to [B,Hq,T,1]; None for all open."""
         return None
+
+    def replace(self, ctx: "LayerContext") -> torch.Tensor | None:
+        """An output [B,Hq,T,d] to use instead of attending, which then reads nothing; None to attend."""
+        return None
+
+    def remember(self, ctx: "LayerContext", out: torch.Tensor) -> None:
+        """See this step's output [B,Hq,T,d] after routing."""
 
     def score(self, ctx: "LayerContext") -> torch.Tensor:
         """Importance of every stored entry, float32 [B,Hk,N]; higher stays longer."""
@@ -212,6 +253,60 @@ class Technique:
     def default_scorer(self) -> "Technique":
         """The score an `allocate` technique ranks by when the stack names none."""
         raise LabError(f"{self.name} needs a technique that scores entries")
+
+    whole_cache: ClassVar[bool] = False  # compression of the prompt waits until every layer has read it
+    watches: ClassVar[bool] = False  # `watch` is called after each forward
+    sets_tiers: ClassVar[bool] = False  # an `allocate` technique that gives bits to single entries, by `tiers`
+
+    def watch(self, step: Forward) -> None:
+        """Look at a finished forward. Keep what must survive in each layer's `state`, where forks and samples follow."""
+
+    @property
+    def prompt_block(self) -> int:
+        """Rows after which a long prompt is already compressed while it is read; 0 waits for its end."""
+        return 0
+
+    def default_allocator(self) -> "Technique | None":
+        """The budget a `score` technique brings along when the stack names none."""
+        return None
+
+    def default_encoder(self) -> "Technique | None":
+        """The code of the narrower tiers of a `sets_tiers` technique when the stack names none."""
+        return None
+
+    def leave(self, ctx: "LayerContext", entries: int, budget: int) -> int:
+        """Entries to leave when a decode step finds `entries`, more than `budget`; fewer than `budget` evicts in bursts."""
+        return budget
+
+    def tiers(
+        self, ctx: "LayerContext", scores: torch.Tensor | None, keep: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Bits every entry should have, int [B,Hk,N]; entries never widen, so more than they have changes nothing.
+
+        Called whenever entries were scored (keep bool [B,Hk,N] are those that stay) and after each other decode step
+        (scores and keep None). None leaves everything as it is.
+        """
+        return None
+
+    def at(self, bits: int) -> "Technique":
+        """This `encode` technique at another width, for policies that hold several.
+
+        Raises LabError naming the widths it has.
+        """
+        known = next((p.choices for p in self.parameters() if p.name == "bits"), None)
+        if known is None or bits not in known:
+            offer = f"{self.title} has {', '.join(map(str, sorted(known)))} bits" if known else f"{self.title} has one width"
+            raise LabError(f"{self.title} cannot hold entries at {bits} bits", offer, "Use integer codes or KIVI with it")
+        return dataclasses.replace(self, bits=bits)
+
+    calibration_sequences: ClassVar[int] = 0  # pieces of sample text whose keys and values `fit` wants to see
+
+    def fit(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`calibrate`: freeze parameters from sample text. keys (before rotation) and values float32 [Hk,M,d].
+
+        The result is `ctx.calibrated` of that layer from then on.
+        """
+        return {}
 
     def planned_entries(self, total: int, prompt: int, layer: int, layers: int) -> int:
         """The number `allocate` will give before anything is measured, for the predicted size of the cache."""

@@ -66,6 +66,11 @@ class Stack:
         users = self.filling(slot)
         return users[0] if users else None
 
+    @property
+    def prompt_block(self) -> int:
+        """Rows per forward that a technique asks prompts to be fed in; 0 leaves it to the session."""
+        return max((t.prompt_block for t in self.techniques), default=0)
+
     def describe(self) -> list[dict]:
         """JSON form: [{"name", "params"}]."""
         return [{"name": t.name, "params": {p.name: getattr(t, p.name) for p in t.parameters()}} for t in self.techniques]
