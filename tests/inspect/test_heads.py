@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from brute import full
+from brute_force import full
 from planted import from_weights, induction, uniform
 
 from lab.errors import LabError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from brute import check, full
+from brute_force import check, full
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

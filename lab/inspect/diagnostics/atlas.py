@@ -1,0 +1,128 @@
+"""An atlas of head patterns: thumbnails reduced, clustered, and shown by their most typical members."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lab.errors import LabError
+from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic
+from lab.inspect.heads import grid
+from lab.inspect.scores import Progress
+
+DIMENSIONS = 16
+
+
+def features(thumbnails: np.ndarray, dimensions: int = DIMENSIONS) -> np.ndarray:
+    """[n, s, s] thumbnails to [n, <= dimensions] principal components; each row of a thumbnail is scaled to
+    its largest."""
+    x = np.nan_to_num(np.asarray(thumbnails, dtype=np.float64))
+    x = x / np.maximum(x.max(axis=2, keepdims=True), 1e-12)
+    x = x.reshape(len(x), -1)
+    x = x - x.mean(0)
+    u, s, _ = np.linalg.svd(x, full_matrices=False)
+    return (u * s)[:, : min(dimensions, len(s))]
+
+
+def kmeans(
+    x: np.ndarray, k: int, seed: int = 0, rounds: int = 100, starts: int = 8
+) -> tuple[np.ndarray, float]:
+    """(labels [n], within-cluster sum of squares) of the best of several k-means++ starts; deterministic."""
+    rng, best = np.random.default_rng(seed), (np.zeros(len(x), dtype=int), np.inf)
+    for _ in range(starts):
+        centres = [x[rng.integers(len(x))]]
+        while len(centres) < k:
+            d = ((x[:, None] - np.array(centres)) ** 2).sum(2).min(1)
+            centres.append(x[rng.choice(len(x), p=d / d.sum())] if d.sum() > 0 else x[rng.integers(len(x))])
+        centres = np.array(centres)
+        for _ in range(rounds):
+            labels = ((x[:, None] - centres) ** 2).sum(2).argmin(1)
+            moved = np.array(
+                [x[labels == c].mean(0) if (labels == c).any() else centres[c] for c in range(k)]
+            )
+            if np.allclose(moved, centres):
+                break
+            centres = moved
+        labels = ((x[:, None] - centres) ** 2).sum(2).argmin(1)
+        cost = float(((x - centres[labels]) ** 2).sum())
+        if cost < best[1]:
+            best = (labels, cost)
+    return best
+
+
+def silhouette(x: np.ndarray, labels: np.ndarray) -> float:
+    """Mean silhouette, -1..1; 0 for points alone in their cluster."""
+    d = np.sqrt(((x[:, None] - x) ** 2).sum(2))
+    scores = np.zeros(len(x))
+    names = np.unique(labels)
+    if len(names) < 2:
+        return 0.0
+    for i in range(len(x)):
+        own = labels == labels[i]
+        if own.sum() < 2:
+            continue
+        a = d[i, own].sum() / (own.sum() - 1)
+        b = min(d[i, labels == c].mean() for c in names if c != labels[i])
+        scores[i] = (b - a) / max(a, b, 1e-30)
+    return float(scores.mean())
+
+
+def cluster(x: np.ndarray, choices: range = range(4, 13), seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(labels [n] renumbered by size, silhouette of each tried k); the k with the highest silhouette wins."""
+    tried = [k for k in choices if k < len(x)]
+    if not tried:
+        return np.zeros(len(x), dtype=int), np.zeros(0)
+    found = [kmeans(x, k, seed)[0] for k in tried]
+    scores = np.array([silhouette(x, labels) for labels in found])
+    labels = found[int(scores.argmax())]
+    names, counts = np.unique(labels, return_counts=True)
+    order = {int(name): n for n, name in enumerate(names[np.argsort(-counts, kind="stable")])}
+    return np.array([order[int(label)] for label in labels]), scores
+
+
+def exemplars(x: np.ndarray, labels: np.ndarray, each: int = 4) -> np.ndarray:
+    """int64 [clusters, each] members nearest to their cluster's centre, -1 where a cluster is smaller."""
+    out = np.full((labels.max() + 1, each), -1)
+    for c in range(labels.max() + 1):
+        members = np.flatnonzero(labels == c)
+        near = members[np.argsort(((x[members] - x[members].mean(0)) ** 2).sum(1), kind="stable")][:each]
+        out[c, : len(near)] = near
+    return out
+
+
+@diagnostic(
+    name="atlas",
+    title="Atlas of head patterns",
+    paper=Paper(
+        "How Does Attention Work in Vision Transformers? A Visual Analytics Attempt", "2303.13731", 2023
+    ),
+    needs=("captures",),
+    help="Heads fall into a handful of patterns: a diagonal, a stripe at the first token, blocks, an even "
+    "spread. Every head's thumbnail is reduced to sixteen numbers and grouped, and each group is "
+    "shown by its most typical members.",
+    explanation="Heads of one colour draw alike on this text, and the exemplars show how. The number of groups "
+    "is the one that separates best between 4 and 12, and another text may group heads differently.",
+    figures=(
+        Figure("cluster", "matrix", ("layer", "head"), "Pattern of each head"),
+        Figure("position", "scatter", ("first component", "second component"), "Heads by likeness"),
+        Figure("silhouette", "bars", ("number of groups",), "How well groups separate"),
+    ),
+)
+def compute(session: Session, progress: Progress) -> Arrays:
+    """Exemplars index heads as layer * Hq + head."""
+    thumbnails = grid(session.captures, progress=progress).values
+    layers, heads = thumbnails.shape[:2]
+    if layers * heads < 5:
+        raise LabError(
+            f"There are only {layers * heads} heads to compare",
+            "An atlas needs at least five",
+            "Capture more layers",
+        )
+    x = features(thumbnails.reshape(layers * heads, *thumbnails.shape[2:]))
+    labels, scores = cluster(x)
+    return {
+        "cluster": labels.reshape(layers, heads),
+        "position": x[:, :2],
+        "silhouette": scores,
+        "exemplars": exemplars(x, labels),
+        "thumbnails": thumbnails,
+    }

@@ -1,0 +1,158 @@
+"""Attention followed through the layers: rollout at any length, and maximum flow on short runs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from lab.errors import LabError
+from lab.inspect.capture import Capture
+from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, to_numpy
+from lab.inspect.scores import Progress, row_blocks, weights
+
+FLOW_TOKENS = 48
+
+
+def mean_weights(capture: Capture, rows: tuple[int, int]) -> torch.Tensor:
+    """float32 [rows, rows[1]] attention averaged over heads."""
+    total = weights(capture, 0, rows, (0, rows[1]))
+    for head in range(1, capture.heads):
+        total += weights(capture, head, rows, (0, rows[1]))
+    return total / capture.heads
+
+
+def rollout_rows(
+    captures: Sequence[Capture], rows: Sequence[int], progress: Progress | None = None
+) -> torch.Tensor:
+    """float32 [len(rows), T] rows of the rollout: how much of each input token a position holds after all
+    layers.
+
+    Multiplies from the last layer down, block by block, so no T x T matrix exists however long the run. What
+    a
+    row does not spend, because every entry it knew was evicted, stays with itself, so rows sum to 1.
+    """
+    t = captures[0].tokens
+    for i in rows:
+        captures[0].check_row(i)
+    x = torch.zeros(len(rows), t, device=captures[0].q.device)
+    x[torch.arange(len(rows)), torch.as_tensor(list(rows))] = 1.0
+    for n, capture in enumerate(reversed(captures)):
+        out = x / 2
+        for block in row_blocks(capture, (0, max(rows) + 1)):
+            share = x[:, block[0] : block[1]] / 2
+            if share.any():
+                w = mean_weights(capture, block)
+                out[:, : block[1]] += share @ w
+                out[:, block[0] : block[1]] += share * (1 - w.sum(1))
+        x = out
+        if progress:
+            progress((n + 1) / len(captures))
+    return x
+
+
+def uniform_rollout(layers: int, rows: Sequence[int], t: int) -> torch.Tensor:
+    """The rollout of a model whose heads spread evenly over the past: what early tokens get for being
+    early."""
+    x = torch.zeros(len(rows), t, dtype=torch.float64)
+    x[torch.arange(len(rows)), torch.as_tensor(list(rows))] = 1.0
+    for _ in range(layers):
+        share = x / torch.arange(1, t + 1)
+        x = x / 2 + share.flip(1).cumsum(1).flip(1) / 2
+    return x.float()
+
+
+def flow(captures: Sequence[Capture], output: int) -> np.ndarray:
+    """float64 [output + 1] maximum flow from ``output`` in the last layer to each input token.
+
+    Edges between layers carry half the head-mean attention plus half the identity.
+    """
+    t = captures[0].check_row(output) + 1
+    if t > FLOW_TOKENS:
+        raise LabError(
+            f"Attention flow is computed for at most {FLOW_TOKENS} tokens, and position {output} has {t}",
+            None,
+            "Choose an earlier token or a shorter prompt",
+        )
+    layers = [(to_numpy(mean_weights(c, (0, t))).astype(np.float64) + np.eye(t)) / 2 for c in captures]
+    return np.array([max_flow(layers, output, j) for j in range(t)])
+
+
+def max_flow(layers: list[np.ndarray], output: int, source: int) -> float:
+    """Maximum flow from (top layer, ``output``) down to (layer 0, ``source``) through capacities [row,
+    column].
+
+    Augments along shortest paths found breadth first; numbers below 1e-9 count as nothing.
+    """
+    depth = len(layers)
+    # Index l joins level l+1 (rows) to level l (columns): down is what is left, up what can be taken back.
+    down = [a.copy() for a in layers]
+    up = [np.zeros_like(a) for a in layers]
+    total = 0.0
+    while True:
+        came = {(depth, output): None}
+        queue = deque([(depth, output)])
+        while queue and (0, source) not in came:
+            level, i = queue.popleft()
+            if level > 0:
+                for j in np.flatnonzero(down[level - 1][i] > 1e-9):
+                    if (level - 1, j) not in came:
+                        came[(level - 1, int(j))] = (level, i)
+                        queue.append((level - 1, int(j)))
+            if level < depth:
+                for j in np.flatnonzero(up[level][:, i] > 1e-9):
+                    if (level + 1, j) not in came:
+                        came[(level + 1, int(j))] = (level, i)
+                        queue.append((level + 1, int(j)))
+        if (0, source) not in came:
+            return total
+        path, node = [], (0, source)
+        while came[node] is not None:
+            path.append((came[node], node))
+            node = came[node]
+        amount = min(down[b[0]][a[1], b[1]] if b[0] < a[0] else up[a[0]][b[1], a[1]] for a, b in path)
+        for a, b in path:
+            if b[0] < a[0]:
+                down[b[0]][a[1], b[1]] -= amount
+                up[b[0]][a[1], b[1]] += amount
+            else:
+                up[a[0]][b[1], a[1]] -= amount
+                down[a[0]][b[1], a[1]] += amount
+        total += float(amount)
+
+
+@diagnostic(
+    name="rollout",
+    title="Attention rollout and flow",
+    paper=Paper("Quantifying Attention Flow in Transformers", "2005.00928", 2020),
+    needs=("captures",),
+    help="Each layer mixes tokens, so a late layer's attention does not point at words any more. Rollout "
+    "multiplies the layers together, with half of every step kept by the residual stream, and says "
+    "which input tokens an output position is made of. Flow instead asks how much could be carried "
+    "there at most.",
+    explanation="A bar is the share of an input token in the chosen position after all layers; the lift divides "
+    "it by what evenly spread attention would give, because early tokens always win otherwise. It "
+    "follows attention weights only, so a token that is read but has a tiny value vector still looks "
+    "important.",
+    figures=(
+        Figure("lift", "bars", ("token",), "Rollout against even attention"),
+        Figure("rollout", "bars", ("token",), "Rollout of the chosen token"),
+        Figure("flow", "bars", ("token",), "Maximum flow (short runs)"),
+    ),
+)
+def compute(session: Session, progress: Progress) -> Arrays:
+    """``options["output"]`` chooses the position (default: the last). ``flow`` is NaN beyond
+    ``FLOW_TOKENS``."""
+    captures = session.captures
+    t = captures[0].tokens
+    output = captures[0].check_row(session.options.get("output", t - 1))
+    rolled = to_numpy(rollout_rows(captures, [output], progress)[0])
+    even = to_numpy(uniform_rollout(len(captures), [output], t)[0])
+    carried = np.full(t, np.nan)
+    if output < FLOW_TOKENS:
+        carried[: output + 1] = flow(captures, output)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        lift = np.where(np.arange(t) <= output, rolled / even, np.nan)
+    return {"rollout": rolled, "lift": lift, "flow": carried, "output": np.array(output)}

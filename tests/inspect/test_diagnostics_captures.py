@@ -1,0 +1,284 @@
+"""Diagnostics of captures on planted attention: sinks, identity, uniform, induction."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from planted import from_weights, sink, uniform
+
+from lab.errors import LabError
+from lab.inspect.capture import NEVER, Capture
+from lab.inspect.diagnostics import (
+    Session,
+    basin,
+    hallucination,
+    iou,
+    long_heads,
+    registry,
+    rollout,
+    run,
+    shapes,
+    sinks,
+)
+from lab.inspect.diagnostics.base import to_numpy
+
+torch.set_num_threads(1)
+T = 12
+
+
+def test_every_diagnostic_is_fully_declared():
+    found = registry()
+    assert len(found) >= 19
+    for d in found.values():
+        assert d.title and d.paper.arxiv and 20 < len(d.help) < 700 and d.figures
+        assert d.explanation.count(". ") == 1 and d.explanation.endswith("."), f"{d.name} needs two sentences"
+        assert all(f.kind in ("matrix", "lines", "bars", "scatter") for f in d.figures)
+        if d.needs:
+            with pytest.raises(LabError, match="needs"):
+                run(d.name, Session())
+    with pytest.raises(LabError, match="There is no diagnostic"):
+        run("nonsense", Session())
+
+
+def random_captures(layers: int = 3, t: int = 40, heads: int = 4, d: int = 8) -> list[Capture]:
+    torch.manual_seed(0)
+    return [Capture(torch.randn(heads, t, d), torch.randn(heads // 2, t, d), layer=n) for n in range(layers)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n, d in registry().items()
+        if set(d.needs) <= {"captures", "values", "documents", "prompt_tokens", "logprobs", "marked"}
+        and n != "deceive"
+    ],
+)
+def test_declared_figures_are_in_the_result(name):
+    captures = random_captures()
+    session = Session(
+        captures=captures,
+        values=[torch.randn(2, 40, 8) for _ in captures],
+        prompt_tokens=20,
+        logprobs=[-1.0] * 40,
+        documents=[(0, 8), (8, 16), (16, 24), (24, 32)],
+        marked=[3, 4],
+        options={"steps": 5, "permutations": 5, "first": 2, "last": 6},
+    )
+    seen: list[float] = []
+    arrays = run(name, session, seen.append)
+    assert seen and seen[-1] == pytest.approx(1.0) and all(isinstance(a, np.ndarray) for a in arrays.values())
+    for figure in registry()[name].figures:
+        shape = arrays[figure.array].shape
+        assert len(shape) == (2 if figure.kind == "scatter" else len(figure.axes)), (figure, shape)
+
+
+# rollout and flow
+
+
+def test_rollout_of_one_layer_is_half_attention_half_identity():
+    c = from_weights([uniform(T), torch.eye(T)])
+    got = to_numpy(rollout.rollout_rows([c], range(T)))
+    np.testing.assert_allclose(got, to_numpy((uniform(T) + torch.eye(T)) / 4 + torch.eye(T) / 2), atol=1e-5)
+
+
+def test_rollout_multiplies_layers_and_sums_to_one(monkeypatch):
+    layers = random_captures()
+    full = torch.eye(40)
+    for c in layers:
+        full = (rollout.mean_weights(c, (0, 40)) + torch.eye(40)) / 2 @ full
+    monkeypatch.setattr("lab.inspect.scores.CELLS_CPU", 256)
+    got = rollout.rollout_rows(layers, [5, 39])
+    torch.testing.assert_close(got, full[[5, 39]], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got.sum(1), torch.ones(2))
+
+
+def test_identity_stays_home_and_even_attention_lifts_nothing():
+    same = run("rollout", Session(captures=[from_weights([torch.eye(T)])] * 3))
+    np.testing.assert_allclose(same["rollout"], np.eye(T)[-1], atol=1e-5)
+    even = run("rollout", Session(captures=[from_weights([uniform(T)])] * 3, options={"output": 7}))
+    np.testing.assert_allclose(even["lift"][:8], 1, rtol=1e-4)
+    assert np.isnan(even["lift"][8:]).all()
+
+
+def test_evicted_rows_keep_their_share():
+    death = torch.full((1, T), NEVER)
+    death[0] = torch.arange(T)
+    got = rollout.rollout_rows([Capture(torch.zeros(1, T, 2), torch.zeros(1, T, 2), death=death)], [5])
+    assert got[0, 5] == 1 and got.sum() == 1
+
+
+def test_flow_of_one_layer_is_the_capacity():
+    c = from_weights([uniform(T)])
+    want = to_numpy((uniform(T) + torch.eye(T)) / 2)[8, :9]
+    np.testing.assert_allclose(rollout.flow([c], 8), want, atol=1e-6)
+
+
+def test_flow_is_bounded_and_finds_detours():
+    rng = np.random.default_rng(0)
+    layers = [np.tril(rng.random((6, 6))) for _ in range(3)]
+    layers = [a / a.sum(1, keepdims=True) for a in layers]
+    for j in range(6):
+        got = rollout.max_flow(layers, 5, j)
+        assert got <= layers[2][5].sum() + 1e-9 and got <= layers[0][:, j].sum() + 1e-9
+        # Flow from the top row along every path is at least the rollout's product of shares.
+        assert got >= (layers[2] @ layers[1] @ layers[0])[5, j] - 1e-9
+    a = np.array([[1.0, 0], [0.5, 0.5]])
+    assert rollout.max_flow([a, a], 1, 0) == pytest.approx(1.0)
+    crossing = [np.array([[1.0, 0], [1, 0.2]]), np.array([[1.0, 0], [0.7, 0.9]])]
+    assert rollout.max_flow(crossing, 1, 0) == pytest.approx(1.6)
+
+
+def test_flow_refuses_long_runs():
+    with pytest.raises(LabError, match="at most 48"):
+        rollout.flow([Capture(torch.zeros(1, 60, 2), torch.zeros(1, 60, 2))], 59)
+    long = run("rollout", Session(captures=[Capture(torch.zeros(1, 60, 2), torch.zeros(1, 60, 2))]))
+    assert np.isnan(long["flow"]).all() and np.isfinite(long["rollout"]).all()
+
+
+# sinks
+
+
+def test_planted_sink_has_rate_one_and_uniform_none():
+    found = run("sinks", Session(captures=[from_weights([sink(T), sink(T)])]))
+    assert (found["rate"][:, 0] == 1).all() and (found["rate"][:, 1:] == 0).all()
+    np.testing.assert_allclose(found["first_token"], 1, atol=1e-5)
+    assert found["stable"].tolist() == [[0, 0, 0], [0, 1, 0]] and (found["dwell"] == 1).all()
+    alpha = to_numpy(sinks.received(from_weights([uniform(64)])))[None]
+    assert sinks.sink_rate(alpha)[1, 0] == 0
+    np.testing.assert_allclose(alpha[0, 0, 10], (1 / np.arange(11, 65)).mean(), rtol=1e-4)
+
+
+def test_a_sink_that_moves_is_seen():
+    w = torch.zeros(T, T)
+    w[:6, 0], w[6:, 5] = 1, 1
+    where = sinks.drift(from_weights([w]), parts=4)
+    assert where[0].tolist() == [0, 0, 5, 5] and sinks.dwell(where)[0] == pytest.approx(2 / 3)
+
+
+# shapes
+
+
+def test_shapes_of_known_heads():
+    found = shapes.shapes([from_weights([torch.eye(T), sink(T), uniform(T)])])
+    np.testing.assert_allclose(found["effective_rank"][0, :2], [T, 1], rtol=1e-4)
+    np.testing.assert_allclose(found["entropy"][0], [0, 0, np.log(np.arange(1, T + 1)).mean()], atol=1e-4)
+    assert found["evenness"][0, 2] == pytest.approx(1, abs=1e-4)
+    assert found["focus_0"][0, 0] == pytest.approx(1) and found["focus_1"][0, 0] == pytest.approx(0, abs=1e-5)
+    np.testing.assert_allclose(found["concentration"][0, :2], np.sqrt(T), rtol=1e-4)
+    assert found["variance"][0, 2] == pytest.approx(0, abs=1e-6) and found["diversity"][0] > 0
+    assert shapes.shapes([from_weights([uniform(T)] * 2)])["diversity"][0] == pytest.approx(0, abs=1e-4)
+
+
+def test_kurtosis_ignores_scale_and_sink_can_be_left_out():
+    a = torch.rand(1, 50)
+    assert shapes.describe(a, 49)["kurtosis"] == pytest.approx(
+        shapes.describe(a * 7, 49)["kurtosis"], rel=1e-4
+    )
+    gauss = torch.randn(1, 200_000, generator=torch.Generator().manual_seed(0))
+    assert shapes.describe(gauss, 199_999)["kurtosis"] == pytest.approx(0, abs=0.1)
+    rest = shapes.without_first(sink(T, 0.5))
+    np.testing.assert_allclose(to_numpy(rest[1:]), np.eye(T)[1:])
+
+
+# long heads
+
+
+def test_gaussian_estimate_is_close_on_gaussian_keys():
+    torch.manual_seed(0)
+    c = Capture(torch.randn(2, 2000, 16), torch.randn(1, 2000, 16))
+    e = long_heads.estimate(c, [1999], first=16, last=128)
+    assert np.abs(e.bulk - e.estimated).max() < 0.2
+    local = long_heads.estimate(c, [100], first=16, last=128)
+    assert np.isneginf(local.bulk).all() and (long_heads.long_share(local.bulk, local.near) == 0).all()
+
+
+def test_long_and_local_heads_are_told_apart_and_a_needle_is_missed():
+    t = 64
+    local = torch.eye(t)
+    needle = torch.zeros(t, t)
+    needle[:, 0] = 1
+    needle[40:, :] = 0
+    needle[40:, 20] = 1
+    found = run(
+        "long_heads",
+        Session(captures=[from_weights([local, uniform(t), needle])], options={"first": 4, "last": 8}),
+    )
+    assert found["long"][0, 0] == 0 and found["long"][0, 1] > 0.8 and found["far_mass"][0, 2] > 0.3
+    assert found["long_estimated"][0, 0] == 0
+    death = torch.full((1, t), NEVER)
+    death[0, 4:50] = 50
+    dead = long_heads.estimate(from_weights([uniform(t)], death=death), [55], first=4, last=5)
+    assert dead.bulk[0, 0] < long_heads.estimate(from_weights([uniform(t)]), [55], first=4, last=5).bulk[0, 0]
+
+
+# basin
+
+
+def test_slot_attention_is_per_token_and_basin_is_scored():
+    w = torch.zeros(10, 10)
+    w[:, 0] = 1
+    w[8:] = torch.tensor([0.2, 0.2, 0.05, 0.05, 0.05, 0.05, 0.2, 0.2, 0, 0])
+    slots = [(0, 2), (2, 6), (6, 8)]
+    found = run("basin", Session(captures=[from_weights([w])], documents=slots))
+    np.testing.assert_allclose(found["curve"], [0.2, 0.05, 0.2], atol=1e-5)
+    assert found["score"] == pytest.approx(0.15, abs=1e-5)
+    assert basin.reorder([0.2, 0.05, 0.1], [1, 3, 2]) == [1, 0, 2]
+    with pytest.raises(LabError, match="at least three"):
+        run("basin", Session(captures=[from_weights([w])], documents=[(0, 2), (2, 4)]))
+
+
+def test_shuffles_average_content_away():
+    rng = np.random.default_rng(0)
+    shape, content = np.array([3.0, 1, 1, 2]), np.array([0.5, 0, 0, 0])
+    curves = np.stack([shape + content[rng.permutation(4)] for _ in range(200)])
+    mean, interval = basin.average(curves)
+    assert ((interval[:, 0] <= shape + content.mean()) & (shape + content.mean() <= interval[:, 1])).all()
+    assert mean.argmax() == 0
+
+
+# hallucination
+
+
+def test_lookback_of_planted_heads():
+    prompt = 4
+    back = torch.zeros(T, T)
+    back[:, 1:4] = 1 / 3
+    back[:4] = torch.eye(T)[:4]
+    features = hallucination.row_features(from_weights([back, torch.eye(T)]), prompt)
+    np.testing.assert_allclose(features["lookback"], [[1] * 8, [0] * 8], atol=1e-5)
+    np.testing.assert_allclose(features["prompt_mass"], [[1] * 8, [0] * 8], atol=1e-5)
+    np.testing.assert_allclose(features["prompt_max"][0], 1 / 3, atol=1e-5)
+    even = hallucination.row_features(from_weights([uniform(T)]), prompt)
+    np.testing.assert_allclose(even["lookback"], 0.5, atol=1e-5)
+    np.testing.assert_allclose(even["past_mean"][0], 1 / np.arange(5, T + 1), rtol=1e-4)
+
+
+def test_uncertainty_is_zero_when_sure_and_falls_with_probability():
+    assert hallucination.uncertainty(hallucination.confidence([1, 1, 1], [1, 1, 1])) == 0
+    low, high = (hallucination.uncertainty(hallucination.confidence([p] * 5, [0.5] * 5)) for p in (0.3, 0.6))
+    assert low > high > 0
+    previous = torch.diag(torch.ones(T - 1), -1)
+    previous[0, 0] = 1
+    sure = Session(captures=[from_weights([uniform(T), previous])], prompt_tokens=4, logprobs=[0.0] * T)
+    found = run("hallucination", sure)
+    assert found["heads"].tolist() == [1] and found["scores"][0] == pytest.approx(0, abs=1e-4)
+    with pytest.raises(LabError, match="no generated tokens"):
+        run("hallucination", Session(captures=sure.captures, prompt_tokens=T, logprobs=[0.0] * T))
+
+
+# overlap
+
+
+def test_iou_is_one_only_for_equal_maps():
+    a = np.array([0.2, 0.3, 0.5, 0])
+    assert iou.attention_iou(a, 3 * a) == pytest.approx(1)
+    assert iou.attention_iou(a, [0, 0, 0, 1]) == 0 and 0 < iou.attention_iou(a, [1, 1, 1, 0]) < 1
+    assert np.isnan(iou.attention_iou(a, [0, 0, 0, 0]))
+    w = torch.eye(T)
+    w[-1] = 0
+    w[-1, 3:5] = 0.5
+    found = run("iou", Session(captures=[from_weights([w, torch.eye(T)])], marked=[3, 4, 99]))
+    np.testing.assert_allclose(found["overlap"][0], [1, 0], atol=1e-4)
+    np.testing.assert_allclose(found["mass"][0], [1, 0], atol=1e-4)
