@@ -2,6 +2,7 @@
 const draw = () => {
   const v = props.value || {};
   swap(element, h("div", {class: "h"}, "Prompt", v.text ? h("span", {class: v.over ? "num over" : "num"}, " · " + v.text) : null));
+  window.alPromptTokens = v.tokens || null;
   dispatchEvent(new CustomEvent("al-prompt", {detail: {tokens: v.tokens || null}}));
 };
 // Until the model is there its tokens cannot be counted; ask again now and then.

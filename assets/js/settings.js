@@ -1,6 +1,6 @@
 /* Preset and decoding controls. value = {presets, preset, mode, temperature, top_k, top_p, seed, max_new_tokens, timing, limits} */
 let v = Object.assign({}, props.value);
-const tell = () => dispatchEvent(new CustomEvent("al-settings", {detail: {max_new_tokens: v.max_new_tokens}}));
+const tell = () => (window.alNewTokens = v.max_new_tokens, dispatchEvent(new CustomEvent("al-settings", {detail: {max_new_tokens: v.max_new_tokens}})));
 const send = (changes, redraw = true) => { v = Object.assign({}, v, changes); props.value = v; tell(); if (redraw) draw(); };
 const num = (key, name, min, max, step, unit) => h("label", {class: "field"}, h("span", {}, name),
   h("span", {class: "in"}, h("input", {type: "number", min, max, step, value: v[key], inputmode: "decimal", "aria-label": name,
@@ -9,6 +9,9 @@ const num = (key, name, min, max, step, unit) => h("label", {class: "field"}, h(
 const seg = (key, name, options) => h("div", {class: "field"}, h("span", {id: `al-${key}`}, name),
   h("span", {class: "seg small", role: "group", "aria-labelledby": `al-${key}`}, options.map(o =>
     h("button", {type: "button", "aria-pressed": String(v[key] === o), onclick: () => send({[key]: o})}, o))));
+const flag = (key, name, off, on, title) => h("div", {class: "field", title}, h("span", {id: `al-${key}`}, name),
+  h("span", {class: "seg small", role: "group", "aria-labelledby": `al-${key}`}, [[false, off], [true, on]].map(([value, text]) =>
+    h("button", {type: "button", "aria-label": `${name}: ${text}`, "aria-pressed": String(!!v[key] === value), onclick: () => send({[key]: value})}, text))));
 function draw() {
   const presets = v.presets || [], chosen = presets.find(p => p.id === v.preset), most = (v.limits || {}).max_new_tokens || 1024;
   const active = element.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
@@ -22,7 +25,9 @@ function draw() {
       seg("mode", "mode", ["greedy", "sampled"]),
       v.mode === "sampled" ? [num("temperature", "temperature", 0.05, 5, 0.05), num("top_k", "top-k, 0 is off", 0, 1000, 1), num("top_p", "top-p", 0.01, 1, 0.01),
         num("seed", "seed", 0, 2147483647, 1)] : null,
-      num("max_new_tokens", "new tokens", 1, most, 1)),
+      num("max_new_tokens", "new tokens", 1, most, 1),
+      flag("chat", "prompt is", "text", "chat turn", "a chat turn is wrapped in the model's chat template"),
+      flag("truncate", "too long", "refuse", "cut", "cut drops the prompt's first tokens until it fits the model's context")),
     h("section", {class: "side"}, h("h2", {}, "Timing"), seg("timing", "steps", ["interleaved", "clean"]),
       h("p", {class: "soft"}, v.timing === "clean" ? "One variant after another, each warmed up: the fairest times."
         : "All variants step by step beside each other; each step is timed alone.")));

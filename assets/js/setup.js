@@ -3,7 +3,7 @@
 const catalog = props.catalog || {slots: [], techniques: []}, L = "ABCD", MOST = 4;
 const byName = Object.fromEntries(catalog.techniques.map(t => [t.name, t]));
 let variants = clone((props.value || {}).variants || [{techniques: []}]), notes = [], past = [], openSlot = null, openCard = null, openHelp = null;
-let promptTokens = null, newTokens = 64, asked = 0;
+let promptTokens = window.alPromptTokens || null, newTokens = window.alNewTokens || 64, asked = 0;
 function clone(x) { return JSON.parse(JSON.stringify(x)); }
 const has = (i, name) => variants[i].techniques.find(t => t.name === name);
 const defaults = t => Object.fromEntries(t.parameters.map(p => [p.name, p.default]));

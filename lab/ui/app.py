@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,7 +15,9 @@ from .theme import theme
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
-TAB_ADDRESS = "() => {{ const u = new URL(location.href); u.searchParams.set('tab', '{tab}'); history.replaceState(null, '', u); }}"
+# Gradio selects the first tab while the page loads; the address must not follow before it was read.
+ARRIVED = "() => { window.alArrived = true; }"
+TAB_ADDRESS = "() => {{ if (!window.alArrived) return; const u = new URL(location.href); u.searchParams.set('tab', '{tab}'); history.replaceState(null, '', u); }}"
 OWNER = """() => { try { let k = localStorage.getItem('attention-lab-owner');
   if (!k) { k = [...crypto.getRandomValues(new Uint8Array(16))].map(b => b.toString(16).padStart(2, '0')).join('');
     localStorage.setItem('attention-lab-owner', k); } return k; } catch { return ''; } }"""
@@ -44,7 +47,7 @@ def build(lab: Lab | None = None) -> gr.Blocks:
         view.change(follow(lab), view, [header, att, *mem, table], **QUIET)
         table.open(opener(lab), c.settings, [view, tabs, *shown], **QUIET)
         arrived = demo.load(None, None, owner, js=OWNER, **PRIVATE)
-        arrived.then(arrival(lab), owner, [view, tabs, att, *shown], **QUIET)
+        arrived.then(arrival(lab), owner, [view, tabs, att, *shown], **QUIET).then(None, None, None, js=ARRIVED, **PRIVATE)
     demo.queue(default_concurrency_limit=4, max_size=32)
     return demo
 
@@ -116,11 +119,15 @@ def header_of(lab: Lab, key: str | None) -> str:
     return cards.header(model, shown)
 
 
-def default_lab() -> Lab:
-    """The controller on the real engine and the saved runs."""
+def default_lab(db: str | Path | None = None, model: str = "default", device: str = "auto", dtype: str = "auto",
+                weights: str = "auto") -> Lab:
+    """The controller on the real engine and the saved runs. A database asked for by name is used or refused."""
+    import storage
+
     from .library import StoreLibrary
 
-    return Lab(StoreLibrary.open(), public=on_space())
+    library = StoreLibrary(storage.Store.open(db, fallback=db is None))
+    return Lab(library, source=model, device=device, dtype=dtype, weights=weights, public=on_space())
 
 
 def launch_options() -> dict[str, Any]:
@@ -129,13 +136,18 @@ def launch_options() -> dict[str, Any]:
             "show_error": False, "max_file_size": "256mb", "quiet": True}
 
 
-def serve(port: int | None = None, *, share: bool = False, host: str | None = None, lab: Lab | None = None,
-          block: bool = True, preload: bool | None = None) -> gr.Blocks:
-    """Start the browser app. With `block=False` it returns at once (tests)."""
-    lab = lab or default_lab()
+def serve(port: int | None = None, *, share: bool = False, host: str | None = None, db: str | Path | None = None,
+          model: str = "default", device: str = "auto", dtype: str = "auto", weights: str = "auto",
+          open_browser: bool = False, lab: Lab | None = None, block: bool = True, preload: bool | None = None) -> gr.Blocks:
+    """Start the browser app on `port` (None: the first free one from 7860).
+
+    `preload` loads the model in the background (default yes, LAB_PRELOAD=0 turns it off; on a Space always unless
+    turned off). With `block=False` it returns at once, for tests. Raises LabError for a database that cannot be used.
+    """
+    lab = lab or default_lab(db, model, device, dtype, weights)
     demo = build(lab)
-    if preload or (preload is None and os.environ.get("LAB_PRELOAD", "1") != "0"):
+    if preload if preload is not None else os.environ.get("LAB_PRELOAD", "1") != "0":
         lab.preload()
-    demo.launch(server_port=port, server_name=host or ("0.0.0.0" if on_space() else None), share=share,
+    demo.launch(server_port=port, server_name=host or ("0.0.0.0" if on_space() else None), share=share, inbrowser=open_browser,
                 prevent_thread_lock=not block, **launch_options())
     return demo

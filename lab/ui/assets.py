@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def prompt_of(entry: dict[str, Any]) -> str:
     from pydoc_data.topics import topics
 
     ask = entry["passage"]
-    words = " ".join(" ".join(topics[name].split()) for name in ask["topics"] if name in topics).split(" ")
+    prose = " ".join(topics[name] for name in ask["topics"] if name in topics)
+    words = re.sub(r"[*=~^`-]{3,}|[*`]", "", prose).split()  # headings' underlines and emphasis marks are no prose
     words = words[: int(ask["words"])]
     if ask.get("needle"):
         words.insert(int(len(words) * float(ask.get("at", 0.5))), ask["needle"])

@@ -21,7 +21,7 @@ from .state import MAX_PROMPT_CHARS, Decoding, decoding_value
 PERIOD_S = 0.08  # the columns are sent at most this often; more is not seen and costs the model's cores
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 DEFAULT = {"mode": "greedy", "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": 0, "max_new_tokens": 64,
-           "timing": "interleaved", "preset": ""}
+           "timing": "interleaved", "chat": False, "truncate": False, "preset": ""}
 EXAMPLE = "Recorded example: press Run to make your own."
 
 
@@ -170,12 +170,12 @@ def runner(lab: Lab) -> Any:
         try:
             yield from _run(lab, prompt, setup, decoding, owner, cancel)
         except GeneratorExit:
-            cancel.set()
+            cancel.stop()
             raise
         except Exception as problem:
             yield frame(status=cards.error(sentence(problem)), running=False)
         finally:
-            cancel.set()
+            cancel.stop()
             lab.end(visitor)
     return run
 
@@ -201,12 +201,12 @@ def _run(lab: Lab, prompt: str, setup: dict[str, Any], decoding: dict[str, Any],
                 saved=saved_value(None))
     if not lab.loaded:
         yield from loading(lab, cancel)
-        if cancel.is_set():
+        if cancel.stopped:
             yield frame(status=cards.status("Stopped."), running=False)
             return
         yield frame(model=cards.model_card(lab.facts()))
     last, outcome = 0.0, None
-    for event in lab.run(prompt, variants, settings, cancel):
+    for event in lab.run(prompt, variants, settings, cancel, owner):
         if isinstance(event, Outcome):
             outcome = event
             continue
@@ -243,7 +243,7 @@ def loading(lab: Lab, cancel: Any) -> Iterator[Any]:
         told["done"] = True
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    while not told["done"] and not cancel.is_set():
+    while not told["done"] and not cancel.stopped:
         yield frame(status=cards.status(told["text"], told["fraction"], True))
         thread.join(0.25)
     if told["problem"] is not None:

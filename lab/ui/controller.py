@@ -24,6 +24,7 @@ SLOT_IDENTITY = {"trim": "whole prompt", "select": "all entries", "edit": "–",
                  "encode": "16 bit", "calibrate": "–"}
 CACHE_SIDE = ("observe", "score", "allocate", "reduce", "encode")
 MOST_VARIANTS = 4
+ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 Report = Callable[[float, str], None]
 
 
@@ -35,17 +36,42 @@ class Outcome:
     arrays: dict[str, Any] = field(default_factory=dict)
 
 
+class Job:
+    """One visitor's run under way: a stop that reaches the engine as soon as there is one."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._reach: Callable[[], None] | None = None
+
+    def attach(self, cancel: Callable[[], None]) -> None:
+        """What to call when the run is to stop."""
+        self._reach = cancel
+        if self._event.is_set():
+            cancel()
+
+    def stop(self) -> None:
+        """Stop within a step."""
+        self._event.set()
+        if self._reach is not None:
+            self._reach()
+
+    @property
+    def stopped(self) -> bool:
+        """True once a stop was asked for."""
+        return self._event.is_set()
+
+
 class Lab:
     """One per process: the model (loaded once, lazily), the technique registry, open runs and running jobs."""
 
-    def __init__(self, library: Any, *, source: str = "default", device: str = "auto", weights: str = "auto",
-                 public: bool = False, max_new_tokens: int = 1024) -> None:
+    def __init__(self, library: Any, *, source: str = "default", device: str = "auto", dtype: str = "auto",
+                 weights: str = "auto", public: bool = False, max_new_tokens: int = 1024) -> None:
         self.library, self.public, self.max_new_tokens = library, public, max_new_tokens
-        self.source, self.device, self.weights = source, device, weights
+        self.source, self.device, self.dtype, self.weights = source, device, dtype, weights
         self.shelf = Shelf()
         self._model: Any = None
         self._loading, self._jobs_lock = threading.Lock(), threading.Lock()
-        self._jobs: dict[str, threading.Event] = {}
+        self._jobs: dict[str, Job] = {}
         example = recorded.load()
         self.has_example = example is not None
         if example is not None:
@@ -146,23 +172,18 @@ class Lab:
         if not prompt_tokens:
             return {"pending": "predicted size: once there is a prompt"}
         try:
-            seen = self.predict(stack, facts, prompt_tokens, new_tokens)
+            mine, dense = self.predict(stack, facts, prompt_tokens, prompt_tokens + max(0, new_tokens - 1))
         except LabError as problem:
             return {"error": str(problem)}
-        if seen is None:
-            return {}
-        mine, dense = seen
         return {"kv": {"text": size(mine), "ratio": ratio(mine, dense) if stack.techniques else "",
-                       "at": f"{prompt_tokens + new_tokens:,} tokens"}}
+                       "at": f"{prompt_tokens + max(0, new_tokens - 1):,} tokens"}}
 
-    def predict(self, stack: Any, facts: dict[str, Any], prompt: int, new: int) -> tuple[float, float] | None:
-        """(bytes of this stack, bytes of the dense cache) after `prompt` + `new` tokens, from lab.measure.cost."""
-        try:
-            from lab.measure import cost
-        except ImportError:
-            return None
-        found = cost.predict(stack, facts, prompt, new)
-        return (found["kv_bytes"], found["kv_bytes_dense"]) if isinstance(found, dict) else (found.kv_bytes, found.kv_bytes_dense)
+    def predict(self, stack: Any, facts: dict[str, Any], prompt: int, total: int) -> tuple[float, float]:
+        """(bytes of this stack, bytes of the dense cache) once `total` tokens were fed, from lab.measure.cost."""
+        from lab.measure import cost
+
+        found = cost.predict(facts, stack, prompt, total, ELEMENT.get(str(facts.get("dtype")), 4))
+        return found.kv_bytes, found.kv_bytes_dense
 
     # -- model --------------------------------------------------------------------------------------------------
     @property
@@ -182,8 +203,10 @@ class Lab:
         with self._loading:
             if self._model is None:
                 from lab import models
+                from lab.models.environment import check_environment
 
-                self._model = models.load(self.source, device=self.device, weights=self.weights, progress=report)
+                check_environment()
+                self._model = models.load(self.source, device=self.device, dtype=self.dtype, weights=self.weights, progress=report)
             return self._model
 
     def preload(self) -> threading.Thread:
@@ -201,9 +224,7 @@ class Lab:
         """Tokens of a prompt as the model will read it, or None before the model is loaded."""
         if self._model is None:
             return None
-        from lab.measure import experiment
-
-        return len(experiment.encode(self._model, text))
+        return len(self._model.tokenizer(text)["input_ids"]) if text else 0
 
     def limit(self) -> int | None:
         """The model's context length in tokens."""
@@ -211,12 +232,12 @@ class Lab:
         return facts.get("context") if facts else None
 
     # -- runs ---------------------------------------------------------------------------------------------------
-    def begin(self, visitor: str) -> threading.Event | None:
+    def begin(self, visitor: str) -> Job | None:
         """Register a visitor's job and return its stop signal; None when one is already under way."""
         with self._jobs_lock:
             if visitor in self._jobs:
                 return None
-            self._jobs[visitor] = threading.Event()
+            self._jobs[visitor] = Job()
             return self._jobs[visitor]
 
     def end(self, visitor: str) -> None:
@@ -227,26 +248,38 @@ class Lab:
     def stop(self, visitor: str) -> bool:
         """Ask a visitor's job to stop within a step. False when there is none."""
         with self._jobs_lock:
-            event = self._jobs.get(visitor)
-        if event is not None:
-            event.set()
-        return event is not None
+            job = self._jobs.get(visitor)
+        if job is not None:
+            job.stop()
+        return job is not None
 
-    def run(self, prompt: str, variants: list[dict[str, Any]], settings: dict[str, Any],
-            cancel: threading.Event) -> Iterator[Any]:
-        """Events of one experiment, then one Outcome."""
-        from lab.measure import experiment
+    def run(self, prompt: str, variants: list[dict[str, Any]], settings: dict[str, Any], job: Job,
+            owner: str = "") -> Iterator[Any]:
+        """Events of one experiment, then one Outcome. The run is noted as begun first, so that a crash leaves a trace."""
+        from lab.engine.sampling import Sampling
+        from lab.measure.experiment import Experiment
+        from lab.measure.request import RunRequest
 
-        stacks = [self.stack(v) for v in variants]
-        result = yield from experiment.run(self.ensure_model(), prompt, stacks, settings, cancel=cancel)
-        record, arrays = result
-        yield Outcome(record, arrays)
+        request = RunRequest(
+            prompt=prompt, variants=tuple(self.stack(v).spec for v in variants), max_new_tokens=settings["max_new_tokens"],
+            sampling=Sampling(settings["temperature"], settings["top_k"], settings["top_p"], settings["seed"]),
+            timing=settings["timing"], chat=bool(settings.get("chat")), truncate=bool(settings.get("truncate")))
+        experiment = Experiment(self.ensure_model(), request)
+        job.attach(experiment.cancel)
+        try:
+            self.library.begin(experiment.record, owner if self.public else "")
+        except Exception as problem:  # the run itself matters more than its place in the table
+            log.warning("the run could not be noted before its start: %s", problem)
+        yield from experiment.events()
+        yield Outcome(experiment.record, experiment.arrays)
 
     def replay(self, run: OpenRun, letter: str, layer: int, report: Report | None = None) -> None:
-        """Run a saved variant's tokens through the model again to capture one layer's queries and keys."""
-        from lab.measure import experiment
+        """Feed a saved variant's tokens through the model again to capture one layer's queries and keys."""
+        from lab.measure.replay import replay
 
-        run.add(experiment.replay(self.ensure_model(report), run.record, letter, [layer]))
+        loaded = self.ensure_model(report)
+        run.add(replay(loaded, run.record, letter, layers={layer},
+                       progress=None if report is None else lambda fraction: report(fraction, "Replaying")))
 
     def replayable(self, run: OpenRun) -> bool:
         """True when the loaded (or loadable) model is the one that made the run."""
@@ -257,18 +290,17 @@ class Lab:
     def growth(self, record: dict[str, Any], variant: dict[str, Any], points: int = 24) -> tuple[list[int], list[float]]:
         """Predicted KV bytes from the run's end to the model's full context, as (tokens, bytes)."""
         facts = record.get("model") or {}
-        start = len((record.get("prompt") or {}).get("token_ids") or []) + len(variant.get("tokens") or [])
+        prompt = len((record.get("prompt") or {}).get("token_ids") or [])
+        start = prompt + max(0, len(variant.get("tokens") or []) - 1)
         end = int(facts.get("context") or 0)
         if end <= start:
             return [], []
-        prompt = len((record.get("prompt") or {}).get("token_ids") or [])
-        stack = self.stack(variant)
         xs = sorted({start + (end - start) * i // (points - 1) for i in range(points)})
         try:
-            ys = [self.predict(stack, facts, prompt, x - prompt) for x in xs]
+            stack = self.stack(variant)
+            return xs, [self.predict(stack, facts, max(1, prompt), x)[0] for x in xs]
         except LabError:
             return [], []
-        return ([], []) if any(y is None for y in ys) else (xs, [y[0] for y in ys])
 
     def keep(self, outcome: Outcome, owner: str) -> tuple[str, str | None]:
         """Put a finished run on the shelf and save it. Returns (key, sentence about a failed save or None)."""

@@ -27,7 +27,7 @@ def _layout(figure: go.Figure, x: str, y: str, height: int = 340) -> go.Figure:
 
 
 def _label(variant: dict[str, Any]) -> str:
-    text = f"{variant.get('letter')} · {variant.get('title') or variant.get('spec')}"
+    text = f"{variant.get('letter')} · {variant.get('spec') if variant.get('techniques') else 'dense'}"
     return text.replace("<", "&lt;")  # Plotly reads a little HTML in names
 
 

@@ -31,6 +31,10 @@ class StoreLibrary:
         """Why runs may not be kept, or nothing."""
         return str(self.store.notice or "")
 
+    def begin(self, record: dict[str, Any], owner: str = "") -> None:
+        """Note that a run starts, so that a crash leaves it marked interrupted."""
+        self.store.begin(record, owner or None)
+
     def save(self, record: dict[str, Any], arrays: dict[str, Any], owner: str = "") -> None:
         """Save a run whole."""
         self.store.save(record, arrays, owner or None)

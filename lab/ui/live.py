@@ -48,7 +48,6 @@ class LiveRun:
             self.record["variants"][i]["fidelity"].append(
                 {"kl": event.kl, "agree": event.agree, "ref_prob": event.ref_prob,
                  "var_prob": event.var_prob, "top": [list(a) for a in event.top or ()]})
-            self.text = self._named(i, f"compared with the reference, token {event.index + 1}")
         elif kind == "Finished":
             self.record["variants"][i].update(finish=event.reason, text=event.text)
 
@@ -68,7 +67,9 @@ class LiveRun:
         reference = self.record["variants"][0]["tokens"]
         if i and variant["first_divergence"] is None and n < len(reference) and reference[n]["id"] != item["id"]:
             variant["first_divergence"] = n
-        self._fragments[i].append(tokens.token(item, None, n, fork=variant["first_divergence"] == n))
+        fork = variant["first_divergence"]
+        seen = variant["fidelity"][n] if n < len(variant["fidelity"]) and (fork is None or n <= fork) else None
+        self._fragments[i].append(tokens.token(item, seen, n, fork=fork == n, kl=seen["kl"] if seen else None))
         self.text = f"writing token {n + 1:,}"
         self.fraction = None
 

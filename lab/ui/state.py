@@ -42,6 +42,8 @@ class Decoding:
     seed: int = 0
     max_new_tokens: int = 64
     timing: str = "interleaved"
+    chat: bool = False
+    truncate: bool = False
 
     @classmethod
     def read(cls, value: dict[str, Any] | None, most_tokens: int) -> Decoding:
@@ -55,21 +57,23 @@ class Decoding:
                 return getattr(base, name)
         return cls("sampled" if v.get("mode") == "sampled" else "greedy", bounded("temperature", 0.05, 5.0),
                    int(bounded("top_k", 0, 1000)), bounded("top_p", 0.01, 1.0), int(bounded("seed", 0, 2**31 - 1)),
-                   int(bounded("max_new_tokens", 1, most_tokens)), "clean" if v.get("timing") == "clean" else "interleaved")
+                   int(bounded("max_new_tokens", 1, most_tokens)), "clean" if v.get("timing") == "clean" else "interleaved",
+                   v.get("chat") is True, v.get("truncate") is True)
 
     def settings(self) -> dict[str, Any]:
         """The run record's settings; greedy is temperature 0."""
         sampled = self.mode == "sampled"
         return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature if sampled else 0.0,
                 "top_k": self.top_k if sampled else 0, "top_p": self.top_p if sampled else 1.0, "seed": self.seed,
-                "timing": self.timing, "samples": 1}
+                "timing": self.timing, "samples": 1, "chat": self.chat, "truncate": self.truncate}
 
 
 def decoding_value(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """The settings component's value for a saved run."""
     sampled = bool(settings.get("temperature"))
     changes = {"mode": "sampled" if sampled else "greedy", "preset": "", "seed": settings.get("seed", 0),
-               "max_new_tokens": settings.get("max_new_tokens", 64), "timing": settings.get("timing", "interleaved")}
+               "max_new_tokens": settings.get("max_new_tokens", 64), "timing": settings.get("timing", "interleaved"),
+               "chat": bool(settings.get("chat"))}
     if sampled:
         changes |= {k: settings[k] for k in ("temperature", "top_k", "top_p") if settings.get(k) is not None}
     return {**base, **changes}

@@ -1,7 +1,6 @@
 """A synthetic run and a lab without an engine, for tests of the browser room only. No figure here is a measurement."""
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lab.engine.slots import Paper, Technique, param
-from lab.ui.controller import Lab, Outcome
+from lab.ui.controller import Job, Lab, Outcome
 from lab.ui.library import StoreLibrary
 from lab.ui.opened import OpenRun
 
@@ -223,11 +222,11 @@ class FakeLab(Lab):
     def count_tokens(self, text: str) -> int:
         return len(split(text)) if text else 0
 
-    def predict(self, stack, facts, prompt, new):
-        dense = facts["kv_bytes_per_token"] * (prompt + new)
+    def predict(self, stack, facts, prompt, total):
+        dense = facts["kv_bytes_per_token"] * total
         return dense * (0.25 if "h2o" in stack.spec else 1) * (0.2 if "kivi" in stack.spec else 1), dense
 
-    def run(self, prompt: str, variants: list[dict], settings: dict, cancel: threading.Event) -> Iterator[Any]:
+    def run(self, prompt: str, variants: list[dict], settings: dict, job: Job, owner: str = "") -> Iterator[Any]:
         self.runs_made += 1
         record, arrays = record_and_arrays(f"20260102-00000{self.runs_made}-fake")
         record["variants"] = record["variants"][:len(variants)]
@@ -242,7 +241,7 @@ class FakeLab(Lab):
         longest = min(int(settings["max_new_tokens"]), max(len(v["tokens"]) for v in record["variants"]))
         reason = "length"
         for k in range(longest):
-            if cancel.is_set():
+            if job.stopped:
                 reason = "cancelled"
                 break
             for i, variant in enumerate(record["variants"]):

@@ -4,6 +4,7 @@ The browser receives them as small pieces (one per token), so that a stream send
 """
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ..format import esc
@@ -30,6 +31,9 @@ def head(variant: dict[str, Any], reference: bool) -> str:
     note = saving(variant)
     if note and not reference:
         chips.append(f'<span class="chip">{esc(note)}</span>')
+    settings = " · ".join(re.findall(r"\(([^()]*)\)", str(variant.get("spec") or "")))
+    if settings:
+        chips.append(f'<span class="chip num" title="{esc(variant.get("spec"))}">{esc(settings)}</span>')
     spec = esc(variant.get("spec") or "dense")
     title = esc(variant.get("title") or variant.get("spec") or "Dense")
     return (f'<span class="badge" aria-label="variant {esc(variant.get("letter"))}">{esc(variant.get("letter"))}</span>'

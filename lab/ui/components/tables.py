@@ -22,6 +22,8 @@ def costs(record: dict[str, Any]) -> str:
                  percent(v.get("kept_fraction")), percent(v.get("read_fraction")), decimal(v.get("perplexity"), 2),
                  decimal(v.get("kl_mean"), 3) if i else DASH, decimal(v.get("top1_agreement"), 2) if i else DASH]
         title = esc(v.get("title") or v.get("spec"))
+        if v.get("techniques"):
+            title += f' <span class="soft num">{esc(v.get("spec"))}</span>'
         rows.append(f'<tr><th scope="row">{_letter(v)} {title}</th>' + "".join(f'<td class="num">{esc(c)}</td>' for c in cells) + "</tr>")
     head = "".join(f'<th scope="col">{esc(h)}</th>' for h in heads)
     return (f'<div class="tablebox"><table class="lines"><caption class="sr">measured cost of each variant</caption>'

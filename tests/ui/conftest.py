@@ -1,0 +1,67 @@
+"""A served app on the synthetic lab, and a real Chromium to look at it."""
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+
+import pytest
+
+REQUIRED = os.environ.get("LAB_REQUIRE_BROWSER") == "1"
+
+
+def chromium() -> str | None:
+    """Path of an installed Chromium."""
+    return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium through Playwright; skipped with a reason where there is none, unless LAB_REQUIRE_BROWSER=1."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        (pytest.fail if REQUIRED else pytest.skip)("playwright is not installed")
+    path = chromium()
+    if path is None:
+        (pytest.fail if REQUIRED else pytest.skip)("no Chromium found; install one or set CHROMIUM")
+    with sync_playwright() as p:
+        found = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def site():
+    """(url, lab) of a served app on the synthetic lab."""
+    from lab.ui.app import serve
+
+    from . import fixture
+
+    lab = fixture.FakeLab(step_s=0.02)
+    port = free_port()
+    demo = serve(port, lab=lab, block=False, preload=False)
+    yield f"http://127.0.0.1:{port}/", lab
+    demo.close()
+
+
+@pytest.fixture
+def page(browser, site):
+    """A fresh visitor. The test fails on any console error, page error or request that leaves the machine."""
+    context = browser.new_context(viewport={"width": 1440, "height": 900}, accept_downloads=True)
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda e: wrong.append(str(e)))
+    page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith((site[0], "data:", "blob:")) else None)
+    page.goto(site[0], wait_until="load")
+    page.wait_for_selector("#columns .col")
+    yield page
+    context.close()
+    assert wrong == []

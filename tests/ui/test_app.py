@@ -1,0 +1,152 @@
+"""The app without a browser: the plan behind the cards, the maps' answers, presets, privacy, and the page's wiring."""
+from __future__ import annotations
+
+import base64
+
+import numpy as np
+import pytest
+
+from lab.errors import LabError
+from lab.ui import assets, attention, compare, controller, maps, runs
+from lab.ui.app import build
+from lab.ui.opened import OpenRun, Shelf
+
+from . import fixture
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return fixture.FakeLab(step_s=0)
+
+
+def test_plan_predicts_names_and_blocks_with_a_reason(lab):
+    cards = [lab.cards_of("dense"), lab.cards_of("h2o(budget=0.5)"), {"techniques": [{"name": "h2o", "params": {"budget": 7}}]}]
+    plan = lab.plan({"variants": cards, "prompt_tokens": 100, "max_new_tokens": 29})["variants"]
+    assert plan[0]["title"] == "Dense" and plan[0]["kv"]["text"] == "256.0 KiB" and plan[0]["kv"]["ratio"] == ""
+    assert plan[1]["spec"] == "h2o(budget=0.5)" and plan[1]["kv"]["ratio"] == "0.25×"
+    assert "score" in plan[1]["blocked"]["streaming"] and "kivi" not in plan[1]["blocked"]
+    assert "out of range" in plan[2]["error"]
+
+
+def test_plan_without_prompt_says_what_it_waits_for(lab):
+    assert "prompt" in lab.plan({"variants": [{"techniques": []}]})["variants"][0]["pending"]
+
+
+def test_conflicting_cards_are_refused_before_the_model_is_touched(lab):
+    both = {"techniques": [*lab.cards_of("h2o")["techniques"], *lab.cards_of("streaming")["techniques"]]}
+    assert lab.plan({"variants": [both]})["variants"][0]["conflicts"]
+    with pytest.raises(LabError):
+        compare.describe(lab, both)
+
+
+def test_presets_parse_with_the_real_registry():
+    from lab.engine.stack import Stack
+
+    entries = assets.presets()
+    assert len(entries) >= 6 and len({e["id"] for e in entries}) == len(entries)
+    for entry in entries:
+        assert 1 <= len(entry["variants"]) <= 4 and entry["about"]
+        assert [Stack.parse(spec) for spec in entry["variants"]]
+        assert len(assets.prompt_of(entry)) > 60
+    assert "amber key is in box seven" in assets.prompt_of(assets.preset("needle"))
+
+
+def test_tile_is_bytes_and_hatches_what_was_evicted():
+    run = OpenRun(*fixture.record_and_arrays())
+    ask = {"letter": "B", "layer": 3, "head": 0, "rows": [0, 999], "cols": [-5, 999], "width": 512, "height": 512}
+    tile = maps.tile(run, ask)
+    data = np.frombuffer(base64.b64decode(tile["data"]), np.uint8).reshape(tile["h"], tile["w"])
+    assert tile["row_step"] == 1 and data[0, 1] == 0 and data[5, 0] > 0
+    lost = np.frombuffer(base64.b64decode(tile["evicted"]), np.uint8).reshape(data.shape)
+    assert (data[lost == 255] == 0).all() and (lost == 255).any()
+
+
+def test_row_and_cell_agree():
+    run = OpenRun(*fixture.record_and_arrays())
+    ask = {"letter": "B", "layer": 3, "head": 1}
+    row = maps.row(run, {**ask, "row": 120, "top": 5, "strip": [0, 130]})
+    best = row["bars"][0]
+    cell = maps.cell(run, {**ask, "row": 120, "col": best["col"]})
+    assert cell["rank"] == 1 and cell["weight"] == pytest.approx(best["weight"], abs=1e-6)
+    gone = maps.cell(run, {**ask, "row": 120, "col": row["gone"][0]})
+    assert gone["weight"] is None and gone["why"].startswith("evicted")
+    assert sum(b["weight"] for b in row["bars"]) + row["tail"] == pytest.approx(1, abs=1e-3)
+
+
+def test_cache_map_through_time():
+    run = OpenRun(*fixture.record_and_arrays())
+    before = maps.cache(run, {"letter": "B", "row": 50, "width": 2000})
+    after = maps.cache(run, {"letter": "B", "row": 128, "width": 2000})
+    assert set(np.frombuffer(base64.b64decode(before["data"]), np.uint8)) == {16, 255}
+    assert {0, 2, 16} == set(np.frombuffer(base64.b64decode(after["data"]), np.uint8))
+    assert maps.life(run, {"letter": "B", "token": 5})["events"][0]["what"] == "written"
+
+
+def test_server_functions_answer_in_one_sentence(lab):
+    tile = next(f for f in attention.functions(lab) if f.__name__ == "tile")
+    assert "no longer open" in tile({"key": "guess"})["error"]
+    missing = tile({"key": "recorded", "letter": "A", "layer": 5, "head": 0, "rows": [0, 9], "cols": [0, 9]})
+    assert "Captured layers are 0, 3, 7" in missing["error"] and missing["replay"] is True
+    assert "error" in tile({"key": "recorded", "letter": "A", "layer": 3, "head": 99, "rows": [0, 9], "cols": [0, 9]})
+
+
+def test_unexpected_failures_never_show_a_traceback():
+    text = controller.sentence(ValueError("secret path /root/x"))
+    assert "secret" not in text and "Traceback" not in text
+
+
+def test_shelf_keeps_the_recorded_run_and_forgets_the_oldest():
+    shelf = Shelf(keep=3)
+    shelf.put(OpenRun({}, {}), "recorded")
+    keys = [shelf.put(OpenRun({}, {})) for _ in range(5)]
+    assert shelf.get("recorded") and shelf.get(keys[-1]) and shelf.get(keys[0]) is None
+
+
+def test_runs_table_verbs():
+    lab = fixture.FakeLab(step_s=0)
+    f = {fn.__name__: fn for fn in runs.functions(lab)}
+    row = f["listing"]({})["rows"][0]
+    ident = {"run_id": row["run_id"]}
+    assert row["name"] == "older run" and row["tags"] == ["kivi"]
+    f["rename"]({**ident, "name": "<b>new</b>"})
+    f["tag"]({**ident, "tags": ["a", "b"]})
+    assert f["listing"]({})["rows"][0]["name"] == "<b>new</b>"
+    exported = f["export"]({**ident, "format": "json"})
+    f["delete"](ident)
+    assert f["listing"]({})["rows"] == []
+    f["restore"](ident)
+    assert len(f["listing"]({})["rows"]) == 1
+    assert f["take"]({"name": "x.json", "data": exported["data"]})["run_id"] == row["run_id"]
+    assert "error" in f["take"]({"name": "x.json", "data": base64.b64encode(b"{}").decode()})
+    assert "error" in f["take"]({"name": "x.json", "data": "%%%"})
+    assert "error" in f["export"]({"run_id": "nope", "format": "json"})
+
+
+def test_on_a_space_visitors_see_their_own_runs_only():
+    lab = fixture.FakeLab(step_s=0)
+    lab.public = True
+    record, arrays = fixture.record_and_arrays("20260103-000000-mine")
+    key, problem = lab.keep(fixture.Outcome(record, arrays), "visitor-1")
+    assert problem is None and lab.shelf.get(key)
+    listing = next(fn for fn in runs.functions(lab) if fn.__name__ == "listing")
+    assert [r["run_id"] for r in listing({"owner": "visitor-1"})["rows"]] == ["20260103-000000-mine"]
+    assert listing({"owner": "visitor-2"})["rows"] == [] and listing({})["rows"] == []
+    with pytest.raises(Exception, match="no run"):
+        lab.open("20260103-000000-mine", "visitor-2")
+
+
+def test_nothing_is_a_public_endpoint(lab):
+    demo = build(lab)
+    assert [d for d in demo.get_config_file()["dependencies"] if d.get("api_visibility") == "public"] == []
+    assert all(fn.queue or fn.concurrency_id for fn in demo.fns.values() if fn.concurrency_id == "model")
+
+
+def test_a_second_job_of_one_visitor_is_refused(lab):
+    job = lab.begin("v")
+    assert job and lab.begin("v") is None and lab.begin("w")
+    reached = []
+    assert lab.stop("v") and job.stopped
+    job.attach(lambda: reached.append(1))
+    assert reached == [1]
+    lab.end("v"), lab.end("w")
+    assert lab.stop("v") is False

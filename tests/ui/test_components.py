@@ -1,0 +1,144 @@
+"""Components are pure functions from a record to HTML, and nothing a model or a visitor wrote gets through unescaped."""
+from __future__ import annotations
+
+import copy
+import html
+import json
+import re
+
+import pytest
+
+from lab.ui import figures, format
+from lab.ui.components import cards, charts, columns, dial, metrics, tables, tokens
+from lab.ui.live import LiveRun
+from lab.ui.state import Address, Decoding
+
+from . import fixture
+
+EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
+
+
+@pytest.fixture(scope="module")
+def record():
+    return fixture.record_and_arrays()[0]
+
+
+@pytest.fixture
+def evil(record):
+    """The record with hostile text wherever text can come from a model or a visitor."""
+    bad = copy.deepcopy(record)
+    bad["name"] = bad["prompt"]["text"] = EVIL
+    for variant in bad["variants"]:
+        variant.update(title=EVIL, spec=EVIL, error=EVIL, letter='"><script>')
+        for token in variant["tokens"]:
+            token["text"] = EVIL
+            token["alternatives"] = [[1, EVIL, 0.5]]
+        for fidelity in variant["fidelity"]:
+            fidelity["top"] = [[1, EVIL, 0.5]]
+    bad["model"] = {**bad["model"], "id": EVIL, "weights": EVIL, "device": EVIL}
+    return bad
+
+
+def assert_clean(text: str) -> None:
+    assert "<script" not in text.lower()
+    assert "<img" not in text.lower()
+    for attribute in re.findall(r'="([^"]*)"', text):
+        assert "<" not in attribute
+
+
+def test_every_component_escapes(evil):
+    drawn = columns.columns(evil)
+    for column in drawn["cols"]:
+        for piece in (column["head"], column["dial"], column["note"], column["strip"], *column["own"], *column["forced"]):
+            assert_clean(piece)
+    assert_clean(tables.costs(evil))
+    assert_clean(tables.layers(evil))
+    assert_clean(charts.charts(evil))
+    assert_clean(cards.model_card(evil["model"]))
+    for make in (cards.status, cards.banner, cards.error, cards.empty):
+        assert_clean(make(EVIL))
+    assert_clean(cards.header(EVIL, EVIL))
+    assert "<script" not in figures.kv_growth(evil, {}).to_json()
+    assert "<script" not in figures.step_latency(evil).to_json()
+
+
+def test_hover_card_survives_the_attribute(record):
+    fragment = tokens.own_text(record["variants"][1])[3]
+    card = json.loads(html.unescape(re.search(r'data-h="([^"]*)"', fragment)[1]))
+    assert card["n"] == 4 and card["c"].startswith("kept") and card["kl"].endswith("nats")
+    assert card["alt"][2][0] == "⏎"
+
+
+def test_underlines_end_at_the_first_divergence_and_the_fork_is_marked_once(record):
+    variant = record["variants"][1]
+    fork = variant["first_divergence"]
+    fragments = tokens.own_text(variant)
+    assert sum("forkbar" in f for f in fragments) == 1 and "forkbar" in fragments[fork]
+    assert not any(re.search(r'class="[^"]*k[123]', f) for f in fragments[fork + 1:])
+    forced = tokens.forced_text(variant, record["variants"][0])
+    assert len(forced) == len(record["variants"][0]["tokens"])
+    assert any(re.search(r'class="[^"]*k[123]', f) for f in forced[fork + 1:])
+
+
+def test_underline_weight_follows_the_kl():
+    assert [tokens.kl_class(x) for x in (None, 0.0, 0.05, 0.3, 2.0)] == ["", "", "k1", "k2", "k3"]
+
+
+def test_missing_figures_are_a_dash_and_never_zero():
+    strip = metrics.metrics({"letter": "B", "techniques": [1]}, {"letter": "A"})
+    assert ">0" not in strip and strip.count(format.DASH) >= 6
+    assert format.size(None) == format.decimal(None) == format.duration(float("nan")) == format.DASH
+
+
+def test_the_dial_adds_up(record):
+    parts = dial.shares(record["variants"][1])
+    assert [bits for bits, _ in parts] == [16, 2, 0]
+    assert sum(share for _, share in parts) == pytest.approx(1)
+    assert "evicted" in dial.dial(record["variants"][1])
+    assert "not known" in dial.dial({"layers": []})
+
+
+def test_masking_techniques_say_that_they_store_the_same(record):
+    variant = {**record["variants"][1], "simulated": True}
+    assert "reads less, stores the same" in columns.head(variant, False)
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0 B"), (1023, "1023 B"), (46080, "45.0 KiB"), (97_255_424, "92.8 MiB")])
+def test_sizes(value, text):
+    assert format.size(value) == text
+
+
+def test_measured_is_solid_and_predicted_dashed(record):
+    figure = figures.kv_growth(record, {"A": ([130, 2048], [1e5, 2e6])})
+    dashes = {trace.name: trace.line.dash for trace in figure.data}
+    assert dashes["A · predicted"] == "dash"
+    assert all(dash is None for name, dash in dashes.items() if "predicted" not in name)
+    assert figure.layout.paper_bgcolor == "rgba(0,0,0,0)"
+
+
+def test_a_stream_ends_in_what_the_saved_run_shows(record):
+    lab = fixture.FakeLab(step_s=0)
+    variants = [{"techniques": v["techniques"]} for v in record["variants"]]
+    live = LiveRun([{"spec": v["spec"], "title": v["title"], "techniques": v["techniques"]} for v in record["variants"]], "p")
+    outcome = None
+    for event in lab.run("p", variants, {"max_new_tokens": 40}, fixture.Job()):
+        if isinstance(event, fixture.Outcome):
+            outcome = event
+        else:
+            live.apply(event)
+    shown = live.columns()
+    for column, variant in zip(shown["cols"], outcome.record["variants"], strict=True):
+        assert len(column["own"]) == len(variant["tokens"])
+    assert live.record["variants"][1]["first_divergence"] == record["variants"][1]["first_divergence"]
+    assert not any(column["writing"] for column in shown["cols"])
+
+
+def test_address_ignores_nonsense():
+    assert Address.read({"tab": "<b>", "layer": "-1", "head": "x", "variant": "Z"}) == Address()
+    assert Address.read({"tab": "runs", "run": "r", "layer": "7", "head": "mean"}) == Address("runs", "r", None, 7, "mean")
+
+
+def test_decoding_is_brought_into_range():
+    read = Decoding.read({"mode": "sampled", "temperature": 99, "top_p": "x", "max_new_tokens": 1e9, "seed": -4}, 128)
+    assert (read.temperature, read.top_p, read.max_new_tokens, read.seed) == (5.0, 1.0, 128, 0)
+    assert Decoding.read({"temperature": 2}, 128).settings()["temperature"] == 0.0
