@@ -8,12 +8,12 @@ import torch
 
 from kernels import cpu_attention as core
 from kernels.merge import sink_logit
-from lab.engine import attend
+from lab.engine import attend, sparse
 from lab.engine.context import LayerContext
 from lab.engine.history import History
 from lab.engine.layer import Handle, LabLayer
 from lab.engine.policy import Policy
-from lab.engine.slots import ColumnBias
+from lab.engine.slots import Band, ColumnBias
 
 
 @dataclass
@@ -33,12 +33,16 @@ def run(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> torch.Te
     ctx = _append(policy, handle, q, call)
     if store.tap is not None:
         store.tap.add(ctx, handle)
-    result = _attend(policy, ctx, handle, call)
+    early = policy.early(ctx)
+    result = _attend(policy, ctx, handle, call) if early is None else early
     out = result.out
     for technique in policy.routes:
         gate = technique.route(ctx)
         if gate is not None:
             out = out * gate.to(out.dtype)
+        technique.remember(ctx, out)
+    if policy.probe is not None:
+        out = policy.probe(ctx, out)
     if handle.fresh:
         handle.fresh = False
         policy.after(ctx, result)
@@ -78,8 +82,15 @@ def _append(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> Laye
 def _attend(policy: Policy, ctx: LayerContext, handle: Handle, call: Call) -> attend.Result:
     store, rows = ctx.store, ctx.q.shape[2]
     prompt = ctx.phase == "prefill"
-    bands = [b for b in (t.select(ctx) for t in policy.selects) if b is not None] if prompt else []
+    chosen = [c for c in (t.select(ctx) for t in policy.selects if ctx.phase in t.select_phases) if c is not None]
+    bands = [c for c in chosen if isinstance(c, Band)]
     edits = [e for t in policy.edits for e in t.edit(ctx)]
+    weigh = policy.weigh(ctx)
+    if weigh is not None or len(chosen) > len(bands) or (bands and not prompt):
+        picks = [c for c in chosen if not isinstance(c, Band)]
+        result = sparse.attend(ctx, bands, picks, edits, weigh, policy.want_mass, policy.want_last)
+        return _finish(policy, ctx, result, chosen, edits)
+    store.last_probe = 0
     quick = ctx.pos_q is None and not call.softcap and store.plain and store.longest == store.seen - store.base
     if prompt and rows > 1 and quick and all(isinstance(e, ColumnBias) for e in edits):
         possible, band = attend.single_band(bands, ctx.window, store.seen)

@@ -183,7 +183,7 @@ class _Plan:
         read = float(sum(r[0] for r in reads))
         per_entry = self._row_bytes(max(held))
         groups = f["heads"] / f["kv_heads"]
-        probe = float(sum(p[0] for p in probes)) * per_entry / 2  # an entry's worth of key bytes
+        probe = float(sum(p[0] for p in probes)) * d * self.element
         flops = 4 * groups * d * read + 2 * groups * d * float(sum(p[0] for p in probes))
         return LayerCost(layer, sum(held), stored, read, probe, read * per_entry, flops)
 
@@ -204,7 +204,7 @@ class _Plan:
                     if shared and self.window(layer) is None:
                         size += float((self.prompt + trials * (held - self.prompt)).sum()) * per_entry
                     else:
-                        size += trials * float((read + probe / 2).sum()) * per_entry
+                        size += trials * float((read * per_entry + probe * d * self.element).sum())
                 known[key] = (work * trials, size)
             flops, moved = flops + known[key][0], moved + known[key][1]
         return flops, moved

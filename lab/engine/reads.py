@@ -1,0 +1,57 @@
+"""What the `select` and `weigh` slots may answer: which entries rows read, and how logits become weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+
+
+@dataclass(frozen=True)
+class Pick:
+    """The stored entries a decode row reads; the rest are not fetched.
+
+    One of: index int64 [B, Hk, n], slots in ascending order, with used bool [B, Hk, n] where some are filler; or keep
+    bool [B, Hk, N], or [B, Hq, N] where the query heads of a group differ (the group's union is then fetched).
+    probe: what was read in order to choose, in bytes.
+    """
+
+    index: torch.Tensor | None = None
+    used: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
+    probe: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The stored entries prompt rows read, asked for one block of rows at a time so that no T x N matrix lives.
+
+    keep(r0, r1) answers for rows r0..r1 of this call: bool, broadcastable to [B, Hk, G, r1-r0, N]. probe: bytes read in
+    order to choose. Causality and windows are added by the engine.
+    """
+
+    keep: Callable[[int, int], torch.Tensor]
+    probe: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block of logits [B, Hk, G, R, n] comes from: pos int64 [B, Hk, n] of its keys, pos_q int64 [B, R] of its
+    rows (-1 for padding), slots int64 [B, Hk, n] of its keys among the stored entries or None for all in order, values
+    [B, Hk, n, d] or None while they have not been fetched."""
+
+    pos: torch.Tensor
+    pos_q: torch.Tensor
+    slots: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Weights p float32 [B, Hk, G, R, n], 0 where a row may not read; lse [B, Hk, G, R]; extra [B, Hk, G, R, d] is added
+    to the output. sparse: columns whose weights are all 0 are not fetched from the values."""
+
+    p: torch.Tensor
+    lse: torch.Tensor
+    extra: torch.Tensor | None = None
+    sparse: bool = False
