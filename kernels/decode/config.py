@@ -15,13 +15,15 @@ def _pow2(n: int, least: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Split:
-    """Tile of one program: keys per tile, warps, software pipeline depth, register cap, and tokens per program."""
+    """Tile of one program: keys per tile, warps, software pipeline depth, register cap, tokens per program, and whether
+    scales are loaded one tile ahead."""
 
     tile: int
     warps: int
     stages: int
     registers: int | None
     chunk: int
+    ahead: bool = False
 
 
 def heads_padded(group: int) -> int:
@@ -40,23 +42,36 @@ def words(bytes_per_token: int, group_bytes: int, widest: int) -> tuple[int, int
     return block, word, _pow2(block // word, 16)
 
 
-def split(bits: int, dim: int, group: int, lanes: int, capacity: int, exact: bool) -> Split:
-    """The configuration for a tier. exact: float32 arithmetic on ordinary units, where speed is not the aim."""
+SMS = 132  # multiprocessors of an H100 or H200; other cards only lose a little balance
+
+
+def split(bits: int, dim: int, group: int, lanes: int, capacity: int, slots: int, odd: bool, exact: bool) -> Split:
+    """The configuration for a tier.
+
+    slots: allocated over all lanes, which tells how ragged they may be. odd: scales come as lone float16 numbers.
+    exact: float32 arithmetic on ordinary units, where speed is not the aim.
+    """
     columns = heads_padded(group)
     if exact:
-        return Split(32, 4, 1, None, _chunk(lanes, capacity, 32, 132 * 8))
+        return Split(32, 4, 1, None, _chunk(lanes, capacity, slots, 32, 4))
     if bits == 16:
-        if dim <= 64:
-            return Split(64, 2, 3, None, _chunk(lanes, capacity, 64, 132 * 6))
-        if dim <= 128:
-            return Split(64, 4, 3, None, _chunk(lanes, capacity, 64, 132 * 3))
-        return Split(32, 4, 3, None, _chunk(lanes, capacity, 32, 132 * 3))
+        warps, tile = (2, 64) if dim <= 64 else (4, 64 if dim <= 128 else 32)
+        return Split(tile, warps, 3, None, _chunk(lanes, capacity, slots, tile, 2 if dim <= 64 else 1))
     # one warp per program: softmax, transposes and both products stay inside the warp, without a barrier
     registers = 168 if columns == 8 and dim <= 128 else None
-    return Split(32, 1, 3, registers, _chunk(lanes, capacity, 32, 132 * 12))
+    per_sm = 12 if dim <= 64 else 4 if bits == 8 else 8
+    return Split(32, 1, 4 if dim <= 64 else 3, registers, _chunk(lanes, capacity, slots, 32, per_sm), odd)
 
 
-def _chunk(lanes: int, capacity: int, tile: int, programs: int) -> int:
-    """Tokens per program: enough programs for about two waves, but no fewer than 4 tiles and no more than 1024."""
-    want = math.ceil(lanes * capacity / (2 * programs))
-    return max(4 * tile, min(1024, math.ceil(want / tile) * tile))
+def _chunk(lanes: int, capacity: int, slots: int, tile: int, per_sm: int) -> int:
+    """Tokens per program.
+
+    Equal lanes: as many programs as fit the card at once, no more: a second wave that is not full costs its whole
+    time. Ragged lanes: about four waves' worth, for balance. Never fewer than 4 tiles, where start-up costs dominate.
+    """
+    resident = SMS * per_sm
+    if slots < 0.9 * lanes * capacity:
+        want = math.ceil(slots / (4 * resident))
+    else:
+        want = math.ceil(capacity / max(1, resident // lanes))
+    return max(4 * tile, math.ceil(want / tile) * tile)

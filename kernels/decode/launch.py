@@ -40,10 +40,10 @@ def _code_arguments(t: TierView, dim: int, columns: int) -> tuple[list, dict]:
     # keys contract over channels and read fastest as 2-byte words; values contract over tokens and want 4
     ck, wk, pk = config.words(width, gk, 2)
     cv, wv, pv = config.words(width, gv, 4)
-    k_scale, k_zero = (_pairs(t.k_scale), t.k_zero) if mode == "token" else (t.k_scale, t.k_zero)
+    paired = mode == "token" or (mode == "block" and wk % 2 == 0)
     pointers = [
-        t.k.view(_INTEGER[wk]), t.v.view(_INTEGER[wv]), k_scale,
-        nothing if k_zero is None else (_pairs(k_zero) if mode == "token" else k_zero),
+        t.k.view(_INTEGER[wk]), t.v.view(_INTEGER[wv]), _pairs(t.k_scale) if paired else t.k_scale,
+        nothing if t.k_zero is None else (_pairs(t.k_zero) if paired else t.k_zero),
         _pairs(t.v_scale), nothing if t.v_zero is None else _pairs(t.v_zero),
         nothing if t.k_group is None else t.k_group, nothing if t.levels is None else t.levels,
     ]
@@ -54,7 +54,8 @@ def _code_arguments(t: TierView, dim: int, columns: int) -> tuple[list, dict]:
 def plan(t: TierView, group: int, dtype: torch.dtype) -> config.Split:
     """The configuration a tier will run with."""
     exact = dtype == torch.float32 if t.bits < 16 else t.k.dtype == torch.float32
-    c = config.split(t.bits, t.dim, group, t.lanes, t.capacity, exact)
+    odd = t.bits < 16 and t.v_scale.shape[-1] % 2 == 1
+    c = config.split(t.bits, t.dim, group, t.lanes, t.capacity, t.slots, odd, exact)
     if t.k_block and c.tile > t.k_block:
         raise ValueError(f"per-channel blocks of {t.k_block} tokens are shorter than the tile of {c.tile}; "
                          "set k_block=0 to gather scales per token.")
@@ -80,6 +81,7 @@ def run(
     part_ent = torch.empty_like(part_lse) if want_entropy else part_lse
     bounds = part_lse if threshold is None else threshold.float().expand(batch, heads).contiguous()
     columns = config.heads_padded(group)
+    overlap = not interpreting() and torch.cuda.get_device_capability(device)[0] >= 9
     locals_ = []
     first = 0
     for t, p, count in zip(tiers, plans, counts):
@@ -96,7 +98,7 @@ def run(
             scale, softcap or 1.0, p.chunk, first, tiles,
             0 if t.bias is None or t.bias.dim() == 1 else t.bias.stride(0),
             G=group, NQ=columns, D=dim, DP=max(16, triton.next_power_of_2(dim)), BITS=t.bits, **sizes,
-            BN=p.tile, DT=dot, ASM=not interpreting(), STAGES=p.stages, SOFTCAP=softcap is not None,
+            BN=p.tile, DT=dot, ASM=not interpreting(), STAGES=p.stages, AHEAD=t.bits < 16 and p.ahead, PDL=overlap, SOFTCAP=softcap is not None,
             BIAS=t.bias is not None, THETA=threshold is not None, MASS=want_mass, ENTROPY=want_entropy,
             num_warps=p.warps, num_stages=p.stages, **options,
         )
@@ -104,11 +106,13 @@ def run(
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, dtype=torch.float32, device=device)
     entropy = torch.empty_like(lse) if want_entropy else None
-    slice_ = min(64, triton.next_power_of_2(dim))
+    # few rows: thinner slices of channels, so that the merge still fills the card
+    slice_ = next((w for w in (64, 32) if rows * dim >= 264 * w), 16)
     merge_kernel[(rows, triton.cdiv(dim, slice_))](
         part_o, part_lse, part_ent, part_lse if sink is None else sink, out, lse, lse if entropy is None else entropy,
         splits, rows, heads, D=dim, BD=slice_, BS=16 if splits <= 64 else 64, SINK=sink is not None,
-        ENTROPY=want_entropy, num_warps=2 if splits <= 64 else 4,
+        ENTROPY=want_entropy, PDL=overlap, num_warps=2 if splits <= 64 else 4,
+        **({"launch_pdl": True} if overlap else {}),
     )
     masses = []
     if want_mass:

@@ -93,3 +93,27 @@ def piece(x, WORD: tl.constexpr, BYTE: tl.constexpr, BITS: tl.constexpr, PART: t
         else:
             y = ((code >> (BITS * PART)) - CENTRE).to(DT)
     return y
+
+
+@triton.constexpr_function
+def _fp8_asm(word: int, byte: int) -> str:
+    """PTX from a pair of words to float16 pairs holding float8 e4m3 values times 2^-8: sign kept, rest moved down."""
+    if word == 4:
+        selector = ((4 + byte) << 12) | ((4 + byte) << 8) | (byte << 4) | byte
+        pick = f"prmt.b32 t, $1, $2, {selector:#x};"
+    else:
+        pick = "mov.b32 t, $1;" if byte else "shl.b32 t, $1, 8;"
+    return (
+        f"{{ .reg .b32 t, u; {pick} shr.u32 u, t, 1; and.b32 u, u, 0x3f803f80;"
+        " lop3.b32 $0, t, 0x80008000, u, 0xEA; }"
+    )
+
+
+@triton.jit
+def fp8_piece(x, WORD: tl.constexpr, BYTE: tl.constexpr):
+    """Byte BYTE of a tile of integer words read as float8 e4m3, as float16 times 2^-8 (exact, subnormals included)."""
+    if WORD == 4:
+        y = tl.inline_asm_elementwise(_fp8_asm(WORD, BYTE), "=r,r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        y = tl.inline_asm_elementwise(_fp8_asm(WORD, BYTE), "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+    return y

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -10,7 +11,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def merge_kernel(
     part_o, part_lse, part_ent, sink_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads,
-    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SINK: tl.constexpr, ENTROPY: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SINK: tl.constexpr, ENTROPY: tl.constexpr, PDL: tl.constexpr,
 ):
     """One (row, slice of channels): exact log-sum-exp merge over all parts (invariant I5).
 
@@ -20,6 +21,8 @@ def merge_kernel(
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     i = tl.arange(0, BS)
+    if PDL:
+        gdc_wait()  # launched while the last split programs still run; their results are complete from here on
     top = tl.full([BS], float("-inf"), tl.float32)
     for s in range(0, splits, BS):
         top = tl.maximum(top, tl.load(part_lse + (s + i) * rows + row, mask=s + i < splits, other=float("-inf")))

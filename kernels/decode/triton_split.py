@@ -7,7 +7,9 @@ of 4 heads wastes half a tile instead of three quarters, and all softmax arithme
 import triton
 import triton.language as tl
 
-from kernels.decode.pieces import piece
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from kernels.decode.pieces import fp8_piece, piece
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-1e30)  # stands for "nothing seen yet": finite, so that differences stay numbers
@@ -27,6 +29,8 @@ def _decode_piece(x, levels_ptr, WORD: tl.constexpr, BYTE: tl.constexpr, BITS: t
     if CODE == "levels":
         index = ((x.to(tl.int32) >> (8 * BYTE + BITS * PART)) & ((1 << BITS) - 1))
         y = tl.load(levels_ptr + index).to(DT)
+    elif CODE == "fp8" and ASM and DT == tl.float16 and WORD > 1:
+        y = fp8_piece(x, WORD, BYTE)
     elif CODE == "fp8":
         b = (x.to(tl.int32) >> (8 * BYTE)) & 0xFF
         # moving exponent and mantissa into a half leaves the value divided by 2^8, subnormals included
@@ -57,15 +61,48 @@ def _columns(ptr, at, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED:
 
 
 @triton.jit
-def _scales(ptr, row, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """float32 [BN] scales of one channel group; an even number of groups is read as int32 pairs (asynchronously)."""
+def _raw_scales(ptr, at, GROUPS: tl.constexpr):
+    """The scales of BN tokens as loaded: int32 pairs of groups when their number is even, else one float16 each."""
+    out = ()
     if GROUPS % 2 == 0:
-        pair = tl.load(ptr + row * (GROUPS // 2) + GROUP // 2)
-        half = pair >> 16 if GROUP % 2 else pair
-        x = half.to(tl.int16).to(tl.float16, bitcast=True)
+        for h in tl.static_range(GROUPS // 2):
+            out = out + (tl.load(ptr + at * (GROUPS // 2) + h),)
     else:
-        x = tl.load(ptr + row * GROUPS + GROUP)
+        for h in tl.static_range(GROUPS):
+            out = out + (tl.load(ptr + at * GROUPS + h),)
+    return out
+
+
+@triton.jit
+def _scale(raw, FIRST: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """float32 [BN] scale of one group out of raw[FIRST:]."""
+    if GROUPS % 2 == 0:
+        x = _half(raw[FIRST + GROUP // 2], GROUP % 2)
+    else:
+        x = raw[FIRST + GROUP]
     return x.to(tl.float32)
+
+
+@triton.jit
+def _half(pair, UPPER: tl.constexpr):
+    """One float16 of an int32 pair."""
+    bits = pair >> 16 if UPPER else pair
+    return bits.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _token_scales(ks_ptr, kz_ptr, vs_ptr, vz_ptr, at, NK: tl.constexpr, NV: tl.constexpr, ZERO: tl.constexpr):
+    """Everything scale-like one tile needs, in one tuple: k scales, k zeros, v scales, v zeros."""
+    out = ()
+    if NK:
+        out = out + _raw_scales(ks_ptr, at, NK)
+        if ZERO:
+            out = out + _raw_scales(kz_ptr, at, NK)
+    if NV:
+        out = out + _raw_scales(vs_ptr, at, NV)
+        if ZERO:
+            out = out + _raw_scales(vz_ptr, at, NV)
+    return out
 
 
 @triton.jit
@@ -80,9 +117,16 @@ def split_kernel(
     WK: tl.constexpr, WV: tl.constexpr,  # bytes per word
     PK: tl.constexpr, PV: tl.constexpr,  # words per block, padded to a legal tile
     BN: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
-    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, THETA: tl.constexpr, MASS: tl.constexpr, ENTROPY: tl.constexpr,
+    AHEAD: tl.constexpr,  # load scales one tile ahead into registers (2-byte loads cannot be asynchronous)
+    PDL: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, THETA: tl.constexpr, MASS: tl.constexpr, ENTROPY: tl.constexpr,
 ):
     PARTS: tl.constexpr = 1 if BITS == 16 else 8 // BITS
+    ZERO: tl.constexpr = CODE == "affine"
+    NK: tl.constexpr = D // GK if BITS < 16 and K_MODE == "token" else 0  # scale groups per token
+    NV: tl.constexpr = D // GV if BITS < 16 else 0
+    RK: tl.constexpr = NK // (2 - NK % 2)  # loads per token for them
+    RV: tl.constexpr = NV // (2 - NV % 2)
+    V_AT: tl.constexpr = RK * (2 if ZERO else 1)
     W: tl.constexpr = D // PARTS  # bytes per token (channels per token for BITS == 16)
     MID: tl.constexpr = (1 << (BITS - 1)) if CODE == "affine" else 0
     # keys with per-token scales may come as 1024 + unit*code: both constants leave through the query
@@ -93,6 +137,8 @@ def split_kernel(
     c = tl.program_id(0)
     n = tl.load(len_ptr + lane).to(tl.int32)
     lo = c * chunk
+    if PDL:
+        gdc_launch_dependents()
     g = tl.arange(0, NQ)
     live = g < G
     row = ((split0 + c) * lanes + lane) * G
@@ -175,21 +221,29 @@ def split_kernel(
     else:
         k_ptr += first * (W // WK)
         v_ptr += first * (W // WV)
-        vs_ptr += first * (D // GV) // (2 - (D // GV) % 2)
-        vz_ptr += first * (D // GV) // (2 - (D // GV) % 2)
+        vs_ptr += first * RV
+        vz_ptr += first * RV
         if K_MODE == "token":
-            ks_ptr += first * (D // GK) // (2 - (D // GK) % 2)
-            kz_ptr += first * (D // GK) // (2 - (D // GK) % 2)
+            ks_ptr += first * RK
+            kz_ptr += first * RK
         else:
             kg_ptr += first
     if BIAS:
         bias_ptr += first
     if MASS:
         p_ptr += first * G
+    ahead = ()
+    if AHEAD:
+        ahead = _token_scales(ks_ptr, kz_ptr, vs_ptr, vz_ptr, tl.minimum(i, count - 1), NK, NV, ZERO)
     for t in tl.range(0, count, BN, num_stages=STAGES):
         ok = t + i < count
         # rows past the end repeat the last one: their weight is zero, and loads need no mask
         at = tl.minimum(t + i, count - 1)
+        if AHEAD:
+            raw = ahead
+            ahead = _token_scales(ks_ptr, kz_ptr, vs_ptr, vz_ptr, tl.minimum(t + BN + i, count - 1), NK, NV, ZERO)
+        else:
+            raw = _token_scales(ks_ptr, kz_ptr, vs_ptr, vz_ptr, at, NK, NV, ZERO)
         # scores, [BN, NQ]
         if BITS == 16:
             kt = _rows(k_ptr, at, d, D, D, DP)
@@ -198,6 +252,8 @@ def split_kernel(
             s = tl.zeros([BN, NQ], tl.float32)
             if K_MODE == "block":
                 kgroup = tl.load(kg_ptr + t).to(tl.int64) * D
+                if WK % 2 == 0:
+                    kgroup = kgroup // 2
             if K_MODE == "gather":
                 kgroup = tl.load(kg_ptr + at).to(tl.int64) * D
             kt = ()
@@ -219,8 +275,14 @@ def split_kernel(
                             else:
                                 ch2 = (cp % PARTS) * W + (cp // PARTS) * CK + wk * WK + j
                                 if K_MODE == "block":
-                                    sc = tl.load(ks_ptr + kgroup + ch2, mask=kin, other=0.0).to(tl.float32)
-                                    zc = tl.load(kz_ptr + kgroup + ch2, mask=kin, other=0.0).to(tl.float32)
+                                    if WK % 2 == 0:
+                                        sc = _half(tl.load(ks_ptr + kgroup + ch2 // 2, mask=kin, other=0), j % 2)
+                                        zc = _half(tl.load(kz_ptr + kgroup + ch2 // 2, mask=kin, other=0), j % 2)
+                                    else:
+                                        sc = tl.load(ks_ptr + kgroup + ch2, mask=kin, other=0.0)
+                                        zc = tl.load(kz_ptr + kgroup + ch2, mask=kin, other=0.0)
+                                    sc = sc.to(tl.float32)
+                                    zc = zc.to(tl.float32)
                                     xf = xq.to(tl.float32)
                                     zero_sum += xf * (zc + KMID * sc)[:, None]
                                     sg = tl.dot(y, (xf * sc[:, None]).to(DT), sg, input_precision="ieee")
@@ -231,10 +293,10 @@ def split_kernel(
                                     y = ((y.to(tl.float32) + KMID) * sc + zc).to(DT)
                                     sg = tl.dot(y, xq, sg, input_precision="ieee")
                 if K_MODE == "token":
-                    ks = _scales(ks_ptr, at, gi, D // GK)
+                    ks = _scale(raw, 0, gi, NK)
                     s += sg * ks[:, None]
-                    if CODE == "affine":
-                        kz = _scales(kz_ptr, at, gi, D // GK) + KMID * ks
+                    if ZERO:
+                        kz = _scale(raw, RK, gi, NK) + KMID * ks
                         s += kz[:, None] * qsum[gi][None, :]
                 elif K_MODE == "block":
                     s += sg + tl.sum(zero_sum, 0)[None, :]
@@ -275,14 +337,14 @@ def split_kernel(
             new_mids = ()
             ps = ()
             for gi in tl.static_range(D // GV):
-                vs = _scales(vs_ptr, at, gi, D // GV)
+                vs = _scale(raw, V_AT, gi, NV)
                 # 64 keeps small scales of small weights among float16's normal numbers; undone at the end
                 if DT == tl.float16:
                     ps = ps + ((p * (vs * 64.0)[:, None]).to(DT),)
                 else:
                     ps = ps + ((p * vs[:, None]).to(DT),)
-                if CODE == "affine":
-                    vz = _scales(vz_ptr, at, gi, D // GV)
+                if ZERO:
+                    vz = _scale(raw, V_AT + RV, gi, NV)
                     new_mids = new_mids + (mids[gi] * alpha[None, :] + p * (vz + MID * vs)[:, None],)
                 else:
                     new_mids = new_mids + (mids[gi],)

@@ -1,8 +1,11 @@
 """Kernel tests: without CUDA the Triton kernels run in Triton's interpreter (float16 and float32, small shapes)."""
 
 import os
+import sys
 
 import torch
+
+sys.path.insert(0, os.path.dirname(__file__))  # the helpers beside the tests
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
