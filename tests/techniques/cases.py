@@ -1,0 +1,50 @@
+"""What the generic tests need to know of each technique: one line each.
+
+neutral: a stack under which the model must be the dense model (I1), for any prompt up to 200 tokens; None where none exists.
+lossy: a stack that changes something on a prompt of 120 tokens.
+unless: invariants that do not hold, each with its reason: "chunks" (a prompt fed in pieces gives the same), "causal" (a
+prompt row does not depend on later tokens), "padding" (left padding changes nothing), "rope" (needs rotary embeddings).
+A technique without a line is tested with its defaults and a budget of 40, and fails `test_every_technique_has_a_case`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+PROMPT = 120
+
+
+@dataclass(frozen=True)
+class Case:
+    neutral: str | None
+    lossy: str
+    unless: dict[str, str] = field(default_factory=dict)
+
+
+def budget(name: str, more: str = "", **unless: str) -> Case:
+    """A technique that keeps everything at budget 1 and 40 of 120 entries in the lossy case."""
+    inside = f",{more}" if more else ""
+    return Case(f"{name}(budget=1{inside})", f"{name}(budget=40{inside})", unless)
+
+
+CASES: dict[str, Case] = {
+    "a_shape": Case("a_shape(window=4096)", "a_shape(window=16)"),
+    "delta": Case("a_shape(window=8)+delta(gamma=1)", "a_shape(window=8)+delta(gamma=8)",
+                  {"padding": "rows are anchored by their place in the padded prompt", "causal": "the prompt's tail is dense"}),
+    "h2o": budget("h2o"),
+    "head_pruning": Case("head_pruning", "head_pruning(heads=1)"),
+    "int_codes": Case(None, "int_codes(bits=4)"),
+    "kivi": Case("kivi(residual=512)", "kivi(group=16,residual=32)"),
+    "pyramidkv": budget("pyramidkv"),
+    "snapkv": budget("snapkv"),
+    "streaming_llm": budget("streaming_llm", rope="renumbering turns rotary keys"),
+    "zerotuning": Case("zerotuning(gamma=1)", "zerotuning(gamma=4)"),
+}
+
+
+def case_of(name: str, technique) -> Case:
+    """The table's line, or what the declaration suggests."""
+    if name in CASES:
+        return CASES[name]
+    names = [p.name for p in technique.parameters()]
+    return budget(name) if "budget" in names else Case(None, name)
