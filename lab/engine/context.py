@@ -9,6 +9,7 @@ import torch
 from kernels.cpu_attention import softmax
 from kernels.merge import sink_logit
 from lab.engine.layer import LabLayer
+from lab.engine.projection import output_weight
 from lab.engine.rope import Rope
 from lab.engine.slots import Technique
 
@@ -77,6 +78,13 @@ class LayerContext:
     def mass(self) -> torch.Tensor:
         """Attention each entry has received, summed over rows and the heads of its group: [B, Hk, N]."""
         return self.store.attribute("mass")
+
+    def output_weight(self) -> torch.Tensor:
+        """float32 [Hq*d, D]: this layer's output projection, applied from the right."""
+        key = ("output_weight", self.layer)
+        if key not in self.shared:
+            self.shared[key] = output_weight(self.model, self.layer)
+        return self.shared[key]
 
     def window_weights(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """win(rows) of the sheets: softmax weights float32 [B, Hq, w, N] of the last w <= rows prompt queries over all

@@ -166,6 +166,8 @@ class Policy:
         ctx.store.queries = None
         if self.encoder is not None and not self.tiered:
             self._encode(ctx)
+        for technique in self.members:
+            technique.forget(ctx)
 
     def _observe(self, ctx: LayerContext, result) -> None:
         store = ctx.store

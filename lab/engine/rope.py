@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,13 +18,27 @@ class Rope:
 
     frequencies: torch.Tensor
     interleaved: bool = False
+    _table: list[torch.Tensor] = field(default_factory=list, repr=False)
 
     def rotate(self, x: torch.Tensor, delta: int | torch.Tensor) -> torch.Tensor:
         """Turn vectors x [..., d] by `delta` positions: an int, or a tensor broadcastable to x.shape[:-1]."""
         freq = self.frequencies.to(x.device)
         angle = freq * delta if isinstance(delta, int) else delta.to(x.device).float().unsqueeze(-1) * freq
-        cos, sin = angle.cos(), angle.sin()
-        width = 2 * freq.numel()
+        return self._mixed(x, angle.cos(), angle.sin())
+
+    def turn_to(self, x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """As `rotate` by int tensors `place`, all of one sign, from a table: for the many vectors of a cache, every step."""
+        size = int(place.abs().max()) + 1 if place.numel() else 1
+        table = self._table
+        if not table or table[0].shape[0] < size or table[0].device != x.device:
+            angle = torch.arange(max(2 * size, 1024), device=x.device).float()[:, None] * self.frequencies.to(x.device)
+            table[:] = [angle.cos(), angle.sin()]
+        index = place.abs().long()
+        sin = table[1][index]
+        return self._mixed(x, table[0][index], -sin if bool((place < 0).any()) else sin)
+
+    def _mixed(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        width = 2 * self.frequencies.numel()
         turned, rest = x[..., :width].float(), x[..., width:]
         if self.interleaved:
             a, b = turned[..., 0::2], turned[..., 1::2]

@@ -261,6 +261,9 @@ class Technique:
     def watch(self, step: Forward) -> None:
         """Look at a finished forward. Keep what must survive in each layer's `state`, where forks and samples follow."""
 
+    def forget(self, ctx: "LayerContext") -> None:
+        """Drop from the layer's state what was only needed until its prompt was compressed."""
+
     @property
     def prompt_block(self) -> int:
         """Rows after which a long prompt is already compressed while it is read; 0 waits for its end."""

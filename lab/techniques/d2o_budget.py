@@ -1,0 +1,73 @@
+"""D2O's layer budgets: layers with even attention keep more."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lab.engine.context import LayerContext
+from lab.engine.slots import Forward, Paper, Technique, param
+from lab.techniques.shares import SHARED_BUDGET_HELP, share_budget, split
+from lab.techniques.snapkv import SnapKV
+
+
+@dataclass(frozen=True)
+class D2OBudget(Technique):
+    """Layer budgets in proportion to exp(-variance of the layer's attention) (arXiv 2406.13035)."""
+
+    name: ClassVar[str] = "d2o_budget"
+    title: ClassVar[str] = "D2O variance budgets"
+    paper: ClassVar[Paper] = Paper("D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference of Large Language Models", "2406.13035", 2024)
+    slots: ClassVar[tuple[str, ...]] = ("allocate",)
+    help: ClassVar[str] = (
+        "Where a layer's attention is spread evenly, many tokens matter; where it sits on a few, few do. Layers whose "
+        "attention varies little get more of the same total. The variance is measured on the last prompt rows and compared "
+        "between layers, which is the lab's reading of a sentence in the paper."
+    )
+    does_not_save: ClassVar[str] = "The total stays the same as with equal budgets; the whole cache is held until the prompt ends."
+    whole_cache: ClassVar[bool] = True
+    watches: ClassVar[bool] = True
+
+    budget: float = param(0, SHARED_BUDGET_HELP, min=0, max=1_000_000)
+    strength: float = param(1.0, "How strongly variance counts; 0 gives equal budgets.", min=0, max=20)
+    window: int = param(32, "Last prompt rows whose attention is measured.", min=1, max=1024, unit="tokens")
+
+    @property
+    def observation_window(self) -> int:
+        return self.window
+
+    def budget_entries(self, prompt: int) -> int | None:
+        return share_budget(self, prompt)
+
+    def default_scorer(self) -> Technique:
+        return SnapKV(budget=self.budget or 0.25)
+
+    def watch(self, step: Forward) -> None:
+        if not step.complete:
+            return
+        first = step.contexts[0]
+        own = self.budget_entries(first.prompt)
+        total = own if own is not None else first.scorer.budget_entries(first.prompt)
+        if total is None or total >= max(ctx.store.longest for ctx in step.contexts):
+            return
+        shares = self.shares([float(self.variance(ctx)) for ctx in step.contexts])
+        floor = 1 + sum(first.scorer.protected(1, first.prompt))
+        counts = split(total * len(shares), shares, min(floor, total), first.store.longest)
+        for ctx, count in zip(step.contexts, counts):
+            ctx.state["d2o_count"] = count
+
+    def variance(self, ctx: LayerContext) -> torch.Tensor:
+        """Variance over entries of the attention they received in the window, mean over heads; 1 is uniform's scale."""
+        column = ctx.window_weights(self.window)[0].mean((1, 2))  # [B, N]
+        return (column * column.shape[-1]).var(-1, correction=0).mean()
+
+    def shares(self, variances: list[float]) -> list[float]:
+        """Weights of the layers, exp(-strength * variance / mean variance)."""
+        mean = sum(variances) / len(variances) or 1.0
+        return [math.exp(-self.strength * v / mean) for v in variances]
+
+    def allocate(self, ctx: LayerContext, total: int, scores: torch.Tensor | None) -> int:
+        return ctx.state.pop("d2o_count", total)

@@ -1,0 +1,60 @@
+"""Heads as return series: what the portfolio budgets observe, and how weights become entries."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+
+from lab.engine.context import LayerContext
+from lab.engine.slots import Forward
+from lab.techniques.shares import split
+
+SHRINK = 0.1
+
+
+def observe_returns(ctx: LayerContext, rows: int) -> None:
+    """Keep, for the last `rows` prompt rows, the size of each KV head's contribution to the attention output."""
+    if ctx.phase != "prefill":
+        return
+    size = ctx.out[:, :, -rows:].float().norm(dim=-1).unflatten(1, (ctx.kv_heads, ctx.groups)).sum(2)  # [B,Hk,T]
+    had = ctx.state.get("returns")
+    ctx.state["returns"] = (size if had is None else torch.cat([had, size], 2))[:, :, -rows:].clone()
+
+
+def covariance(series: torch.Tensor) -> torch.Tensor:
+    """Shrunk covariance [H, H] float64 of contributions series [H, T], each divided by its own mean.
+
+    A head that always contributes the same has variance 0 whatever its size; shrinkage towards the mean variance keeps
+    the matrix invertible when there are more heads than rows.
+    """
+    x = series.double()
+    x = x / x.mean(1, keepdim=True).clamp_min(1e-12)
+    s = torch.cov(x) if x.shape[1] > 1 else torch.zeros(x.shape[0], x.shape[0], dtype=torch.float64)
+    s = s.reshape(x.shape[0], x.shape[0])
+    level = s.diagonal().mean().clamp_min(1e-12)
+    return (1 - SHRINK) * s + SHRINK * level * torch.eye(len(s), dtype=torch.float64)
+
+
+def spread_budget(
+    step: Forward, total: int, weigh: Callable[[torch.Tensor], torch.Tensor], scope: str, name: str
+) -> None:
+    """Turn head weights into entries per KV head and leave them, int64 [B,Hk], in each layer's state under `name`.
+
+    scope "all" makes one portfolio of all layers' heads, "layer" one per layer. Every head keeps what the scorer protects.
+    """
+    contexts = step.contexts
+    groups = [contexts] if scope == "all" else [[ctx] for ctx in contexts]
+    floor = min(total, 1 + sum(contexts[0].scorer.protected(1, contexts[0].prompt)))
+    for members in groups:
+        series = torch.cat([ctx.state.pop("returns") for ctx in members], 1).cpu()  # [B, H, T]
+        cap = min(ctx.store.longest for ctx in members)
+        rows = []
+        for one in series:
+            weights = weigh(covariance(one)).tolist()
+            rows.append(split(total * len(weights), weights, floor, cap))
+        counts = torch.tensor(rows, device=contexts[0].q.device)
+        at = 0
+        for ctx in members:
+            ctx.state[name] = counts[:, at : at + ctx.kv_heads].clone()
+            at += ctx.kv_heads

@@ -1,0 +1,112 @@
+"""Hierarchical risk parity: budgets from a tree of heads that resemble each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lab.engine.context import LayerContext
+from lab.engine.slots import Forward, Paper, Technique, param
+from lab.techniques.head_returns import observe_returns, spread_budget
+from lab.techniques.shares import SHARED_BUDGET_HELP, share_budget
+from lab.techniques.snapkv import SnapKV
+
+
+@dataclass(frozen=True)
+class HRP(Technique):
+    """Entries per head in proportion to hierarchical-risk-parity weights (an experiment of the lab; Lopez de Prado 2016)."""
+
+    name: ClassVar[str] = "hrp"
+    title: ClassVar[str] = "Risk-parity budgets"
+    paper: ClassVar[Paper] = Paper("Building Diversified Portfolios that Outperform Out of Sample", "Journal of Portfolio Management 42(4)", 2016)
+    slots: ClassVar[tuple[str, ...]] = ("observe", "allocate")
+    help: ClassVar[str] = (
+        "Groups heads whose contributions to the output rise and fall together, then halves the budget from group to group, "
+        "the calmer half getting more. It avoids inverting a noisy matrix, which is where minimum-variance weights go wrong. "
+        "Whether heads deserve entries that way is an open question: compare with equal budgets."
+    )
+    does_not_save: ClassVar[str] = "The total stays the same as with equal budgets; the whole cache is held until the prompt ends."
+    whole_cache: ClassVar[bool] = True
+    watches: ClassVar[bool] = True
+
+    budget: float = param(0, SHARED_BUDGET_HELP, min=0, max=1_000_000)
+    rows: int = param(128, "Last prompt rows that make up the series.", min=2, max=4096, unit="tokens")
+    scope: str = param("all", "One portfolio of the heads of all layers, or one per layer.", choices=("all", "layer"))
+
+    def budget_entries(self, prompt: int) -> int | None:
+        return share_budget(self, prompt)
+
+    def default_scorer(self) -> Technique:
+        return SnapKV(budget=self.budget or 0.25)
+
+    def observe(self, ctx: LayerContext) -> None:
+        observe_returns(ctx, self.rows)
+
+    def forget(self, ctx: LayerContext) -> None:
+        ctx.state.pop("returns", None)
+
+    def watch(self, step: Forward) -> None:
+        if not step.complete:
+            return
+        first = step.contexts[0]
+        own = self.budget_entries(first.prompt)
+        total = own if own is not None else first.scorer.budget_entries(first.prompt)
+        if total is None or total >= max(ctx.store.longest for ctx in step.contexts):
+            return
+        spread_budget(step, total, weights, self.scope, "hrp")
+
+    def allocate(self, ctx: LayerContext, total: int, scores: torch.Tensor | None) -> int | torch.Tensor:
+        return ctx.state.pop("hrp", total)
+
+
+def weights(s: torch.Tensor) -> torch.Tensor:
+    """Hierarchical-risk-parity weights [H] of a covariance s [H,H]: positive, summing to 1."""
+    size = s.diagonal().clamp_min(1e-300).sqrt()
+    distance = ((1 - (s / size[:, None] / size[None])).clamp(0, 2) / 2).sqrt()
+    order = linked_order(distance)
+    w = torch.ones(len(s), dtype=s.dtype)
+    stack = [order]
+    while stack:
+        items = stack.pop()
+        if len(items) < 2:
+            continue
+        left, right = items[: len(items) // 2], items[len(items) // 2 :]
+        a, b = cluster_variance(s, left), cluster_variance(s, right)
+        share = 1 - a / (a + b)
+        w[left] *= share
+        w[right] *= 1 - share
+        stack += [left, right]
+    return w / w.sum()
+
+
+def cluster_variance(s: torch.Tensor, items: list[int]) -> float:
+    """Variance of the inverse-variance portfolio of some heads."""
+    part = s[items][:, items]
+    w = 1 / part.diagonal()
+    w = w / w.sum()
+    return float(w @ part @ w)
+
+
+def linked_order(distance: torch.Tensor) -> list[int]:
+    """Heads in the order of the single-linkage tree's leaves, so that neighbours resemble each other."""
+    d = distance.tolist()
+    n = len(d)
+    edges, near, source = [], list(d[0]), [0] * n
+    outside = set(range(1, n))
+    while outside:  # Prim: the minimum spanning tree's edges, shortest first, are the single-linkage merges
+        j = min(outside, key=lambda x: (near[x], x))
+        outside.remove(j)
+        edges.append((near[j], source[j], j))
+        for x in outside:
+            if d[j][x] < near[x]:
+                near[x], source[x] = d[j][x], j
+    members = {i: [i] for i in range(n)}
+    owner = list(range(n))
+    for _, a, b in sorted(edges):
+        left, right = owner[a], owner[b]
+        members[left] += members.pop(right)
+        for i in members[left]:
+            owner[i] = left
+    return members[owner[0]]
