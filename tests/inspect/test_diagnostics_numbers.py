@@ -73,7 +73,7 @@ def test_planted_rank_is_recovered_whatever_the_rotation():
     x = torch.randn(400, 5).double() @ torch.randn(5, 32).double()
     assert subspace.rank_at(subspace.spectrum(x), 0.999999) == 5
     rotation = torch.linalg.qr(torch.randn(32, 32).double())[0]
-    np.testing.assert_allclose(subspace.spectrum(x @ rotation), subspace.spectrum(x), atol=1e-10)
+    np.testing.assert_allclose(subspace.spectrum(x @ rotation), subspace.spectrum(x), atol=1e-6)
     wide = torch.randn(400, 32)
     found = run("subspace", Session(attention_out=[x.float()] * 2, mlp_out=[wide] * 2, hidden=[wide] * 3))
     assert (found["ranks"][0] <= 5 / 32).all() and (found["ranks"][1] > 0.9).all() and found["below_mlp"] == 1

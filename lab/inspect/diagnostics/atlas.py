@@ -96,11 +96,12 @@ def exemplars(x: np.ndarray, labels: np.ndarray, each: int = 4) -> np.ndarray:
         "How Does Attention Work in Vision Transformers? A Visual Analytics Attempt", "2303.13731", 2023
     ),
     needs=("captures",),
-    help="Heads fall into a handful of patterns: a diagonal, a stripe at the first token, blocks, an even "
-    "spread. Every head's thumbnail is reduced to sixteen numbers and grouped, and each group is "
-    "shown by its most typical members.",
-    explanation="Heads of one colour draw alike on this text, and the exemplars show how. The number of groups "
-    "is the one that separates best between 4 and 12, and another text may group heads differently.",
+    help="Heads fall into a handful of patterns: a diagonal, a stripe at the first token, blocks, "
+    "an even spread. Every head's thumbnail is reduced to sixteen numbers and grouped, and "
+    "each group is shown by its most typical members.",
+    explanation="Heads of one colour draw alike on this text, and the exemplars show how. The number of "
+    "groups is the one that separates best between 4 and 12, and another text may group heads "
+    "differently.",
     figures=(
         Figure("cluster", "matrix", ("layer", "head"), "Pattern of each head"),
         Figure("position", "scatter", ("first component", "second component"), "Heads by likeness"),

@@ -53,12 +53,12 @@ def reorder(curve: np.ndarray, relevance: Sequence[float]) -> list[int]:
         "Attention Basin: Why Contextual Position Matters in Large Language Models", "2508.05128", 2025
     ),
     needs=("captures", "documents"),
-    help="Give a model a list of documents and it looks most at the first and the last, least at those in "
-    "the middle. The curve is the attention each place in the list gets from the tokens after it, "
-    "whatever stands there.",
-    explanation="A curve high at both ends and low between is a basin, and its score is the height of the ends "
-    "over the middle. One run shows place and content mixed: average runs with shuffled documents "
-    "before you believe the shape.",
+    help="Give a model a list of documents and it looks most at the first and the last, least at "
+    "those in the middle. The curve is the attention each place in the list gets from the "
+    "tokens after it, whatever stands there.",
+    explanation="A curve high at both ends and low between is a basin, and its score is the height of the "
+    "ends over the middle. One run shows place and content mixed: average runs with shuffled "
+    "documents before you believe the shape.",
     figures=(
         Figure("curve", "bars", ("slot",), "Attention per token of each document"),
         Figure("by_layer", "matrix", ("layer", "slot"), "The same for each layer"),

@@ -11,14 +11,14 @@ from lab.inspect.diagnostics.measures import jensen_shannon, total_variation
 from lab.inspect.scores import Progress, weights
 
 EPSILON = 0.05
-TOKENS = 512
+TOKENS = 256
 
 
 def readout(v: torch.Tensor):
     """A small fixed readout of heads: y(a) = softmax of the weighted values, a [..., n] and v [..., n, d] to
     [..., d]."""
     scale = v.std().clamp(min=1e-6)
-    return lambda a: torch.softmax((a[..., None] * v).sum(-2) / scale, -1)
+    return lambda a: torch.softmax(torch.einsum("...n,...nd->...d", a, v) / scale, -1)
 
 
 def permutation_effect(a: torch.Tensor, y, permutations: int = 100, seed: int = 0) -> float:
@@ -84,12 +84,13 @@ def adversary(
     title="Other attention, same answer",
     paper=Paper("Attention is not Explanation", "1902.10186", 2019),
     needs=("captures", "values"),
-    help="If quite different attention weights lead to the same output, then the weights alone do not "
-    "explain it. One test shuffles a row; the other searches for the most different row whose output "
-    "stays within 5 %.",
-    explanation="Bright heads are those for which an adversary found attention far from the real one (0.69 is "
-    "the most there can be) with almost the same head output. It shows that the weights were not "
-    "necessary for this head's output, not that the model could have produced them.",
+    help="If quite different attention weights lead to the same output, then the weights alone do "
+    "not explain it. One test shuffles a row; the other searches for the most different row "
+    "whose output stays within 5 %.",
+    explanation="Bright heads are those for which an adversary found attention far from the real one "
+    "(0.69 is the most there can be) with almost the same head output. It shows that the "
+    "weights were not necessary for this head's output, not that the model could have "
+    "produced them.",
     figures=(
         Figure("adversarial", "matrix", ("layer", "head"), "Jensen-Shannon distance of the adversary, nats"),
         Figure(

@@ -59,7 +59,7 @@ def sentences(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return words, label
 
 
-def train(penalty: float, steps: int = 400, seed: int = 0) -> tuple[Classifier, Outcome]:
+def train(penalty: float, steps: int = 250, seed: int = 0) -> tuple[Classifier, Outcome]:
     """Train with loss CE - penalty * mean ln(1 - mass on telling words), and judge on new sentences."""
     model = Classifier(seed)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -94,12 +94,12 @@ def _telling(words: torch.Tensor) -> torch.Tensor:
     title="Attention that hides its reasons",
     paper=Paper("Learning to Deceive with Attention-Based Explanations", "1909.07913", 2020),
     needs=(),
-    help="A small classifier is trained here, twice: once plainly, once with a penalty for attending to "
-    "the words that give the answer away. The second still uses them, through the mixing of words "
-    "before attention, and shows clean attention.",
-    explanation="With a penalty the attention on the telling words falls to almost nothing while accuracy stays, "
-    "and removing those words brings accuracy down to chance either way. So attention that avoids a "
-    "word is no proof that a model does.",
+    help="A small classifier is trained here, twice: once plainly, once with a penalty for "
+    "attending to the words that give the answer away. The second still uses them, through "
+    "the mixing of words before attention, and shows clean attention.",
+    explanation="With a penalty the attention on the telling words falls to almost nothing while accuracy "
+    "stays, and removing those words brings accuracy down to chance either way. So attention "
+    "that avoids a word is no proof that a model does.",
     figures=(
         Figure(
             "outcomes",

@@ -169,12 +169,13 @@ def inputs(
     title="Flash against exact",
     paper=Paper("Is Flash Attention Stable?", "2405.02803", 2024),
     needs=("captures",),
-    help="Flash attention computes the same sums in another order, block by block, rescaling as it goes. "
-    "In exact arithmetic nothing changes; in 16-bit arithmetic each rescale rounds. This measures "
-    "how much, against float64.",
-    explanation="Each line is the error of one precision as blocks get smaller and rescales more; the dotted "
-    "naive value is the same precision without blocks. Real kernels keep partial results in float32 "
-    "and so do better than the worst case here, where everything is rounded.",
+    help="Flash attention computes the same sums in another order, block by block, rescaling as it "
+    "goes. In exact arithmetic nothing changes; in 16-bit arithmetic each rescale rounds. "
+    "This measures how much, against float64.",
+    explanation="Each line is the error of one precision as blocks get smaller and rescales more; the "
+    "dotted naive value is the same precision without blocks. Real kernels keep partial "
+    "results in float32 and so do better than the worst case here, where everything is "
+    "rounded.",
     figures=(
         Figure("rms", "lines", ("precision", "block"), "RMS error by block size"),
         Figure(

@@ -20,12 +20,13 @@ def variability(embedding: torch.Tensor, piece: int = 8192) -> torch.Tensor:
     title="Token embedding variability",
     paper=Paper("Stable Language Model Pre-training by Reducing Embedding Variability", "2409.07787", 2024),
     needs=("embedding", "hidden"),
-    help="How far an embedding's channels spread, per token of the vocabulary, is a cheap sign of how "
-    "stable training was: large or uneven variability goes with noisy gradients. The second figure "
-    "follows the variance of the hidden states through the layers.",
-    explanation="A narrow histogram means that all tokens enter at the same scale, outliers are usually rare or "
-    "unused tokens. The growth line shows by how much the residual stream has grown when the last "
-    "layer reads it; one model's number says little, it is meant to compare checkpoints.",
+    help="How far an embedding's channels spread, per token of the vocabulary, is a cheap sign of "
+    "how stable training was: large or uneven variability goes with noisy gradients. The "
+    "second figure follows the variance of the hidden states through the layers.",
+    explanation="A narrow histogram means that all tokens enter at the same scale, outliers are usually "
+    "rare or unused tokens. The growth line shows by how much the residual stream has grown "
+    "when the last layer reads it; one model's number says little, it is meant to compare "
+    "checkpoints.",
     figures=(
         Figure("histogram", "bars", ("standard deviation",), "Tokens by the spread of their channels"),
         Figure("growth", "lines", ("state",), "Variance of the hidden state (median over tokens)"),

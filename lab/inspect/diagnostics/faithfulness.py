@@ -15,6 +15,8 @@ from lab.inspect.scores import Progress, weights
 
 TOKENS = 128
 PERMUTATIONS = 64
+WORK = 60_000
+"""Tokens run through the model for Shapley values at most; longer contexts get fewer permutations."""
 METHODS = tuple(
     f"{name}, {part}"
     for name in ("first layer", "last layer", "mean layer", "saliency", "input x gradient")
@@ -24,7 +26,7 @@ METHODS = tuple(
 
 def target_logprob(probe, embeddings: torch.Tensor, target: int) -> torch.Tensor:
     """[B] log-probability of ``target`` as the next token after embeddings [B, T, D]."""
-    return torch.log_softmax(probe.logits(embeddings)[:, -1].float(), -1)[:, target]
+    return torch.log_softmax(probe.logits(embeddings, last=True)[:, -1].float(), -1)[:, target]
 
 
 def gradients(probe, ids: torch.Tensor, target: int) -> tuple[np.ndarray, np.ndarray]:
@@ -122,12 +124,13 @@ def marked_overlap(scores: dict[str, np.ndarray], marked: Sequence[int]) -> tupl
     title="Is attention an explanation?",
     paper=Paper("Attention is not Explanation", "1902.10186", 2019),
     needs=("captures", "probe", "token_ids"),
-    help="Twelve ways to say which words a prediction came from: attention of the first, last or all "
-    "layers, gradients, and replacing words. They are compared with leaving one word out, the "
-    "plainest test of what mattered.",
-    explanation="Each bar is the rank agreement of one method with leaving words out; attention usually agrees "
-    "less than replacing words does. Agreement is no proof of faithfulness: leaving out one word "
-    "misses words that stand in for each other, and its own bar is 1 by definition.",
+    help="Twelve ways to say which words a prediction came from: attention of the first, last or "
+    "all layers, gradients, and replacing words. They are compared with leaving one word out, "
+    "the plainest test of what mattered.",
+    explanation="Each bar is the rank agreement of one method with leaving words out; attention usually "
+    "agrees less than replacing words does. Agreement is no proof of faithfulness: leaving "
+    "out one word misses words that stand in for each other, and its own bar is 1 by "
+    "definition.",
     figures=(
         Figure(
             "agreement",
@@ -166,12 +169,10 @@ def compute(session: Session, progress: Progress) -> Arrays:
     loo = leave_one_out(probe, tokens, target)
     progress(0.2)
     scores["mask one"] = loo
+    affordable = max(2, min(PERMUTATIONS, WORK // (output * (output + 1))))
+    permutations = session.options.get("permutations", affordable)
     scores["Shapley"] = shapley(
-        probe,
-        tokens,
-        target,
-        session.options.get("permutations", PERMUTATIONS),
-        progress=lambda f: progress(0.2 + 0.8 * f),
+        probe, tokens, target, permutations, progress=lambda f: progress(0.2 + 0.8 * f)
     )
     stacked = np.stack([np.abs(scores[m]) for m in METHODS])
     out = {
@@ -179,6 +180,7 @@ def compute(session: Session, progress: Progress) -> Arrays:
         "methods": np.array(METHODS),
         "agreement": agreement({m: scores[m] for m in METHODS}, loo),
         "leave_one_out": loo,
+        "permutations": np.array(permutations),
     }
     marked = [m for m in session.marked or () if 0 <= m < output]
     if marked:

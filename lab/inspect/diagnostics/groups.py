@@ -93,12 +93,13 @@ def _logit(x: np.ndarray, y: np.ndarray, new: np.ndarray, ridge: float) -> np.nd
         2026,
     ),
     needs=("groups",),
-    help="Does a kind of prompt change how attention looks? Give two matched sets, paradoxes against "
-    "plain facts for instance, and every head metric is compared: how large the difference is, and "
-    "whether chance could make it.",
-    explanation="A bar is the difference of a metric in standard deviations, kept only in the table's first rows "
-    "when its false-discovery rate is below 5 %. The direction is reported, not assumed, and "
-    "prompts that differ in length or vocabulary will differ in attention for that reason alone.",
+    help="Does a kind of prompt change how attention looks? Give two matched sets, paradoxes "
+    "against plain facts for instance, and every head metric is compared: how large the "
+    "difference is, and whether chance could make it.",
+    explanation="A bar is the difference of a metric in standard deviations, kept only in the table's "
+    "first rows when its false-discovery rate is below 5 %. The direction is reported, not "
+    "assumed, and prompts that differ in length or vocabulary will differ in attention for "
+    "that reason alone.",
     figures=(
         Figure("d", "bars", ("metric",), "Cohen's d of each metric"),
         Figure("q", "bars", ("metric",), "False-discovery rate of each metric"),

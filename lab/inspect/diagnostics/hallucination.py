@@ -79,13 +79,13 @@ def uncertainty(confidences: np.ndarray) -> float:
         2025,
     ),
     needs=("captures", "prompt_tokens", "logprobs"),
-    help="When a model contradicts its prompt, its heads often look at the prompt less. The lookback "
-    "ratio of each head and an uncertainty that is handed from token to token along attention are "
-    "two cheap signals computed from one answer.",
-    explanation="The line is the mean lookback of each generated token, where a drop says that the model reads "
-    "itself rather than the prompt; the scores sum up the whole answer for each way to aggregate "
-    "attention, higher is less sure. No score is a verdict: compare answers to the same prompt, and "
-    "expect it to see contradictions better than wrong facts.",
+    help="When a model contradicts its prompt, its heads often look at the prompt less. The "
+    "lookback ratio of each head and an uncertainty that is handed from token to token along "
+    "attention are two cheap signals computed from one answer.",
+    explanation="The line is the mean lookback of each generated token, where a drop says that the model "
+    "reads itself rather than the prompt; the scores sum up the whole answer for each way to "
+    "aggregate attention, higher is less sure. No score is a verdict: compare answers to the "
+    "same prompt, and expect it to see contradictions better than wrong facts.",
     figures=(
         Figure("lookback", "lines", ("token",), "Mean lookback to the prompt"),
         Figure("lookback_heads", "matrix", ("layer", "head"), "Lookback of each head"),

@@ -10,7 +10,7 @@ from lab.inspect.diagnostics.measures import spearman
 from lab.inspect.diagnostics.probe import ModelProbe
 from lab.inspect.scores import Progress
 
-TOKENS = 256
+TOKENS = 128
 
 
 def loss(probe: ModelProbe, ids: torch.Tensor, gates: torch.Tensor | None = None) -> torch.Tensor:
@@ -70,12 +70,12 @@ def pruning_curve(probe: ModelProbe, ids: torch.Tensor, order: np.ndarray, steps
     title="Head importance",
     paper=Paper("Are Sixteen Heads Really Better than One?", "1905.10650", 2019),
     needs=("probe", "token_ids"),
-    help="Many heads can be removed with little harm. The gradient with respect to a gate on each head "
-    "predicts, in one backward pass, how much the loss would rise without it; leaving heads out one "
-    "by one checks the prediction.",
-    explanation="Bright heads matter for this text, and the curve shows the loss when the least important are "
-    "removed first, against a random order. Importance holds for one text and one head at a time: "
-    "two heads that do the same job both look unimportant until both are gone.",
+    help="Many heads can be removed with little harm. The gradient with respect to a gate on each "
+    "head predicts, in one backward pass, how much the loss would rise without it; leaving "
+    "heads out one by one checks the prediction.",
+    explanation="Bright heads matter for this text, and the curve shows the loss when the least important "
+    "are removed first, against a random order. Importance holds for one text and one head "
+    "at a time: two heads that do the same job both look unimportant until both are gone.",
     figures=(
         Figure("importance", "matrix", ("layer", "head"), "Gradient importance, each layer normalised"),
         Figure("leave_one_out", "matrix", ("layer", "head"), "Loss increase without the head, nats"),

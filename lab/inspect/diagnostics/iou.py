@@ -25,11 +25,11 @@ def attention_iou(a: np.ndarray, b: np.ndarray) -> float:
     title="Overlap with highlighted words",
     paper=Paper("Attention IoU: Examining Biases in CelebA using Attention Maps", "2503.19846", 2025),
     needs=("captures", "marked"),
-    help="Highlight words and see which heads look just there: the overlap is one when a head spreads its "
-    "attention over exactly those words and zero when it looks elsewhere. With words that should "
-    "not matter it is a test for bias.",
-    explanation="Bright heads attend to the highlighted words when the chosen token is read. Overlap says where "
-    "a head looks, not what it does with it, so check a suspect by removing the words.",
+    help="Highlight words and see which heads look just there: the overlap is one when a head "
+    "spreads its attention over exactly those words and zero when it looks elsewhere. With "
+    "words that should not matter it is a test for bias.",
+    explanation="Bright heads attend to the highlighted words when the chosen token is read. Overlap says "
+    "where a head looks, not what it does with it, so check a suspect by removing the words.",
     figures=(
         Figure("overlap", "matrix", ("layer", "head"), "Attention-IoU with the highlighted words"),
         Figure("mass", "matrix", ("layer", "head"), "Attention on the highlighted words"),

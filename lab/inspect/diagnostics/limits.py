@@ -10,7 +10,7 @@ from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnos
 from lab.inspect.scores import Progress, logits, weights
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
-TOKENS = 512
+TOKENS = 256
 
 
 def separation(p: torch.Tensor, x: torch.Tensor, top: int) -> tuple[float, float]:
@@ -58,13 +58,14 @@ def softmax_slope(logits: torch.Tensor, temperature: float = 1.0) -> float:
     title="Limits of normalisation",
     paper=Paper("Limitations of Normalization in Attention Mechanism", "2508.17821", 2025),
     needs=("captures", "values"),
-    help="Weights that must sum to one get thinner as more tokens share them. For a growing set of the "
-    "most attended tokens this asks how far the rest lies from their sum, and how many of the chosen "
-    "can still be told apart.",
-    explanation="As the chosen share grows the distance falls and the separated share stops rising: past that "
-    "point a head averages rather than selects. The last figure is the steepest response of one "
-    "row's softmax at different temperatures with its bound; lower temperatures select more sharply "
-    "and make training harder.",
+    help="Weights that must sum to one get thinner as more tokens share them. For a growing set of "
+    "the most attended tokens this asks how far the rest lies from their sum, and how many "
+    "of the chosen can still be told apart.",
+    explanation="As the chosen share grows the distance first rises, then falls to nothing, and ever "
+    "fewer of the chosen stay near their sum: past that point a head averages rather than "
+    "selects. The last figure is the steepest response of one row's softmax at different "
+    "temperatures with its bound; lower temperatures select more sharply and make training "
+    "harder.",
     figures=(
         Figure(
             "distance",

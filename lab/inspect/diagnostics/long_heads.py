@@ -77,12 +77,13 @@ def long_share(log_bulk: np.ndarray, log_near: np.ndarray) -> np.ndarray:
         "Unveiling Simplicities of Attention: Adaptive Long-Context Head Identification", "2502.09647", 2025
     ),
     needs=("captures",),
-    help="Most heads read the first few and the newest tokens and little else. Whether this query needs "
-    "the rest can be guessed from the mean and spread of the far keys alone, as if they were "
-    "Gaussian, without reading them one by one.",
-    explanation="The first map is the share of queries for which a head truly puts more than the threshold on "
-    "the bulk of keys; the second says the same from the estimate. The misses are queries that did "
-    "look far while the estimate called them local: a single needle hardly moves a mean.",
+    help="Most heads read the first few and the newest tokens and little else. Whether this query "
+    "needs the rest can be guessed from the mean and spread of the far keys alone, as if they "
+    "were Gaussian, without reading them one by one.",
+    explanation="The first map is the share of queries for which a head truly puts more than the "
+    "threshold on the bulk of keys; the second says the same from the estimate. The misses "
+    "are queries that did look far while the estimate called them local: a single needle "
+    "hardly moves a mean.",
     figures=(
         Figure("long", "matrix", ("layer", "head"), "Share of queries that look far"),
         Figure("long_estimated", "matrix", ("layer", "head"), "The same, estimated from key moments"),

@@ -45,12 +45,13 @@ def replace(
     title="Massive activations",
     paper=Paper("A Refined Analysis of Massive Activations in LLMs", "2503.22329", 2025),
     needs=("hidden",),
-    help="From some layer on, one or two channels of the first token become thousands of times larger "
-    "than everything else. They act as a constant the later layers rely on, and they are why the "
-    "first token attracts attention.",
-    explanation="The lines are the largest and the median magnitude of each hidden state; a jump of several "
-    "orders marks the layer where a massive activation is written. The table flags values above 100 "
-    "and above 1,000 times the median, thresholds that depend on the model's scale.",
+    help="From some layer on, one or two channels of the first token become thousands of times "
+    "larger than everything else. They act as a constant the later layers rely on, and they "
+    "are why the first token attracts attention.",
+    explanation="The lines are the largest and the median magnitude of each hidden state; a jump of "
+    "several orders marks the layer where a massive activation is written. The table flags "
+    "values above 100 and above 1,000 times the median, thresholds that depend on the model's "
+    "scale.",
     figures=(
         Figure(
             "top", "lines", ("rank", "state"), "Three largest magnitudes and the median of each hidden state"

@@ -39,11 +39,12 @@ def spread(probe: ModelProbe, ids: torch.Tensor, token: int, see_first: bool = T
     title="Sinks against over-mixing",
     paper=Paper("Why do LLMs attend to the first token?", "2504.02732", 2025),
     needs=("probe", "token_ids"),
-    help="Every layer of attention averages tokens, and deep models could average them into one. A sink "
-    "is a way to do nothing: weight parked on token 0 mixes nothing in. Change one early token and "
-    "see how far the change travels with token 0 visible and hidden.",
-    explanation="If the line without token 0 lies higher, the sink was holding the change back. Hiding token 0 "
-    "also takes the model off the data it was trained on, so part of the difference is plain damage.",
+    help="Every layer of attention averages tokens, and deep models could average them into one. A "
+    "sink is a way to do nothing: weight parked on token 0 mixes nothing in. Change one "
+    "early token and see how far the change travels with token 0 visible and hidden.",
+    explanation="If the line without token 0 lies higher, the sink was holding the change back. Hiding "
+    "token 0 also takes the model off the data it was trained on, so part of the difference "
+    "is plain damage.",
     figures=(
         Figure(
             "lines",
@@ -56,9 +57,12 @@ def spread(probe: ModelProbe, ids: torch.Tensor, token: int, see_first: bool = T
     ),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
-    """``options["token"]`` is the changed token, default 1, on the first ``TOKENS`` tokens."""
+    """``options["token"]`` is the changed token, on the first ``TOKENS`` tokens.
+
+    The default is token 8: the second token would become the sink itself once the first is hidden.
+    """
     ids = torch.as_tensor(list(session.token_ids)[:TOKENS], device=session.probe.device)
-    token = session.options.get("token", 1)
+    token = session.options.get("token", min(8, len(ids) - 2))
     if not 1 <= token < len(ids) - 1:
         raise LabError(f"Token {token} cannot be changed", f"Choose one from 1 to {len(ids) - 2}")
     visible = spread(session.probe, ids, token)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 
 import torch
 
@@ -40,21 +41,28 @@ class ModelProbe:
         self._outputs = [_child(a, _OUTPUTS) for a in self._attention]
         self._mlps = [_child(layer, _MLPS, needed=False) for layer in self._layers]
         self.layers = len(self._layers)
+        self._few = "logits_to_keep" in signature(model.forward).parameters
         self.device = next(model.parameters()).device
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """[B, T] ids to [B, T, D] embeddings."""
         return self.model.get_input_embeddings()(ids)
 
-    def logits(self, embeddings: torch.Tensor, gates: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, T, V] logits; ``gates`` [L, Hq] multiplies each head's output before the output projection."""
+    def logits(
+        self, embeddings: torch.Tensor, gates: torch.Tensor | None = None, last: bool = False
+    ) -> torch.Tensor:
+        """[B, T, V] logits; ``gates`` [L, Hq] multiplies each head's output before the output projection.
+
+        ``last`` asks for the last position only, [B, 1, V], where the model can leave out the others.
+        """
+        few = {"logits_to_keep": 1} if last and self._few else {}
         with ExitStack() as stack:
             stack.enter_context(self._plain())
             if gates is not None:
                 for layer, projection in enumerate(self._outputs):
                     hook = projection.register_forward_pre_hook(_gate(gates[layer]))
                     stack.callback(hook.remove)
-            return self.model(inputs_embeds=embeddings, use_cache=False).logits
+            return self.model(inputs_embeds=embeddings, use_cache=False, **few).logits
 
     @torch.no_grad()
     def attention(self, ids: torch.Tensor) -> torch.Tensor:

@@ -128,14 +128,14 @@ def max_flow(layers: list[np.ndarray], output: int, source: int) -> float:
     title="Attention rollout and flow",
     paper=Paper("Quantifying Attention Flow in Transformers", "2005.00928", 2020),
     needs=("captures",),
-    help="Each layer mixes tokens, so a late layer's attention does not point at words any more. Rollout "
-    "multiplies the layers together, with half of every step kept by the residual stream, and says "
-    "which input tokens an output position is made of. Flow instead asks how much could be carried "
-    "there at most.",
-    explanation="A bar is the share of an input token in the chosen position after all layers; the lift divides "
-    "it by what evenly spread attention would give, because early tokens always win otherwise. It "
-    "follows attention weights only, so a token that is read but has a tiny value vector still looks "
-    "important.",
+    help="Each layer mixes tokens, so a late layer's attention does not point at words any more. "
+    "Rollout multiplies the layers together, with half of every step kept by the residual "
+    "stream, and says which input tokens an output position is made of. Flow instead asks how "
+    "much could be carried there at most.",
+    explanation="A bar is the share of an input token in the chosen position after all layers; the lift "
+    "divides it by what evenly spread attention would give, because early tokens always win "
+    "otherwise. It follows attention weights only, so a token that is read but has a tiny "
+    "value vector still looks important.",
     figures=(
         Figure("lift", "bars", ("token",), "Rollout against even attention"),
         Figure("rollout", "bars", ("token",), "Rollout of the chosen token"),

@@ -13,7 +13,7 @@ from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnos
 from lab.inspect.diagnostics.measures import effective_rank
 from lab.inspect.scores import Progress, log_weights
 
-LIMIT = 512
+LIMIT = 256
 """Rows and columns looked at: the last ones of longer runs, so that the matrix stays small."""
 NAMES = (
     "entropy",
@@ -61,7 +61,7 @@ def describe(a: torch.Tensor, first_row: int = 0) -> dict[str, float]:
         "evenness": (
             (entropy[count > 1] / count[count > 1].log()).mean() if (count > 1).any() else torch.tensor(0.0)
         ),
-        "effective_rank": effective_rank(torch.linalg.svdvals(a.double())),
+        "effective_rank": effective_rank(torch.linalg.svdvals(a)),
         "variance": var.mean(),
         "kurtosis": kurtosis,
         "concentration": a.norm(),
@@ -111,8 +111,9 @@ def output_shapes(outputs: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
     """{"output_effective_rank", "output_kurtosis": float32 [L]} of attention outputs [T, D]."""
     rank, kurtosis = [], []
     for o in outputs:
-        o = o.detach().double()
+        o = o.detach().float()
         rank.append(float(effective_rank(torch.linalg.svdvals(o))))
+        o = o.double()
         c = o - o.mean()
         kurtosis.append(float((c**4).mean() / (c**2).mean().clamp(min=1e-30) ** 2 - 3))
     return {
@@ -130,13 +131,13 @@ def output_shapes(outputs: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
         2026,
     ),
     needs=("captures",),
-    help="A head is a matrix of weights, and a few numbers tell its kind. Entropy says how spread a row "
-    "is, effective rank how many different rows there are, kurtosis how spiky a row is, and the "
-    "focus how much goes to the token itself or just before.",
-    explanation="Each map is one number per head; a head with low entropy and a rank near one reads the same "
-    "token from everywhere, a high rank with low entropy reads something different in every row. "
-    "Both versions are given, with and without token 0, because the sink dominates every one of "
-    "these numbers.",
+    help="A head is a matrix of weights, and a few numbers tell its kind. Entropy says how spread "
+    "a row is, effective rank how many different rows there are, kurtosis how spiky a row is, "
+    "and the focus how much goes to the token itself or just before.",
+    explanation="Each map is one number per head; a head with low entropy and a rank near one reads the "
+    "same token from everywhere, a high rank with low entropy reads something different in "
+    "every row. Both versions are given, with and without token 0, because the sink dominates "
+    "every one of these numbers.",
     figures=(
         Figure("entropy", "matrix", ("layer", "head"), "Entropy of a row, nats"),
         Figure("effective_rank", "matrix", ("layer", "head"), "Effective rank"),

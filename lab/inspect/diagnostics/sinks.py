@@ -67,12 +67,12 @@ def dwell(positions: np.ndarray) -> np.ndarray:
     title="Attention sinks",
     paper=Paper("When Attention Sink Emerges in Language Models: An Empirical View", "2410.10781", 2024),
     needs=("captures",),
-    help="Softmax must put its weight somewhere. Heads that have nothing to say park it on a token that "
-    "carries little, mostly the first. The sink rate is the share of heads that give a token more "
-    "than a threshold of their attention, averaged over all later rows.",
-    explanation="The first token usually stands far above the rest at every threshold, and other columns with a "
-    "high rate are secondary sinks. A sink takes weight, not meaning: its value vector is usually "
-    "small, so dropping it hurts by changing the normalisation.",
+    help="Softmax must put its weight somewhere. Heads that have nothing to say park it on a token "
+    "that carries little, mostly the first. The sink rate is the share of heads that give a "
+    "token more than a threshold of their attention, averaged over all later rows.",
+    explanation="The first token usually stands far above the rest at every threshold, and other columns "
+    "with a high rate are secondary sinks. A sink takes weight, not meaning: its value vector "
+    "is usually small, so dropping it hurts by changing the normalisation.",
     figures=(
         Figure("rate", "lines", ("threshold", "token"), "Share of heads that park attention on a token"),
         Figure("first_token", "matrix", ("layer", "head"), "Mean weight on token 0"),

@@ -17,7 +17,7 @@ SHARE = 0.99
 def spectrum(x: torch.Tensor) -> np.ndarray:
     """float64 share of variance of each principal direction of rows [n, D], descending."""
     x = x.detach().double()
-    s = torch.linalg.svdvals(x - x.mean(0)) ** 2
+    s = torch.linalg.svdvals((x - x.mean(0)).float()).double() ** 2
     return (s / s.sum().clamp(min=1e-300)).cpu().numpy()
 
 
@@ -40,12 +40,12 @@ def relative_ranks(outputs: Sequence[torch.Tensor], share: float = SHARE) -> np.
     title="Low-dimensional attention outputs",
     paper=Paper("Attention Layers Add Into Low-Dimensional Residual Subspaces", "2508.16929", 2025),
     needs=("attention_out", "mlp_out", "hidden"),
-    help="The vectors that attention adds to the residual stream vary in far fewer directions than they "
-    "have channels. Counting the principal directions that hold 99 % of the variance, in attention "
-    "outputs, MLP outputs and the stream, makes the difference visible.",
-    explanation="Lower lines use fewer directions; attention usually runs below the MLP in most layers. With "
-    "fewer tokens than about ten per channel the ratio is taken to the largest rank those tokens "
-    "allow, and it is then a bound rather than the model's property.",
+    help="The vectors that attention adds to the residual stream vary in far fewer directions than "
+    "they have channels. Counting the principal directions that hold 99 % of the variance, "
+    "in attention outputs, MLP outputs and the stream, makes the difference visible.",
+    explanation="Lower lines use fewer directions; attention usually runs below the MLP in most layers. "
+    "With fewer tokens than about ten per channel the ratio is taken to the largest rank "
+    "those tokens allow, and it is then a bound rather than the model's property.",
     figures=(
         Figure(
             "ranks",
