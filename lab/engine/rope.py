@@ -50,6 +50,7 @@ class Rope:
         return torch.cat([mixed, rest], -1) if rest.shape[-1] else mixed
 
 
+_CHANGING = {"dynamic", "longrope"}
 _INTERLEAVED = {"cohere", "cohere2", "glm", "glm4", "ernie4_5", "helium", "gptj", "codegen"}
 
 
@@ -65,6 +66,14 @@ def rope_of(model: torch.nn.Module, layer: int) -> Rope:
         for name in names:
             freq = getattr(module, name, None)
             if isinstance(freq, torch.Tensor):
+                kind = getattr(module, "rope_type", None)
+                kind = kind.get(kinds[layer]) if isinstance(kind, dict) else kind
+                if kind in _CHANGING:
+                    raise LabError(
+                        f"This {config.model_type} model's rotary embedding ({kind}) changes with the length of the text",
+                        "Turning stored keys to other positions needs fixed angles",
+                        "Switch renumbering off, or use a model with fixed rotary embeddings such as Llama, Qwen or SmolLM",
+                    )
                 return Rope(freq.detach().float(), config.model_type in _INTERLEAVED)
     raise LabError(
         f"{config.model_type} models have no rotary position embedding to turn keys with",

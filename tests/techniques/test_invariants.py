@@ -74,7 +74,7 @@ def test_every_technique_has_a_case():
 def test_declaration(name):
     """Everything the faces show is there, and a stack's text is read back as the same stack."""
     cls = registry()[name]
-    assert cls.name == name and cls.title and cls.paper.title and 1990 < cls.paper.year < 2100
+    assert cls.name == name and cls.title and cls.paper.title and 1900 < cls.paper.year < 2100
     assert 40 < len(cls.help) < 700 and cls.help.rstrip().endswith(".")
     assert cls.saves and (not cls.does_not_save or cls.does_not_save.endswith("."))
     assert cls() == cls() and hash(cls()) == hash(cls())
