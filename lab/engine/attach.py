@@ -89,5 +89,5 @@ def refuse(model: PreTrainedModel) -> None:
         raise LabError(f"{name} uses multi-head latent attention, which expands keys after the cache returns them", works)
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise LabError(f"{name} uses chunked attention, whose mask never reaches the attention function", works)
-    if not getattr(model, "_supports_attention_backend", False):
+    if not model._can_set_attn_implementation():
         raise LabError(f"{name} does not call transformers' attention interface, so its attention cannot be replaced", works)

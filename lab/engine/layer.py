@@ -13,8 +13,13 @@ from lab.engine.history import History
 from lab.engine.ragged import Ragged
 from lab.engine.segments import Codec, Coded, Exact
 from lab.engine.tap import Tap
+from lab.errors import LabError
 
 Segment = Exact | Coded
+
+
+class Touched(LabError, AttributeError):
+    """The model did something with keys or values between the cache and the attention function."""
 
 
 class Handle:
@@ -24,6 +29,13 @@ class Handle:
 
     def __init__(self, layer: "LabLayer", k: torch.Tensor, v: torch.Tensor) -> None:
         self.layer, self.k, self.v, self.fresh = layer, k, v, True
+
+    def __getattr__(self, name: str):
+        raise Touched(
+            f"This model changes keys or values after the cache returned them (it asked for .{name})",
+            "The lab serves models that pass the cache's answer straight to the attention function",
+            "Choose a model such as Llama, Qwen, Gemma, Mistral or SmolLM",
+        )
 
 
 class LabLayer(CacheLayerMixin):

@@ -125,7 +125,6 @@ REFUSED = {
     "bloom": dict(vocab_size=128, hidden_size=64, n_layer=2, n_head=4),
     "falcon": dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
     "mpt": dict(vocab_size=128, d_model=64, n_layers=2, n_heads=4),
-    "stablelm": dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4),
     "deepseek_v3": dict(
         vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
         kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, v_head_dim=16, qk_nope_head_dim=8, n_routed_experts=4,
@@ -139,7 +138,7 @@ REFUSED = {
 }
 REASONS = {
     "deepseek_v3": "multi-head latent attention", "llama4_text": "chunked attention",
-    **dict.fromkeys(["bloom", "falcon", "mpt", "stablelm"], "does not call transformers' attention interface"),
+    **dict.fromkeys(["bloom", "falcon", "mpt"], "does not call transformers' attention interface"),
 }
 
 

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lab.engine.history import NEVER, History
 from lab.engine.layer import LabLayer
 from lab.engine.tiers import held_bits, narrow, replace
+from lab.errors import LabError
 from lab.techniques.int_codes import TokenCodec
 from lab.techniques.kivi import ChannelCodec
 
@@ -329,3 +330,12 @@ def test_a_blocks_scales_go_with_its_last_row(count):
     layer.code("key", ChannelCodec(4, BLOCK), 0, 12, 11)
     layer.keep(torch.arange(12).expand(1, 2, -1) >= count, 11)
     assert layer.coded_k[0].blocks.lens == [3 - count // BLOCK] * 2
+
+
+def test_a_model_that_touches_the_handle_is_told_so():
+    """What `update` returns stands for keys and values; a model that computes with it cannot be served."""
+    layer = LabLayer(0)
+    handle, same = layer.update(*rows(3))
+    assert handle is same and not hasattr(handle, "shape")
+    with pytest.raises(LabError, match="changes keys or values after the cache returned them"):
+        handle.transpose(1, 2)
