@@ -6,7 +6,9 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lab.engine.calibrate import calibrated
+from lab.engine.depth import install
 from lab.engine.layer import LabLayer
+from lab.engine.learnt import find
 from lab.engine.policy import Policy
 from lab.engine.stack import Stack
 from lab.errors import LabError
@@ -48,6 +50,9 @@ class LabCache(DynamicCache):
             self.policy.check(prompt)
         if stack.one("calibrate") is not None:
             self.policy.calibration = calibrated(model, stack)
+        for technique in stack.techniques:
+            if technique.learns:
+                self.policy.shared[f"learnt/{technique.name}"] = find(technique, model).tensors
         track = self.policy.tracks
         for i, layer in enumerate(self.layers):
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -55,6 +60,9 @@ class LabCache(DynamicCache):
                 self.layers[i] = LabLayer(i, reserve, track, window, self.policy.slack)
                 self.layers[i].policy = self.policy
                 self.layers[i].shared = bool(getattr(config, "num_kv_shared_layers", 0))
+        self.policy.stores = [layer for layer in self.layers if isinstance(layer, LabLayer)]
+        if self.policy.trimmer is not None or self.policy.enterers:
+            install(model)
         self.stack = stack
 
     @property
@@ -92,8 +100,12 @@ class LabCache(DynamicCache):
 
     def repeat(self, times: int) -> None:
         """Turn the cache of one prompt into that of `times` samples of it."""
-        for layer in self.lab_layers:
-            layer.repeat(times)
+        order = torch.arange(max((layer.batch for layer in self.lab_layers), default=1)).repeat(times)
+        for layer in self.layers:
+            if isinstance(layer, LabLayer):
+                layer.repeat(times)
+            else:  # linear-attention layers of hybrids
+                layer.reorder_cache(order)
 
     def clone(self) -> "LabCache":
         """An independent copy that may continue with other tokens."""

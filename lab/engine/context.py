@@ -75,6 +75,10 @@ class LayerContext:
     def positions(self) -> torch.Tensor:
         return self.store.positions()
 
+    def learnt(self, technique: Technique) -> dict[str, torch.Tensor]:
+        """What the technique learnt about this model beforehand, by name."""
+        return self.shared[f"learnt/{technique.name}"]
+
     def mass(self) -> torch.Tensor:
         """Attention each entry has received, summed over rows and the heads of its group: [B, Hk, N]."""
         return self.store.attribute("mass")

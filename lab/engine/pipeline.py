@@ -62,6 +62,12 @@ def _append(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> Laye
         store.state["pad"] = True
         keep = call.mask[:, -rows:].bool()
         pos_q = (call.mask.long().cumsum(-1) - 1)[:, -rows:].masked_fill(~keep, -1)
+    trimmed = policy.trimmed if handle.fresh and policy.trimmed is not None and policy.trimmed.shape[0] == rows else None
+    if trimmed is not None:
+        store.start_tracking()
+        pos_q = (first + trimmed).expand(q.shape[0], -1)
+    if policy.movers and handle.fresh:
+        q = _moved(policy, handle, q, call, first, pos_q)
     if handle.fresh:
         if store.window and store.shared:  # later layers read these rows too, so they go before the next step
             store.trim_window()
@@ -72,6 +78,24 @@ def _append(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> Laye
             line = torch.arange(first, first + rows, device=q.device)
             pos = pos_q if pos_q is not None else line.expand(q.shape[0], -1)
         store.append(handle.k, handle.v, pos, keep)
+        if trimmed is not None:
+            store.seen += policy.skipped
+            first = store.seen - rows
+    return _context(policy, store, q, call, first, pos_q)
+
+
+def _moved(policy: Policy, handle: Handle, q: torch.Tensor, call: Call, first: int, pos_q) -> torch.Tensor:
+    """Queries as the `edit` techniques that move vectors want them; the handle's keys change with them."""
+    for technique in policy.movers:
+        ctx = _context(policy, handle.layer, q, call, first, pos_q)
+        q, handle.k, handle.v = technique.move(ctx, q, handle.k, handle.v)
+    if handle.k.shape[1] != handle.layer.heads and handle.layer.seen == 0:
+        handle.layer.lazy_initialization(handle.k, handle.v)
+    return q
+
+
+def _context(policy: Policy, store: LabLayer, q: torch.Tensor, call: Call, first: int, pos_q) -> LayerContext:
+    rows = q.shape[2]
     return LayerContext(
         store=store, layer=store.index, layers=policy.layers, phase=policy.phase(store, rows), q=q, pos_q=pos_q,
         first=first, scale=call.scale, softcap=call.softcap, window=call.window, sink=call.sink,
@@ -99,7 +123,8 @@ def _attend(policy: Policy, ctx: LayerContext, handle: Handle, call: Call) -> at
             if edits:
                 result = attend.biased_columns(ctx, result, edits)
             return _finish(policy, ctx, _with_sink(ctx, result), bands, edits)
-    if rows == 1 and quick and not bands and not edits and not policy.want_mass and not policy.want_last:
+    alone = rows == 1 and store.plain and not ctx.window and not call.softcap and ctx.pos_q is None  # sees all there is
+    if rows == 1 and (quick or alone) and not bands and not edits and not policy.want_mass and not policy.want_last:
         return _with_sink(ctx, attend.one_row(ctx))
     return _finish(policy, ctx, attend.general(ctx, bands, edits, policy.want_mass, policy.want_last), bands, edits)
 

@@ -35,6 +35,12 @@ class Policy:
         self.encoder = stack.one("encode")
         self.scorer, self.weigher = stack.one("score"), stack.one("weigh")
         self.probe = None  # (ctx, out) -> out: what a calibration looks at
+        self.movers = [t for t in self.edits if t.moves]
+        self.trimmer = stack.one("trim")
+        self.enterers = [t for t in stack.techniques if t.enters]
+        self.stores: list[LabLayer] = []  # the cache's layers, for techniques that look at several
+        self.trimmed: torch.Tensor | None = None  # int64 [T'], the rows of this forward that reached this depth
+        self.skipped = 0  # how many did not
         if self.scorer is None and self.allocator is not None:
             self.scorer = self.allocator.default_scorer()
         if self.allocator is None and self.scorer is not None:

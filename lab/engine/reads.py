@@ -38,11 +38,12 @@ class Rows:
 @dataclass(frozen=True)
 class Place:
     """Where a block of logits [B, Hk, G, R, n] comes from: pos int64 [B, Hk, n] of its keys, pos_q int64 [B, R] of its
-    rows (-1 for padding), slots int64 [B, Hk, n] of its keys among the stored entries or None for all in order, values
-    [B, Hk, n, d] or None while they have not been fetched."""
+    rows (-1 for padding), row the first of these rows within this call, slots int64 [B, Hk, n] of its keys among the
+    stored entries or None for all in order."""
 
     pos: torch.Tensor
     pos_q: torch.Tensor
+    row: int = 0
     slots: torch.Tensor | None = None
 
 

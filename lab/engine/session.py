@@ -59,7 +59,9 @@ class Session:
         for layer in self.cache.lab_layers:
             layer.tap = Tap() if self.capture or layer.index in (taps or ()) else None
         tokens = torch.tensor([ids], device=self.device)
-        size, spent, logits = self.stack.prompt_block or self.chunk or len(ids), 0.0, None
+        whole = self.stack.one("trim") is not None  # what goes on is chosen from all of the prompt
+        size = len(ids) if whole else self.stack.prompt_block or self.chunk or len(ids)
+        spent, logits = 0.0, None
         for at in range(0, len(ids), size):
             start = self._now()
             logits = self._forward(tokens[:, at : at + size])

@@ -216,6 +216,37 @@ class Technique:
         """Changes to this step's logits."""
         return []
 
+    enters: ClassVar[bool] = False  # `enter` is called with the hidden states before each layer
+
+    def enter(self, policy: Any, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B,T,D] that layer `layer` reads instead."""
+        return hidden
+
+    def depth(self, layers: int) -> int:
+        """`trim`: the first layer that sees only chosen prompt tokens."""
+        return layers
+
+    def trim(self, policy: Any, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Rows int64 [T'] of this prompt, ascending, that go on to layer `depth` and above; None for all. hidden [B,T,D]."""
+        return None
+
+    def planned_rows(self, prompt: int, layer: int, layers: int) -> int:
+        """`trim`: prompt tokens that layer `layer` will see."""
+        return prompt
+
+    moves: ClassVar[bool] = False  # an `edit` technique that changes queries and keys before they are stored
+
+    def move(
+        self, ctx: "LayerContext", q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [B,Hq,T,d], keys and values [B,Hk,T,d] to use instead, called before they are stored. Fewer KV heads may
+        come back than went in."""
+        return q, k, v
+
+    def planned_heads(self, kv_heads: int) -> int:
+        """KV heads that will be stored."""
+        return kv_heads
+
     def combine(self, ctx: "LayerContext", out: torch.Tensor, exact: Any) -> torch.Tensor:
         """Correct out [B,Hq,T,d] of a sparse prefill; exact(rows int64 [R]) gives dense outputs [B,Hq,R,d]."""
         return out
@@ -302,6 +333,13 @@ class Technique:
             raise LabError(f"{self.title} cannot hold entries at {bits} bits", offer, "Use integer codes or KIVI with it")
         return dataclasses.replace(self, bits=bits)
 
+    version: ClassVar[int] = 1  # of what is learnt beforehand: files of another version are refused
+
+    @property
+    def learns(self) -> bool:
+        """Needs a calibration file (lab.engine.learnt); its tensors are then `ctx.learnt(self)`."""
+        return False
+
     calibration_sequences: ClassVar[int] = 0  # pieces of sample text whose keys and values `fit` wants to see
 
     def fit(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -324,7 +362,7 @@ class Technique:
         (entries' worth of key bytes read in order to choose, entries read for attention)."""
         return 0 * entries, entries
 
-    def table_bytes(self, entries: int, head_dim: int, element: int, layer: int, layers: int) -> int:
+    def table_bytes(self, entries: int, head_dim: int, element: int, layer: int, layers: int, groups: int) -> int:
         """Predicted bytes per KV head of what is stored beside `entries` entries in order to choose among them."""
         return 0
 

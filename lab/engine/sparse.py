@@ -42,7 +42,7 @@ def attend(
         else:
             keep = _visible(ctx, pos, valid, pos_q[:, r0:r1], bands, chosen, r0, r1)
             slots, used, keep = _columns(store, keep)
-        out, lse, p = _block(ctx, q[:, :, r0:r1], pos_q[:, r0:r1], pos, slots, used, keep, edits, weigh)
+        out, lse, p = _block(ctx, (r0, r1), pos_q[:, r0:r1], pos, slots, used, keep, edits, weigh)
         outs.append(out)
         lses.append(lse)
         if want_mass:
@@ -135,10 +135,11 @@ def _columns(store: LabLayer, keep: torch.Tensor) -> tuple[torch.Tensor | None, 
 
 
 def _block(
-    ctx: LayerContext, q: torch.Tensor, pos_q: torch.Tensor, pos: torch.Tensor, slots: torch.Tensor | None,
+    ctx: LayerContext, span: tuple[int, int], pos_q: torch.Tensor, pos: torch.Tensor, slots: torch.Tensor | None,
     used: torch.Tensor | None, keep: torch.Tensor | None, edits: list, weigh: Weigh | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out [B,Hq,R,d], lse [B,Hq,R], p [B,Hk,G,R,n]) of one block of rows over the fetched columns."""
+    q = ctx.q[:, :, span[0] : span[1]]
     store, groups, rows = ctx.store, ctx.groups, q.shape[2]
     keys = fetch(store, "key", slots)
     where = pos if slots is None else pos.gather(2, slots)
@@ -164,7 +165,7 @@ def _block(
             p, lse = (x.unflatten(1, (ctx.kv_heads, groups)) for x in sink_logit(done.p.flatten(1, 2), done.lse.flatten(1, 2), ctx.sink))
             done = Weighed(p, lse)
     else:
-        done = weigh(ctx, s, Place(where, pos_q, slots))
+        done = weigh(ctx, s, Place(where, pos_q, span[0], slots))
     out = _mixed(ctx, done, slots, used, rows)
     if done.extra is not None:
         out = out + done.extra

@@ -135,6 +135,10 @@ class _Plan:
     """The sizes a stack's policy will choose, layer by layer."""
 
     def __init__(self, facts: dict, stack: Stack, prompt: int, element: int) -> None:
+        heads = facts["kv_heads"]
+        for technique in stack.techniques:
+            heads = technique.planned_heads(heads)
+        facts = {**facts, "kv_heads": heads}
         self.f, self.stack, self.prompt, self.element = facts, stack, prompt, element
         kinds = facts.get("layer_types") or ["full_attention"] * facts["layers"]
         self.kinds = list(kinds)
@@ -235,11 +239,14 @@ class _Plan:
 
     def _bytes(self, entries: int, layer: int) -> int:
         f, size = self.f, self._codes(entries)
-        if self.policy.tracks:
+        if self.policy.tracks or self._prompt_rows(layer) < self.prompt:
             size += entries * POSITION_BYTES
         if self.policy.want_mass:
             size += entries * MASS_BYTES
-        tables = sum(t.table_bytes(entries, f["head_dim"], self.element, layer, f["layers"]) for t in self.stack.techniques)
+        groups = f["heads"] // f["kv_heads"]
+        tables = sum(
+            t.table_bytes(entries, f["head_dim"], self.element, layer, f["layers"], groups) for t in self.stack.techniques
+        )
         return int(size + tables)
 
 

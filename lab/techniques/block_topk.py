@@ -74,7 +74,7 @@ class BlockTopK(Technique):
         probe = {"centroid": middle, "oracle": middle * self.page, "local": 0 * middle}[self.mode]
         return probe * (1 - dense), entries * dense + read * (1 - dense)
 
-    def table_bytes(self, entries: int, head_dim: int, element: int, layer: int, layers: int) -> int:
+    def table_bytes(self, entries: int, head_dim: int, element: int, layer: int, layers: int, groups: int) -> int:
         middle = max(0, entries - self.sinks - self.local) // self.page
         if self.mode != "centroid" or middle <= page_count(self.budget, entries, self.page):
             return 0

@@ -61,7 +61,7 @@ class Quest(Technique):
         read = (count - 1) * self.page + entries - (pages - 1) * self.page
         return 2 * pages * (1 - dense), entries * dense + read * (1 - dense)
 
-    def table_bytes(self, entries: int, head_dim: int, element: int, layer: int, layers: int) -> int:
+    def table_bytes(self, entries: int, head_dim: int, element: int, layer: int, layers: int, groups: int) -> int:
         pages = -(-entries // self.page)
         if layer < self.dense_layers or page_count(self.budget, entries, self.page) + 1 >= pages:
             return 0
