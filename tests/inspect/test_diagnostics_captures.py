@@ -22,6 +22,8 @@ from lab.inspect.diagnostics import (
     sinks,
 )
 from lab.inspect.diagnostics.base import to_numpy
+from lab.inspect.rollout import rollout_view
+from lab.inspect.scores import Cancelled
 
 torch.set_num_threads(1)
 T = 12
@@ -135,6 +137,27 @@ def test_flow_refuses_long_runs():
         rollout.flow([Capture(torch.zeros(1, 60, 2), torch.zeros(1, 60, 2))], 59)
     long = run("rollout", Session(captures=[Capture(torch.zeros(1, 60, 2), torch.zeros(1, 60, 2))]))
     assert np.isnan(long["flow"]).all() and np.isfinite(long["rollout"]).all()
+
+
+def test_rollout_map_equals_the_product(monkeypatch):
+    layers = random_captures()
+    full = torch.eye(40)
+    for c in layers:
+        full = (rollout.mean_weights(c, (0, 40)) + torch.eye(40)) / 2 @ full
+    exact = rollout_view(layers)
+    want = full.masked_fill(torch.ones(40, 40, dtype=torch.bool).triu(1), torch.nan).numpy()
+    np.testing.assert_allclose(exact.values, want, atol=1e-5)
+    assert exact.exact and exact.head == "rollout"
+    coarse = rollout_view(layers, (4, 40), (2, 38), 9, 9)
+    assert coarse.values[3, 1] == pytest.approx(float(full[19, 6:10].max()), abs=1e-5)
+    mean = rollout_view(layers, (4, 40), (2, 38), 9, 9, "mean")
+    assert mean.values[1, 2] == pytest.approx(float(full[11, 10:12].mean()), abs=1e-5)
+    with pytest.raises(LabError):
+        rollout_view(layers, (4, 41))
+    with pytest.raises(LabError):
+        rollout_view([])
+    with pytest.raises(Cancelled):
+        rollout_view(random_captures(), cancel=lambda: True)
 
 
 # sinks

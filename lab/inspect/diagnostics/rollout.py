@@ -11,46 +11,10 @@ import torch
 from lab.errors import LabError
 from lab.inspect.capture import Capture
 from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, to_numpy
-from lab.inspect.scores import Progress, row_blocks, weights
+from lab.inspect.rollout import mean_weights, rollout_rows
+from lab.inspect.scores import Progress
 
 FLOW_TOKENS = 48
-
-
-def mean_weights(capture: Capture, rows: tuple[int, int]) -> torch.Tensor:
-    """float32 [rows, rows[1]] attention averaged over heads."""
-    total = weights(capture, 0, rows, (0, rows[1]))
-    for head in range(1, capture.heads):
-        total += weights(capture, head, rows, (0, rows[1]))
-    return total / capture.heads
-
-
-def rollout_rows(
-    captures: Sequence[Capture], rows: Sequence[int], progress: Progress | None = None
-) -> torch.Tensor:
-    """float32 [len(rows), T] rows of the rollout: how much of each input token a position holds after all
-    layers.
-
-    Multiplies from the last layer down, block by block, so no T x T matrix exists however long the run. What
-    a
-    row does not spend, because every entry it knew was evicted, stays with itself, so rows sum to 1.
-    """
-    t = captures[0].tokens
-    for i in rows:
-        captures[0].check_row(i)
-    x = torch.zeros(len(rows), t, device=captures[0].q.device)
-    x[torch.arange(len(rows)), torch.as_tensor(list(rows))] = 1.0
-    for n, capture in enumerate(reversed(captures)):
-        out = x / 2
-        for block in row_blocks(capture, (0, max(rows) + 1)):
-            share = x[:, block[0] : block[1]] / 2
-            if share.any():
-                w = mean_weights(capture, block)
-                out[:, : block[1]] += share @ w
-                out[:, block[0] : block[1]] += share * (1 - w.sum(1))
-        x = out
-        if progress:
-            progress((n + 1) / len(captures))
-    return x
 
 
 def uniform_rollout(layers: int, rows: Sequence[int], t: int) -> torch.Tensor:
