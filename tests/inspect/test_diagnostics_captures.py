@@ -54,7 +54,7 @@ def random_captures(layers: int = 3, t: int = 40, heads: int = 4, d: int = 8) ->
         n
         for n, d in registry().items()
         if set(d.needs) <= {"captures", "values", "documents", "prompt_tokens", "logprobs", "marked"}
-        and n != "deceive"
+        and d.needs
     ],
 )
 def test_declared_figures_are_in_the_result(name):

@@ -23,6 +23,7 @@ from lab.inspect.diagnostics import (
     measures,
     run,
     subspace,
+    training_drift,
 )
 
 torch.set_num_threads(1)
@@ -176,6 +177,14 @@ def test_declared_passes_match_walks_that_really_happen():
         top, total, out = new, total * shrink + e, out * shrink + e * s
     assert out / total == pytest.approx(naive)
     assert keys.count == deviation.passes(deviation.CASCADES["running (flash)"])
+
+
+def test_training_drift_orders_its_causes():
+    float64 = [training_drift.train(f, torch.float64, 10)[0] for f in (deviation.naive, deviation.tiled)]
+    np.testing.assert_allclose(*float64, atol=1e-6)
+    found = run("training_drift", Session(options={"steps": 30}))
+    tiles, precision, seed = found["difference"]
+    assert 0 < tiles < seed and 0 < precision < seed and np.isfinite(found["losses"]).all()
 
 
 # counterfactual attention

@@ -28,6 +28,7 @@ from lab.inspect.diagnostics import (  # noqa: F401  (importing a module declare
     shapes,
     sinks,
     subspace,
+    training_drift,
 )
 from lab.inspect.diagnostics.base import Diagnostic, Figure, Paper, Session, declared, run
 
