@@ -55,13 +55,13 @@ async function load() {
 function start() {
   const value = props.value || {};
   if (!value.key || !(value.variants || []).length) { swap(element, h("div", {class: "empty"}, h("p", {}, "No run is open. Make one in Compare, or open one from Runs."),
-    h("button", {type: "button", onclick: () => { const t = document.querySelector('[role=tab][id*="compare"]'); if (t) t.click(); }}, "Go to Compare"))); return; }
+    h("button", {type: "button", onclick: () => { const t = document.querySelector('[role=tab][data-tab-id="compare"]'); if (t) t.click(); }}, "Go to Compare"))); return; }
   if (!element.contains(stage)) swap(element, tools, tokbox, stage, cachebox);
-  palette();
+  palette(); if (value.failed) S.failed.add(value.failed);
   if (S.key !== value.key) { S.key = value.key; S.seen = null; const s = value.sel || {}; S.letter = s.letter || S.letter; if (s.layer !== null && s.layer !== undefined) S.layer = s.layer;
     if (s.head !== null && s.head !== undefined) S.head = s.head; S.pin = null;
     const v = value.variants.find(x => x.letter === S.letter) || value.variants[0]; S.letter = v.letter; if (S.layer === null || (!v.layers.includes(S.layer) && v.layers.length && (s.layer === null || s.layer === undefined)))
-      S.layer = v.layers.length ? v.layers[v.layers.length >> 1] : 0; }
+      S.layer = v.layers.length ? v.layers[v.layers.length >> 1] : v.layers_total >> 1; }
   load();
 }
 start(); watch("value", start);

@@ -59,7 +59,7 @@ async function drawHeads() {
     h("th", {scope: "col", title: ["query head → KV head", "nats, mean over rows", "share of rows with more than 0.3 on token 0", "mean tokens between a row and what it reads"][k]}, n)))),
     h("tbody", {}, a.entropy.map((e, i) => h("tr", {class: S.head === i ? "on" : "", onclick: () => S.choose({head: i})},
       h("td", {}, h("button", {type: "button", class: "quiet num", "data-key": `head-${i}`, "aria-pressed": String(S.head === i)}, `${i} → ${Math.floor(i / per)}`)),
-      h("td", {class: "num"}, fmt.dec(e, 2)), h("td", {class: "num"}, h("i", {class: "minibar", style: `width:${(a.sink_rate[i] || 0) * 28}px`}), fmt.dec(a.sink_rate[i], 2)),
+      h("td", {class: "num"}, fmt.dec(e, 2)), h("td", {class: "num"}, h("i", {class: "minibar", style: `width:${(a.sink_rate[i] || 0) * 28}px`}), a.sink_rate[i] === null ? "–" : a.sink_rate[i].toFixed(2)),
       h("td", {class: "num"}, fmt.int(a.mean_distance[i])))))));
 }
 
@@ -82,14 +82,14 @@ const drawCache = debounce(async () => {
   const step = a.row - S.now.prompt + 1;
   cnote.textContent = step > 0 ? `step ${fmt.int(step)} of ${fmt.int(a.rows - S.now.prompt)}` : `prompt row ${fmt.int(a.row)}`;
   const all = Object.values(a.totals).reduce((x, y) => x + y, 0) || 1;
-  swap(clegend, ...["16", "8", "4", "2", "0"].filter(b => a.totals[b]).map(b => h("span", {}, h("s", {class: `bits b${b}`}), b === "0" ? "evicted " : b + " bit ",
+  swap(clegend, ...["16", "8", "4", "3", "2", "0"].filter(b => a.totals[b]).map(b => h("span", {}, h("s", {class: `bits b${b}`}), b === "0" ? "evicted " : b + " bit ",
     h("b", {class: "num"}, Math.round(a.totals[b] / all * 100) + "%"))));
 }, 60);
 function paintCache() {
   const a = lastCache; if (!a) return;
   const cell = Math.max(3, Math.min(12, Math.round(132 / a.h))), W = Math.max(a.w, Math.min(1056, cmap.parentNode.clientWidth || 1056) | 0);
   cmap.width = W; cmap.height = a.h * cell; const g = cmap.getContext("2d");
-  const colour = {16: css("--b16"), 8: css("--b8"), 4: css("--b4"), 2: css("--b2")}, hatch = hatchPattern ? g.createPattern(hatchPattern, "repeat") : css("--b0");
+  const colour = {16: css("--b16"), 8: css("--b8"), 4: css("--b4"), 3: css("--b3"), 2: css("--b2")}, hatch = hatchPattern ? g.createPattern(hatchPattern, "repeat") : css("--b0");
   for (let y = 0; y < a.h; y++) for (let x = 0; x < a.w; x++) { const b = a.bytes[y * a.w + x]; if (b === 255) continue;
     g.fillStyle = b === 0 ? hatch : colour[b] || "#888"; const x0 = Math.floor(x * W / a.w), x1 = Math.floor((x + 1) * W / a.w); g.fillRect(x0, y * cell, Math.max(1, x1 - x0), cell - (cell > 5 ? 1 : 0)); }
   const mark = cachebox.querySelector(".cachemark"), at = S.layer * cell;

@@ -24,7 +24,7 @@ const open = id => trigger("open", {run_id: id, owner: owner()});
 function list() {
   const shown = rows.filter(matches); buttons();
   if (!rows.length) { swap(body, notice ? h("p", {class: "banner"}, notice) : null, h("div", {class: "empty"}, h("p", {}, "No saved runs yet. Every run is saved here when it ends."),
-    h("button", {type: "button", onclick: () => { const t = document.querySelector('[role=tab][id*="compare"]'); if (t) t.click(); }}, "Make a run"))); return; }
+    h("button", {type: "button", onclick: () => { const t = document.querySelector('[role=tab][data-tab-id="compare"]'); if (t) t.click(); }}, "Make a run"))); return; }
   swap(body, notice ? h("p", {class: "banner"}, notice) : null, h("div", {class: "tablebox"}, h("table", {class: "lines runs"}, h("caption", {class: "sr"}, "saved runs"), h("thead", {}, h("tr", {},
     ["", "run", "variants", "prompt", "worst KL", "smallest KV", "tags", ""].map(t => h("th", {scope: "col"}, t)))), h("tbody", {}, shown.map(row)))),
     shown.length ? null : h("p", {class: "soft"}, "No run matches. ", h("button", {type: "button", class: "quiet", onclick: () => { query = search.value = ""; list(); }}, "Clear the search")));
@@ -43,7 +43,7 @@ function row(r) {
       : h("button", {type: "button", class: "link", onclick: () => open(r.run_id)}, r.name || r.run_id),
       h("small", {class: "soft"}, [r.when, r.model, r.status === "complete" ? "" : r.status].filter(Boolean).join(" · "))),
     h("td", {class: "variants"}, r.titles.map((t, i) => h("span", {title: r.specs[i]}, h("span", {class: `dot v${"ABCDEFGH"[i]}`}), t))),
-    h("td", {class: "prompt"}, h("div", {title: r.prompt}, r.prompt)), h("td", {class: "num"}, r.kl_text), h("td", {class: "num"}, r.kv_text),
+    h("td", {class: "prompt"}, h("div", {title: r.prompt}, r.prompt)), h("td", {class: "num", "data-name": "worst KL"}, r.kl_text), h("td", {class: "num", "data-name": "smallest KV"}, r.kv_text),
     h("td", {class: "tags"}, is("tags") ? field(r, "tags", r.tags.join(", "), text => server.tag(ask({run_id: r.run_id, tags: text.split(",").map(t => t.trim()).filter(Boolean)})))
       : [r.tags.map(t => h("button", {type: "button", class: "chip pick", onclick: () => { query = search.value = "#" + t; list(); }}, t)), h("button", {type: "button", class: "quiet", "aria-label": `edit tags of ${r.name || r.run_id}`, onclick: () => edit("tags")}, r.tags.length ? "edit" : "+ tag")]),
     h("td", {class: "acts"}, h("button", {type: "button", class: "quiet", onclick: () => open(r.run_id)}, "Open"), h("button", {type: "button", class: "quiet", onclick: () => edit("name")}, "Rename"),

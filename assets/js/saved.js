@@ -13,6 +13,6 @@ const draw = () => {
     h("span", {class: "sp"}),
     v.example ? null : [h("button", {type: "button", class: "quiet", onclick: e => copy(location.href, e.currentTarget)}, "Copy link"),
       ["json", "csv", "parquet"].map(f => h("button", {type: "button", class: "quiet", onclick: () => save(f)}, "Export " + ({json: "JSON", csv: "CSV", parquet: "Parquet"})[f]))],
-    h("button", {type: "button", class: "quiet", onclick: () => { const t = document.querySelector('[role=tab][id*="attention"]'); if (t) t.click(); }}, "Open the attention map →")));
+    h("button", {type: "button", class: "quiet", onclick: () => { const t = document.querySelector('[role=tab][data-tab-id="attention"]'); if (t) t.click(); }}, "Open the attention map →")));
 };
 draw(); watch("value", () => { draw(); dispatchEvent(new Event("al-runs")); });

@@ -34,7 +34,8 @@ const plan = debounce(async () => {
 }, 70);
 
 const short = (tech, params) => { const first = tech.parameters.find(p => params[p.name] !== undefined && p.type !== "bool");
-  return first ? `${tech.title} ${shown(first, params[first.name])}` : tech.title; };
+  const value = first ? params[first.name] : null;
+  return first && ![0, null, "", "none", "all"].includes(value) ? `${tech.title} ${shown(first, value)}` : tech.title; };
 const shown = (p, v) => v === null || v === undefined ? "auto" : (p.unit === "fraction" || budget(p) || (p.type === "float" && p.max === 1 && p.min >= 0)) && typeof v === "number" && v <= 1
   ? Math.round(v * 100) + "%" : typeof v === "number" ? v.toLocaleString("en-US") + (p.unit && p.unit !== "fraction" ? " " + p.unit : "") : String(v);
 const blocked = (i, name) => ((notes[i] || {}).blocked || {})[name];
@@ -67,9 +68,9 @@ function slotPanel() {
   return h("section", {class: "slotpanel", "aria-label": `slot ${s.name}`},
     h("div", {class: "row"}, h("b", {}, s.name), h("span", {class: "soft"}, s.question), h("span", {class: "sp"}),
       h("button", {type: "button", class: "quiet", "data-key": "closeslot", onclick: () => { openSlot = null; draw(); }}, "Close")),
-    list.length ? list.map(t => h("div", {class: "slotrow"},
-      h("div", {}, h("b", {}, t.title), " ", cite(t), h("p", {class: "soft"}, t.help)),
-      h("div", {class: "letters"}, variants.map((_, i) => switcher(i, t, L[i])))))
+    list.length ? h("div", {class: "slotlist", "data-scroll": "slot"}, list.map(t => h("div", {class: "slotrow"},
+      h("div", {}, h("b", {}, t.title), " ", cite(t), h("p", {class: "soft", title: t.help}, t.help)),
+      h("div", {class: "letters"}, variants.map((_, i) => switcher(i, t, L[i]))))))
       : h("p", {class: "soft"}, `No technique fills this slot yet; it stays at “${s.identity || "nothing"}”.`));
 }
 function control(i, t, p, params) {
@@ -107,35 +108,54 @@ function techniqueRow(i, t) {
     h("div", {class: "row"}, switcher(i, t), h("span", {class: "tname"}, t.title), h("span", {class: "slots"}, t.slots.join(" · ")), h("span", {class: "sp"}),
       h("button", {type: "button", class: "quiet", "data-key": `help-${i}-${t.name}`, "aria-expanded": String(help), "aria-label": `about ${t.title}`,
         onclick: () => { openHelp = help ? null : `${i}-${t.name}`; draw(); }}, "?")),
-    why ? h("p", {class: "why"}, why) : null,
+    why ? h("p", {class: "why", title: why}, why) : null,
     help ? h("div", {class: "about"}, h("p", {}, t.help), h("p", {class: "soft"}, cite(t)),
       t.saves ? h("p", {class: "soft"}, "Saves: " + t.saves + ". ", t.does_not_save || "") : null) : null,
     on && t.parameters.length ? h("div", {class: "params"}, t.parameters.map(p => control(i, t, p, on.params))) : null);
 }
+let filter = "";
+function picker(i) {
+  const words = filter.toLowerCase().split(/\s+/).filter(Boolean);
+  const rest = catalog.techniques.filter(t => !has(i, t.name) && words.every(w => [t.name, t.title, t.help, (t.paper || {}).title, ...t.slots].join(" ").toLowerCase().includes(w)));
+  const groups = catalog.slots.map(s => [s, rest.filter(t => order(t) === catalog.slots.indexOf(s))]).filter(([, list]) => list.length);
+  return h("div", {class: "picker"}, h("input", {type: "search", placeholder: `Add one of ${catalog.techniques.length} techniques`, "aria-label": `find a technique for ${L[i]}`, "data-key": `find-${i}`,
+    value: filter, oninput: e => { filter = e.target.value; draw(); }}),
+    h("div", {class: "picklist", "data-scroll": `pick-${i}`}, groups.map(([s, list]) => [h("div", {class: "h", title: s.question}, s.name), list.map(t => techniqueRow(i, t))]),
+      groups.length ? null : h("p", {class: "soft"}, "No technique matches.")));
+}
+function editor() {
+  const i = openCard, v = variants[i]; if (!v) return null;
+  return h("section", {class: `editor v${L[i]}`, "aria-label": `techniques of variant ${L[i]}`},
+    h("div", {class: "techs"}, h("div", {class: "row"}, h("span", {class: "badge"}, L[i]), h("span", {class: "h"}, "Switched on"), h("code", {class: "soft spectext"}, (notes[i] || {}).spec || ""), h("span", {class: "sp"}),
+      h("button", {type: "button", class: "quiet", "data-key": `spec-${i}`, title: (notes[i] || {}).spec || "", onclick: e => copy((notes[i] || {}).spec || "dense", e.currentTarget)}, "Copy spec"),
+      h("button", {type: "button", class: "quiet", "data-key": "closeedit", onclick: () => { openCard = null; draw(); }}, "Done")),
+      v.techniques.length ? v.techniques.map(t => byName[t.name] ? techniqueRow(i, byName[t.name]) : null)
+      : h("p", {class: "soft"}, "Nothing yet: full attention, full cache. Add a technique from the list.")), picker(i));
+}
 function card(v, i) {
   const n = notes[i] || {}, open = openCard === i, kv = n.kv;
-  return h("article", {class: `card v${L[i]}`, "aria-label": `variant ${L[i]}`},
+  return h("article", {class: `card v${L[i]}${open ? " open" : ""}`, "aria-label": `variant ${L[i]}`},
     h("header", {}, h("span", {class: "badge"}, L[i]), h("h3", {title: n.spec || ""}, n.title || (v.techniques.length ? v.techniques.map(t => (byName[t.name] || t).title || t.name).join(" · ") : "Dense")),
       i === 0 ? h("span", {class: "chip"}, "reference") : null, h("span", {class: "sp"}),
       h("button", {type: "button", class: "quiet", "data-key": `edit-${i}`, "aria-expanded": String(open), onclick: () => { openCard = open ? null : i; draw(); }}, open ? "Done" : "Edit"),
       variants.length > 1 ? h("button", {type: "button", class: "quiet", "data-key": `rm-${i}`, "aria-label": `remove variant ${L[i]}`, title: "remove",
         onclick: () => { const next = clone(variants); next.splice(i, 1); openCard = null; commit(next, `variant ${L[i]} removed`); }}, "×") : null),
-    !open ? h("div", {class: "chips"}, v.techniques.length ? v.techniques.map(t => byName[t.name] ? h("button", {type: "button", class: "chip pick", "data-key": `chip-${i}-${t.name}`,
+    h("div", {class: "chips"}, v.techniques.length ? v.techniques.map(t => byName[t.name] ? h("button", {type: "button", class: "chip pick", "data-key": `chip-${i}-${t.name}`,
       title: "change its parameters", onclick: () => { openCard = i; draw(); }}, short(byName[t.name], t.params)) : h("span", {class: "chip"}, t.name))
       : h("span", {class: "soft"}, "Full attention, full cache."),
       n.saves ? h("span", {class: "soft saves"}, n.saves) : null,
-      h("button", {type: "button", class: "chip add", "data-key": `add-${i}`, onclick: () => { openCard = i; draw(); }}, "+ technique")) : null,
-    open ? h("div", {class: "techs"}, catalog.techniques.slice().sort((a, b) => order(a) - order(b)).map(t => techniqueRow(i, t))) : null,
+      h("button", {type: "button", class: "chip add", "data-key": `add-${i}`, onclick: () => { openCard = i; draw(); }}, "+ technique")),
     (n.conflicts || []).map(c => h("p", {class: "why", role: "alert"}, c)), n.error ? h("p", {class: "why", role: "alert"}, n.error) : null,
     h("div", {class: "foot"}, kv ? h("span", {class: "kv"}, h("span", {class: "predmark", "aria-hidden": "true"}), "predicted KV ", h("b", {class: "num"}, kv.text), kv.ratio ? h("em", {}, " " + kv.ratio) : null,
-      kv.at ? h("span", {class: "soft"}, " at " + kv.at) : null) : h("span", {class: "soft"}, n.pending || "\u00a0"), h("span", {class: "sp"}),
-      h("button", {type: "button", class: "quiet", "data-key": `spec-${i}`, title: n.spec || "", onclick: e => copy(n.spec || "dense", e.currentTarget)}, "Copy spec")));
+      kv.at ? h("span", {class: "soft"}, " at " + kv.at) : null) : h("span", {class: "soft"}, n.pending || "\u00a0")));
 }
 let drawing = 0;
 // Deferred, so that a change event fired by Tab has moved the focus before the cards are redrawn.
 function draw() { clearTimeout(drawing); drawing = setTimeout(render); }
 function render() {
-  const focus = element.contains(document.activeElement) ? document.activeElement.dataset.key : null;
+  const live = element.contains(document.activeElement) ? document.activeElement : null, focus = live ? live.dataset.key : null;
+  const caret = live && live.type === "search" ? live.selectionStart : null;
+  const scrolls = [...element.querySelectorAll("[data-scroll]")].map(n => [n.dataset.scroll, n.scrollTop]);
   const pipe = element.querySelector(".pipe"), scroll = pipe ? pipe.scrollLeft : 0;
   swap(element, pipeline(), ...[slotPanel()].filter(Boolean),
     h("div", {class: "cardbar row"}, h("span", {class: "h"}, "Variants"), h("span", {class: "sp"}),
@@ -143,9 +163,10 @@ function render() {
       h("button", {type: "button", class: "chip pick", "data-key": "more", disabled: variants.length >= MOST,
         title: variants.length >= MOST ? "four variants is the most" : "", onclick: () => { const next = clone(variants); next.push({techniques: []});
           openCard = next.length - 1; commit(next, `variant ${L[next.length - 1]} added`); }}, "+ Variant")),
-    h("div", {class: "cards"}, variants.map(card)));
+    h("div", {class: "cards"}, variants.map(card)), editor());
   const again = element.querySelector(".pipe"); if (again) again.scrollLeft = scroll;
-  if (focus) { const node = element.querySelector(`[data-key="${CSS.escape(focus)}"]`); if (node) node.focus({preventScroll: true}); }
+  if (focus) { const node = element.querySelector(`[data-key="${CSS.escape(focus)}"]`); if (node) { node.focus({preventScroll: true}); if (caret !== null) node.setSelectionRange(caret, caret); } }
+  for (const [name, top] of scrolls) { const node = element.querySelector(`[data-scroll="${name}"]`); if (node) node.scrollTop = top; }
 }
 addEventListener("al-prompt", e => { if (e.detail.tokens !== promptTokens) { promptTokens = e.detail.tokens; plan(); } });
 addEventListener("al-settings", e => { if (e.detail.max_new_tokens !== newTokens) { newTokens = e.detail.max_new_tokens; plan(); } });

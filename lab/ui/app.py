@@ -18,6 +18,8 @@ QUIET: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 # Gradio selects the first tab while the page loads; the address must not follow before it was read.
 ARRIVED = "() => { window.alArrived = true; }"
 TAB_ADDRESS = "() => {{ if (!window.alArrived) return; const u = new URL(location.href); u.searchParams.set('tab', '{tab}'); history.replaceState(null, '', u); }}"
+TAB_BUTTONS = """document.addEventListener('click', e => { const b = e.target.closest && e.target.closest('button[data-tab]');
+  const t = b && document.querySelector(`[role=tab][data-tab-id="${b.dataset.tab}"]`); if (t) t.click(); });"""
 OWNER = """() => { try { let k = localStorage.getItem('attention-lab-owner');
   if (!k) { k = [...crypto.getRandomValues(new Uint8Array(16))].map(b => b.toString(16).padStart(2, '0')).join('');
     localStorage.setItem('attention-lab-owner', k); } return k; } catch { return ''; } }"""
@@ -29,7 +31,7 @@ def build(lab: Lab | None = None) -> gr.Blocks:
     with gr.Blocks(title="Attention Lab", fill_width=True, analytics_enabled=False) as demo:
         view = gr.State("recorded" if lab.has_example else "")
         owner = gr.Textbox("", visible="hidden", label="visitor", elem_id="owner")
-        header = gr.HTML(header_of(lab, "recorded"), apply_default_css=False, elem_id="header")
+        header = gr.HTML(header_of(lab, "recorded"), apply_default_css=False, elem_id="header", js_on_load=TAB_BUTTONS)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Compare", id="compare") as tab_compare:
                 c = compare.build(lab)
@@ -43,7 +45,8 @@ def build(lab: Lab | None = None) -> gr.Blocks:
             tab.select(None, None, None, js=TAB_ADDRESS.format(tab=name), **PRIVATE)
         _compare_events(lab, c, view, owner)
         shown = [c.prompt, c.setup, c.settings, c.columns, c.charts, c.saved, c.banner, c.status, c.model]
-        att.replay(attention.replayer(lab), None, [att, att_status], concurrency_id="model", show_progress="hidden", **PRIVATE)
+        att.replay(attention.replayer(lab), None, [att, att_status], concurrency_id="model", show_progress="hidden",
+                   trigger_mode="multiple", **PRIVATE)
         view.change(follow(lab), view, [header, att, *mem, table], **QUIET)
         table.open(opener(lab), c.settings, [view, tabs, *shown], **QUIET)
         arrived = demo.load(None, None, owner, js=OWNER, **PRIVATE)
@@ -54,6 +57,7 @@ def build(lab: Lab | None = None) -> gr.Blocks:
 
 def _compare_events(lab: Lab, c: compare.Parts, view: gr.State, owner: gr.Textbox) -> None:
     outputs = [c.columns, c.status, c.run, c.stop, view, c.saved, c.model, c.banner, c.charts]
+    c.run.click(compare.waiter(lab), None, c.stop, **QUIET)
     c.run.click(compare.runner(lab), [c.prompt, c.setup, c.settings, owner], outputs, concurrency_id="model", concurrency_limit=1,
                 trigger_mode="once", show_progress="minimal", show_progress_on=c.status, **PRIVATE)
     c.stop.click(compare.stopper(lab), None, c.status, **QUIET)

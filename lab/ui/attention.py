@@ -1,6 +1,7 @@
 """The Attention tab: the map, the token strip, where a row looks, the heads of a layer, and the cache map."""
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -64,7 +65,7 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
         found = answer(maps.tile, ask)
         run = lab.shelf.get(str((ask or {}).get("key")))
         if "error" in found and run is not None and ask.get("layer") not in run.layers(str(ask.get("letter"))):
-            found["replay"] = lab.replayable(run)
+            found["replay"], found["auto"] = lab.replayable(run), lab.replays_by_itself(run)
         return found
 
     def cell(ask: dict[str, Any]) -> dict[str, Any]:
@@ -106,16 +107,25 @@ def replayer(lab: Lab) -> Any:
 
     def replay(event: gr.EventData) -> Iterator[Any]:
         ask = event._data
-        key, letter = str(ask.get("key")), str(ask.get("letter"))
+        key, letter, layer = str(ask.get("key")), str(ask.get("letter")), int(ask.get("layer") or 0)
         run = lab.shelf.get(key)
         if run is None:
             yield gr.skip(), cards.error(GONE)
             return
-        yield gr.skip(), cards.status(f"Replaying variant {letter} to capture layer {ask.get('layer')}", 0.0, True)
-        try:
-            lab.replay(run, letter, int(ask["layer"]))
-        except Exception as problem:
-            yield gr.skip(), cards.error(sentence(problem))
+        told: dict[str, Any] = {"fraction": 0.0, "text": "Replaying", "problem": None}
+
+        def work() -> None:
+            try:
+                lab.replay(run, letter, layer, lambda fraction, text: told.update(fraction=fraction, text=text))
+            except Exception as problem:
+                told["problem"] = problem
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            yield gr.skip(), cards.status(f"{told['text']} variant {letter} to capture its attention", told["fraction"], True)
+            thread.join(0.3)
+        if told["problem"] is not None:
+            yield {**value(lab, key), "failed": f"{key}/{letter}/{layer}"}, cards.error(sentence(told["problem"]))
             return
-        yield value(lab, key, Address(variant=letter, layer=int(ask["layer"]))), ""
+        yield value(lab, key, Address(variant=letter, layer=layer)), ""
     return replay

@@ -162,7 +162,7 @@ def runner(lab: Lab) -> Any:
     """The one generator behind Run. It yields every output; a closed tab or Stop ends it within a step."""
 
     def run(prompt: str, setup: dict[str, Any], decoding: dict[str, Any], owner: str, request: gr.Request) -> Iterator[Any]:
-        visitor = str(getattr(request, "session_hash", "") or "local")
+        visitor = visitor_of(request)
         cancel = lab.begin(visitor)
         if cancel is None:
             yield frame(status=cards.status("A run is already under way; Stop ends it.", busy=True))
@@ -191,6 +191,9 @@ def frame(*, columns: Any = None, status: Any = None, running: bool | None = Non
 
 
 def _run(lab: Lab, prompt: str, setup: dict[str, Any], decoding: dict[str, Any], owner: str, cancel: Any) -> Iterator[Any]:
+    if cancel.stopped:
+        yield frame(status=cards.status("Stopped before it began."), running=False)
+        return
     if not (prompt or "").strip():
         raise LabError("The prompt is empty", fix="Write something, or choose a preset")
     variants = (setup or {}).get("variants") or [{"techniques": []}]
@@ -256,9 +259,22 @@ def describe(lab: Lab, variant: dict[str, Any]) -> dict[str, Any]:
     return {"spec": stack.spec, "title": stack.title, "techniques": stack.describe()}
 
 
+def waiter(lab: Lab) -> Any:
+    """Run was pressed: whoever has to queue can still change their mind."""
+    def wait(request: gr.Request) -> Any:
+        lab.wait(visitor_of(request))
+        return gr.Button(interactive=True)
+    return wait
+
+
+def visitor_of(request: gr.Request) -> str:
+    """One page of one visitor."""
+    return str(getattr(request, "session_hash", "") or "local")
+
+
 def stopper(lab: Lab) -> Any:
     """Stop: ask the job to end; the generator itself reports the rest."""
     def stop(request: gr.Request) -> Any:
-        asked = lab.stop(str(getattr(request, "session_hash", "") or "local"))
+        asked = lab.stop(visitor_of(request))
         return cards.status("Stopping after this step", busy=True) if asked else gr.skip()
     return stop

@@ -24,6 +24,7 @@ SLOT_IDENTITY = {"trim": "whole prompt", "select": "all entries", "edit": "–",
                  "encode": "16 bit", "calibrate": "–"}
 CACHE_SIDE = ("observe", "score", "allocate", "reduce", "encode")
 MOST_VARIANTS = 4
+REPLAY_ALL_BYTES = 96 * 2**20  # below this, a replay captures every layer at once
 ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 Report = Callable[[float, str], None]
 
@@ -72,6 +73,7 @@ class Lab:
         self._model: Any = None
         self._loading, self._jobs_lock = threading.Lock(), threading.Lock()
         self._jobs: dict[str, Job] = {}
+        self._waiting: dict[str, bool] = {}  # visitors in the queue, and whether they gave up
         example = recorded.load()
         self.has_example = example is not None
         if example is not None:
@@ -170,7 +172,7 @@ class Lab:
         if not facts:
             return {"pending": "predicted size: once the model is loaded"}
         if not prompt_tokens:
-            return {"pending": "predicted size: once there is a prompt"}
+            return {"pending": "predicted size: once the prompt is counted"}
         try:
             mine, dense = self.predict(stack, facts, prompt_tokens, prompt_tokens + max(0, new_tokens - 1))
         except LabError as problem:
@@ -232,13 +234,25 @@ class Lab:
         return facts.get("context") if facts else None
 
     # -- runs ---------------------------------------------------------------------------------------------------
+    def wait(self, visitor: str) -> None:
+        """A visitor pressed Run and may have to queue."""
+        with self._jobs_lock:
+            if visitor not in self._jobs:
+                self._waiting[visitor] = False
+
     def begin(self, visitor: str) -> Job | None:
-        """Register a visitor's job and return its stop signal; None when one is already under way."""
+        """Register a visitor's job and return its stop signal; None when one is already under way.
+
+        The job of a visitor who gave up while queueing is stopped from the start.
+        """
         with self._jobs_lock:
             if visitor in self._jobs:
                 return None
-            self._jobs[visitor] = Job()
-            return self._jobs[visitor]
+            job = self._jobs[visitor] = Job()
+            gave_up = self._waiting.pop(visitor, False)
+        if gave_up:
+            job.stop()
+        return job
 
     def end(self, visitor: str) -> None:
         """The job is over."""
@@ -246,9 +260,12 @@ class Lab:
             self._jobs.pop(visitor, None)
 
     def stop(self, visitor: str) -> bool:
-        """Ask a visitor's job to stop within a step. False when there is none."""
+        """Ask a visitor's job to stop within a step, or to not begin at all. False when there is none."""
         with self._jobs_lock:
             job = self._jobs.get(visitor)
+            if job is None and visitor in self._waiting:
+                self._waiting[visitor] = True
+                return True
         if job is not None:
             job.stop()
         return job is not None
@@ -278,8 +295,15 @@ class Lab:
         from lab.measure.replay import replay
 
         loaded = self.ensure_model(report)
-        run.add(replay(loaded, run.record, letter, layers={layer},
+        facts, variant = loaded.facts, run.variant(letter)
+        rows = len(run.record["prompt"]["token_ids"]) + len(variant.get("token_ids") or [])
+        every = facts.layers * (facts.heads + facts.kv_heads) * facts.head_dim * rows * 2 <= REPLAY_ALL_BYTES
+        run.add(replay(loaded, run.record, letter, layers=None if every else {layer},
                        progress=None if report is None else lambda fraction: report(fraction, "Replaying")))
+
+    def replays_by_itself(self, run: OpenRun) -> bool:
+        """True when the right model is in memory, so that a missing layer can be captured without being asked."""
+        return self.loaded and self.replayable(run)
 
     def replayable(self, run: OpenRun) -> bool:
         """True when the loaded (or loadable) model is the one that made the run."""

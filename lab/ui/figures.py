@@ -40,8 +40,9 @@ def kv_growth(record: dict[str, Any], growth: Growth) -> go.Figure:
         points = [(start + i, t["kv_bytes"]) for i, t in enumerate(variant.get("tokens") or []) if not missing(t.get("kv_bytes"))]
         if points:
             figure.add_scatter(
-                x=[x for x, _ in points], y=[y / MIB for _, y in points], mode="lines", name=_label(variant),
-                line={"color": COLOURS.get(letter, "#7d8594"), "width": 2.5},
+                x=[x for x, _ in points], y=[y / MIB for _, y in points], mode="lines+markers", name=_label(variant),
+                line={"color": COLOURS.get(letter, "#7d8594"), "width": 3},
+                marker={"symbol": MARKERS.get(letter, "circle"), "size": [0] * (len(points) - 1) + [8], "opacity": 1},
                 customdata=[size(y) for _, y in points], hovertemplate=f"{letter} · token %{{x:,}}<br>%{{customdata}} measured<extra></extra>")
         xs, ys = growth.get(letter, ([], []))
         if xs:
@@ -49,7 +50,8 @@ def kv_growth(record: dict[str, Any], growth: Growth) -> go.Figure:
                 x=xs, y=[y / MIB for y in ys], mode="lines", name=f"{letter} · predicted", showlegend=not points,
                 line={"color": COLOURS.get(letter, "#7d8594"), "width": 1.5, "dash": "dash"}, opacity=0.75,
                 customdata=[size(y) for y in ys], hovertemplate=f"{letter} · token %{{x:,}}<br>%{{customdata}} predicted<extra></extra>")
-    return _layout(figure, "tokens in the sequence", "KV cache, MiB")
+    # Logarithmic, so that a cache of a fiftieth is a line of its own and not the axis.
+    return _layout(figure, "tokens in the sequence", "KV cache, MiB").update_yaxes(type="log", dtick=1, rangemode="normal")
 
 
 def step_latency(record: dict[str, Any]) -> go.Figure:

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 DASH = "–"
-BITS = (16, 8, 4, 2, 0)
+BITS = (16, 8, 4, 3, 2, 0)
 LETTERS = "ABCD"
 
 

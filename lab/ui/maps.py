@@ -108,7 +108,7 @@ def cache(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
     `ask`: letter, row (last row fed), kv 'all' or a KV head, cols, width. Where several entries share a pixel,
     the most frequent state is shown.
     """
-    from lab.inspect.cachemap import LEVELS, NOT_YET
+    from lab.inspect.cachemap import NOT_YET
 
     history = run.cache_map(str(ask["letter"]))
     n = history.tokens
@@ -119,9 +119,10 @@ def cache(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
         entries = entries[:, [int(ask["kv"])]]
     width = max(1, min(int(ask.get("width") or 1024), 2048, b - a))
     starts = np.linspace(0, b - a, width + 1).astype(int)[:-1]
-    levels = np.array([*LEVELS, NOT_YET], dtype=np.uint8)
+    levels = np.unique(entries)
     seen = np.stack([np.add.reduceat((entries == level).sum(axis=1), starts, axis=1) for level in levels])
-    totals = {str(bits): int(counts.sum()) for bits, counts in history.counts(at).items()}
+    every, times = np.unique(history.entries(at), return_counts=True)
+    totals = {str(bits): int(n) for bits, n in zip(every, times, strict=True) if bits != NOT_YET}
     return {"h": int(entries.shape[0]), "w": int(width), "data": _pack(levels[seen.argmax(axis=0)]), "cols": [a, b],
             "row": at, "rows": n, "totals": totals, "stops": [int(x) for x in history.change_rows()[:2000]]}
 

@@ -219,6 +219,9 @@ class FakeLab(Lab):
     def loaded(self) -> bool:
         return True
 
+    def replays_by_itself(self, run) -> bool:
+        return False
+
     def count_tokens(self, text: str) -> int:
         return len(split(text)) if text else 0
 

@@ -149,4 +149,9 @@ def test_a_second_job_of_one_visitor_is_refused(lab):
     job.attach(lambda: reached.append(1))
     assert reached == [1]
     lab.end("v"), lab.end("w")
+    lab.wait("v")
+    assert lab.stop("v") and lab.begin("v").stopped
+    lab.end("v")
+    assert lab.begin("v").stopped is False
+    lab.end("v")
     assert lab.stop("v") is False

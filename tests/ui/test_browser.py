@@ -69,7 +69,7 @@ def test_an_empty_prompt_is_one_sentence(page):
 def test_cards_toggle_block_undo_and_predict(page):
     page.click('[data-key="edit-1"]')
     page.wait_for_selector('[data-key="sw-1-streaming"][aria-disabled]')
-    assert "score slot" in page.inner_text(".card.vB .tech.off .why")
+    assert "score slot" in page.inner_text(".editor.vB .tech.off .why")
     predicted = page.inner_text(".card.vB .kv")
     page.click('[data-key="sw-1-kivi"]')
     page.wait_for_function("t => document.querySelector('.card.vB .kv').innerText !== t", arg=predicted)
@@ -234,3 +234,19 @@ def test_two_visitors_do_not_see_each_other(browser, site, page):
     other.wait_for_selector("#columns .col")
     assert "first visitor" not in other.input_value("#prompt textarea")
     other.context.close()
+
+
+def test_a_second_visitor_waits_in_sight_and_may_give_up(browser, site, page):
+    page.click("#run")
+    page.wait_for_selector("#columns .caret")
+    context = browser.new_context()
+    other = context.new_page()
+    other.goto(site[0])
+    other.wait_for_selector("#columns .col")
+    other.click("#run")
+    other.wait_for_function("/queue/i.test(document.querySelector('#status').innerText)")
+    other.wait_for_function("!document.querySelector('#stop').disabled")
+    other.click("#stop")
+    other.wait_for_function("document.querySelector('#status').innerText.includes('Stopped before it began')")
+    status_says(page, "Done.")
+    context.close()

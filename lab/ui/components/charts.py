@@ -36,13 +36,13 @@ def kv_chart(record: dict[str, Any]) -> str:
         return HEIGHT - BOTTOM - y / top * (HEIGHT - TOP - BOTTOM)
     parts = [f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>'
              f'<text x="{LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{esc(size(y))}</text>' for y in (0, top / 2, top)]
-    ends: list[float] = []
+    places: dict[str, float] = {}
+    lowest = HEIGHT - BOTTOM + 12.0
+    for letter, points in sorted(series, key=lambda one: one[1][-1][1]):  # labels that would touch are moved up
+        lowest = places[letter] = min(py(points[-1][1]), lowest - 12)
     for letter, points in series:
         path = "M" + "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in points)
-        end = py(points[-1][1])
-        while any(abs(end - other) < 12 for other in ends):
-            end += 12
-        ends.append(end)
+        end = places[letter]
         parts.append(f'<path class="line v{esc(letter)}" d="{path}"/>'
                      f'<text class="tag v{esc(letter)}" x="{px(points[-1][0]) + 6:.1f}" y="{end + 4:.1f}">{esc(letter)}</text>')
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 8}">token {x0:,}</text>'

@@ -4,7 +4,6 @@ The browser receives them as small pieces (one per token), so that a stream send
 """
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from ..format import esc
@@ -20,9 +19,12 @@ def saving(variant: dict[str, Any]) -> str:
     """The chip beside the title."""
     if not variant.get("techniques"):
         return "full cache"
+    words = [w for w in variant.get("saves") or [] if w and w != "nothing"]
     if variant.get("simulated"):
         return "reads less, stores the same"
-    return ""
+    if any(w.startswith("memory") for w in words):
+        return ""
+    return words[0] if words else "saves nothing" if variant.get("saves") else ""
 
 
 def head(variant: dict[str, Any], reference: bool) -> str:
@@ -31,13 +33,10 @@ def head(variant: dict[str, Any], reference: bool) -> str:
     note = saving(variant)
     if note and not reference:
         chips.append(f'<span class="chip">{esc(note)}</span>')
-    settings = " · ".join(re.findall(r"\(([^()]*)\)", str(variant.get("spec") or "")))
-    if settings:
-        chips.append(f'<span class="chip num" title="{esc(variant.get("spec"))}">{esc(settings)}</span>')
     spec = esc(variant.get("spec") or "dense")
     title = esc(variant.get("title") or variant.get("spec") or "Dense")
     return (f'<span class="badge" aria-label="variant {esc(variant.get("letter"))}">{esc(variant.get("letter"))}</span>'
-            f'<h3 title="{spec}">{title}</h3>{"".join(chips)}')
+            f'<h3>{title}</h3>{"".join(chips)}<p class="spec num soft" title="{spec}">{spec}</p>')
 
 
 def note(variant: dict[str, Any]) -> str:
