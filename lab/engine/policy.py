@@ -220,7 +220,7 @@ class Policy:
             return
         self.check(ctx.prompt)
         longest = store.longest
-        scores = self.scorer.score(ctx) if total < longest or self.allocator is not None else None
+        scores = self.scorer.score(ctx) if total < longest else None
         budget = self.allocator.allocate(ctx, total, scores) if self.allocator is not None else total
         if isinstance(budget, int) and budget < total:  # an allocation never takes what its scorer protects (rule R5)
             budget = max(budget, min(total, sum(self.scorer.protected(budget, ctx.prompt))))

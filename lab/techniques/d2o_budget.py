@@ -53,21 +53,30 @@ class D2OBudget(Technique):
         total = own if own is not None else first.scorer.budget_entries(first.prompt)
         if total is None or total >= max(ctx.store.longest for ctx in step.contexts):
             return
-        shares = self.shares([float(self.variance(ctx)) for ctx in step.contexts])
-        floor = 1 + sum(first.scorer.protected(1, first.prompt))
-        counts = split(total * len(shares), shares, min(floor, total), first.store.longest)
-        for ctx, count in zip(step.contexts, counts):
-            ctx.state["d2o_count"] = count
+        variances = torch.stack([self.variance(ctx) for ctx in step.contexts], 1)  # [B, L]
+        floor = min(total, 1 + sum(first.scorer.protected(1, first.prompt)))
+        cap = min(ctx.store.longest for ctx in step.contexts)
+        rows = [split(total * len(one), self.shares(one), floor, cap) for one in variances.tolist()]
+        for ctx, counts in zip(step.contexts, torch.tensor(rows).mT):
+            ctx.state["d2o_count"] = counts.to(ctx.q.device)
 
     def variance(self, ctx: LayerContext) -> torch.Tensor:
-        """Variance over entries of the attention they received in the window, mean over heads; 1 is uniform's scale."""
-        column = ctx.window_weights(self.window)[0].mean((1, 2))  # [B, N]
-        return (column * column.shape[-1]).var(-1, correction=0).mean()
+        """Variance over entries of the attention they received in the window, mean over heads, [B]; the mean entry counts 1."""
+        weights = ctx.window_weights(self.window)[0]
+        valid = ctx.store.valid()
+        seen = torch.ones_like(weights[:, :, 0]) if valid is None else valid.repeat_interleave(ctx.groups, 1).float()
+        count = seen.sum(-1, keepdim=True).clamp_min(1)
+        column = weights.mean(2) * count
+        mean = (column * seen).sum(-1, keepdim=True) / count
+        return (((column - mean).square() * seen).sum(-1) / count.squeeze(-1)).mean(1)
 
     def shares(self, variances: list[float]) -> list[float]:
         """Weights of the layers, exp(-strength * variance / mean variance)."""
         mean = sum(variances) / len(variances) or 1.0
         return [math.exp(-self.strength * v / mean) for v in variances]
 
-    def allocate(self, ctx: LayerContext, total: int, scores: torch.Tensor | None) -> int:
-        return ctx.state.pop("d2o_count", total)
+    def allocate(self, ctx: LayerContext, total: int, scores: torch.Tensor | None) -> int | torch.Tensor:
+        counts = ctx.state.pop("d2o_count", None)  # [B]
+        if counts is None:
+            return total
+        return int(counts) if counts.numel() == 1 else counts[:, None].expand(-1, ctx.kv_heads)

@@ -44,9 +44,10 @@ class GlobalTop(Technique):
         first = step.contexts[0]
         own = self.budget_entries(first.prompt)
         total = own if own is not None else first.scorer.budget_entries(first.prompt)
-        if total is None or total >= max(ctx.store.longest for ctx in step.contexts):
+        width = max(ctx.store.longest for ctx in step.contexts)
+        if total is None or total >= width:
             return
-        flat = torch.cat([_flat(ctx, total) for ctx in step.contexts], 1)  # [B, L*Hk, N]
+        flat = torch.cat([_flat(ctx, total, width) for ctx in step.contexts], 1)  # [B, L*Hk, N]
         counts = top_counts(flat, total * flat.shape[1])
         at = 0
         for ctx in step.contexts:
@@ -57,7 +58,8 @@ class GlobalTop(Technique):
         return ctx.state.pop("global_counts", total)
 
 
-def _flat(ctx: LayerContext, total: int) -> torch.Tensor:
+def _flat(ctx: LayerContext, total: int, width: int) -> torch.Tensor:
     scores = ctx.scorer.score(ctx).float().masked_fill(always_kept(ctx, total), torch.inf)
     valid = ctx.store.valid()
-    return scores if valid is None else scores.masked_fill(~valid, -torch.inf)
+    scores = scores if valid is None else scores.masked_fill(~valid, -torch.inf)
+    return torch.nn.functional.pad(scores, (0, width - scores.shape[-1]), value=-torch.inf)

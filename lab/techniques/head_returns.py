@@ -18,17 +18,20 @@ def observe_returns(ctx: LayerContext, rows: int) -> None:
     if ctx.phase != "prefill":
         return
     size = ctx.out[:, :, -rows:].float().norm(dim=-1).unflatten(1, (ctx.kv_heads, ctx.groups)).sum(2)  # [B,Hk,T]
+    if ctx.pos_q is not None:  # padding has no contribution
+        size = size.masked_fill(ctx.pos_q[:, None, -rows:] < 0, torch.nan)
     had = ctx.state.get("returns")
     ctx.state["returns"] = (size if had is None else torch.cat([had, size], 2))[:, :, -rows:].clone()
 
 
 def covariance(series: torch.Tensor) -> torch.Tensor:
-    """Shrunk covariance [H, H] float64 of contributions series [H, T], each divided by its own mean.
+    """Shrunk covariance [H, H] float64 of contributions series [H, T], each divided by its own mean; rows of NaN are left out.
 
     A head that always contributes the same has variance 0 whatever its size; shrinkage towards the mean variance keeps
     the matrix invertible when there are more heads than rows.
     """
     x = series.double()
+    x = x[:, ~x.isnan().any(0)]
     x = x / x.mean(1, keepdim=True).clamp_min(1e-12)
     s = torch.cov(x) if x.shape[1] > 1 else torch.zeros(x.shape[0], x.shape[0], dtype=torch.float64)
     s = s.reshape(x.shape[0], x.shape[0])

@@ -108,20 +108,24 @@ class _Peak:
     """A tap on one layer of the replay: the largest weight each entry of the chunk receives."""
 
     def __init__(self, ctx: LayerContext, first: int, end: int, sinks: int) -> None:
-        pos = ctx.positions()[0, 0]  # the prompt has just been read: every lane holds the same positions, in order
-        self.source = ctx
-        self.chunk = (((pos >= first) & (pos < end)).nonzero().flatten())
-        before = ((pos < sinks) & (pos < first)).nonzero().flatten()
-        self.index, self.skip, self.sinks = torch.cat([before, self.chunk]), before.numel(), sinks
+        store, valid = ctx.store, ctx.store.valid()
+        pos = ctx.positions() if valid is None else ctx.positions().masked_fill(~valid, torch.iinfo(torch.int64).max)
+        order = pos.argsort(dim=-1)  # heads may hold different entries of earlier turns; this turn's are everyone's last
+        ends = torch.tensor(store.counts, device=pos.device).view(store.batch, store.heads, 1) - (store.seen - first)
+        self.source, self.sinks = ctx, sinks
+        self.chunk = order.gather(2, ends + torch.arange(end - first, device=pos.device))
+        self.skip = min(sinks, first)
+        self.index = torch.cat([order[:, :, : self.skip], self.chunk], 2)
         self.best: torch.Tensor | None = None
 
     def fill(self, layer) -> None:
         """Give a fresh layer the sinks and the chunk, at their own positions, and this tap."""
         store = self.source.store
-        k, v = store.all_keys()[:, :, self.index], store.all_values()[:, :, self.index]
+        k, v = (x.gather(2, self.index.unsqueeze(-1).expand(*self.index.shape, x.shape[-1]))
+                for x in (store.all_keys(), store.all_values()))
         layer.track, layer.tap = True, self
         layer.lazy_initialization(k, v)
-        layer.append(k, v, self.source.positions()[:, 0, self.index], None)
+        layer.append(k, v, self.source.positions().gather(2, self.index)[:, 0], None)
         layer.seen = store.seen
 
     def add(self, ctx: LayerContext, handle) -> None:
@@ -131,12 +135,12 @@ class _Peak:
             block = ctx.q[:, :, r0 : r0 + ROWS]
             ctx.store.queries = block
             p, _ = replace(ctx, pos_q=place[:, r0 : r0 + ROWS]).window_weights(block.shape[2])
-            p = p[..., self.skip : self.skip + self.chunk.numel()].amax(2)
+            p = p[..., self.skip : self.skip + self.chunk.shape[-1]].amax(2)
             peak = p.unflatten(1, (ctx.kv_heads, ctx.groups)).amax(2)
             self.best = peak if self.best is None else torch.maximum(self.best, peak)
         ctx.store.queries = None
 
     def write(self, scores: torch.Tensor) -> None:
         """Put the peaks of the chunk's entries, sinks apart, into scores [B,Hk,N]."""
-        scores[:, :, self.chunk] = self.best
-        scores[:, :, self.source.positions()[0, 0] < self.sinks] = 1.0
+        scores.scatter_(2, self.chunk, self.best)
+        scores[self.source.positions() < self.sinks] = 1.0

@@ -93,19 +93,22 @@ class ThinK(Technique):
         return score
 
     def codecs(self, ctx: LayerContext) -> tuple[ChannelSubset, ChannelSubset]:
-        held = ctx.store.coded_k
-        if held:  # later tokens lose the same channels
-            return held[0].codec, held[0].codec
-        score = ctx.state["think_scores"].mean(0)  # one set for all sequences of a batch
-        d = score.shape[-1]
+        if "think" not in ctx.state:  # later tokens lose the same channels
+            ctx.state["think"] = self._subset(ctx)
+        return ctx.state["think"], ctx.state["think"]
+
+    def _subset(self, ctx: LayerContext) -> ChannelSubset:
+        d = ctx.q.shape[-1]
         stay = d - self._dropped(d)
+        if stay == d:
+            return ChannelSubset(torch.arange(d, device=ctx.q.device).expand(ctx.kv_heads, -1), d)
+        score = ctx.state["think_scores"].mean(0)  # one set for all sequences of a batch
         if self.pairs:
             best = score[:, : d // 2].topk(stay // 2, dim=-1).indices
             index = torch.cat([best, best + d // 2], -1)
         else:
             index = score.topk(stay, dim=-1).indices
-        codec = ChannelSubset(index.sort(-1).values, d)
-        return codec, codec
+        return ChannelSubset(index.sort(-1).values, d)
 
     def due(self, side: str, exact: int) -> tuple[int, int]:
         return 0, max(0, exact - self.window) if side == "key" and self.prune else 0

@@ -254,7 +254,10 @@ def test_budgets_are_met(name):
     for t in IDS[PROMPT:]:
         session.step(torch.tensor([t]))
     grown = 0 if policy.scorer.evicts_in_decode else lanes * STEPS
-    assert cache.entries == before + grown
+    if "steady" in case(name).unless:
+        assert cache.entries <= before
+    else:
+        assert cache.entries == before + grown
 
 
 @pytest.mark.parametrize("name", NAMES)
