@@ -23,6 +23,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "") not in ("", "0", "off", "false")
 
 
+def overlaps(x: torch.Tensor) -> bool:
+    """True where a kernel may be launched before its predecessor ends (programmatic dependent launch, Hopper on)."""
+    return x.is_cuda and not interpreting() and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
 def choose(impl: str, *tensors: torch.Tensor) -> str:
     """Resolve impl "auto" | "torch" | "triton" for these tensors to "torch" or "triton".
 

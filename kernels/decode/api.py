@@ -57,6 +57,8 @@ def attend(
         )
         return Decoded(out.to(q.dtype), lse.float(), entropy.float() if want_entropy else None,
                        [m.float() for m in mass])
+    if want_mass and any(t.pages is not None for t in tiers):
+        raise ValueError("mass of page-selected reading needs impl='torch'; read it from a tier without `pages`.")
     from kernels.decode.launch import run
 
     spaces: dict[int, list[TierView]] = {}

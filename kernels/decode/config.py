@@ -45,10 +45,12 @@ def words(bytes_per_token: int, group_bytes: int, widest: int) -> tuple[int, int
 SMS = 132  # multiprocessors of an H100 or H200; other cards only lose a little balance
 
 
-def split(bits: int, dim: int, group: int, lanes: int, capacity: int, slots: int, odd: bool, exact: bool) -> Split:
+def split(bits: int, dim: int, group: int, lanes: int, capacity: int, slots: int, odd: bool, block: bool,
+          exact: bool) -> Split:
     """The configuration for a tier.
 
     slots: allocated over all lanes, which tells how ragged they may be. odd: scales come as lone float16 numbers.
+    block: keys are scaled per channel and block, whose scales are fetched through one more indirection.
     exact: float32 arithmetic on ordinary units, where speed is not the aim.
     """
     columns = heads_padded(group)
@@ -59,19 +61,22 @@ def split(bits: int, dim: int, group: int, lanes: int, capacity: int, slots: int
         return Split(tile, warps, 3, None, _chunk(lanes, capacity, slots, tile, 2 if dim <= 64 else 1))
     # one warp per program: softmax, transposes and both products stay inside the warp, without a barrier
     registers = 168 if columns == 8 and dim <= 128 else None
-    per_sm = 12 if dim <= 64 else 4 if bits == 8 else 8
-    return Split(32, 1, 4 if dim <= 64 else 3, registers, _chunk(lanes, capacity, slots, 32, per_sm), odd)
+    per_sm = 12 if dim <= 64 else 4 if bits == 8 and not odd else 8
+    stages = 5 if block else 4 if dim <= 64 else 3
+    return Split(32, 1, stages, registers, _chunk(lanes, capacity, slots, 32, per_sm), odd)
 
 
 def _chunk(lanes: int, capacity: int, slots: int, tile: int, per_sm: int) -> int:
     """Tokens per program.
 
     Equal lanes: as many programs as fit the card at once, no more: a second wave that is not full costs its whole
-    time. Ragged lanes: about four waves' worth, for balance. Never fewer than 4 tiles, where start-up costs dominate.
+    time. Ragged lanes: about four waves' worth, for balance. Never fewer than 4 tiles, where start-up costs dominate,
+    unless there is little to read at all.
     """
     resident = SMS * per_sm
     if slots < 0.9 * lanes * capacity:
         want = math.ceil(slots / (4 * resident))
     else:
         want = math.ceil(capacity / max(1, resident // lanes))
-    return max(4 * tile, math.ceil(want / tile) * tile)
+    least = 1 if capacity <= 2048 else 4
+    return max(least * tile, math.ceil(want / tile) * tile)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.backend import interpreting
+from kernels.backend import interpreting, overlaps
 from kernels.decode import config
 from kernels.decode.api import Decoded
 from kernels.decode.tier import TierView
@@ -36,7 +36,7 @@ def _code_arguments(t: TierView, dim: int, columns: int) -> tuple[list, dict]:
     if t.k_group is None:
         mode, gk = "token", dim // t.k_scale.shape[-1]
     else:
-        mode, gk = ("block" if t.k_block else "gather"), dim
+        mode, gk = ("block" if t.k_block and t.pages is None else "gather"), dim
     # keys contract over channels and read fastest as 2-byte words; values contract over tokens and want 4
     ck, wk, pk = config.words(width, gk, 2)
     cv, wv, pv = config.words(width, gv, 4)
@@ -51,12 +51,18 @@ def _code_arguments(t: TierView, dim: int, columns: int) -> tuple[list, dict]:
     return pointers, sizes
 
 
+def _extent(t: TierView) -> int:
+    """The most entries of a lane that can be visited."""
+    return t.capacity if t.pages is None else t.pages.shape[1] * t.page
+
+
 def plan(t: TierView, group: int, dtype: torch.dtype) -> config.Split:
     """The configuration a tier will run with."""
     exact = dtype == torch.float32 if t.bits < 16 else t.k.dtype == torch.float32
     odd = t.bits < 16 and t.v_scale.shape[-1] % 2 == 1
-    c = config.split(t.bits, t.dim, group, t.lanes, t.capacity, t.slots, odd, exact)
-    if t.k_block and c.tile > t.k_block:
+    slots = t.slots if t.pages is None else t.lanes * _extent(t)
+    c = config.split(t.bits, t.dim, group, t.lanes, _extent(t), slots, odd, t.k_block > 0, exact)
+    if t.k_block and t.pages is None and c.tile > t.k_block:
         raise ValueError(f"per-channel blocks of {t.k_block} tokens are shorter than the tile of {c.tile}; "
                          "set k_block=0 to gather scales per token.")
     return c
@@ -74,16 +80,17 @@ def run(
     device = q.device
     q = q.contiguous()
     plans = plans or [plan(t, group, q.dtype) for t in tiers]
-    counts = [max(1, math.ceil(t.capacity / p.chunk)) for t, p in zip(tiers, plans)]
+    counts = [max(1, math.ceil(_extent(t) / p.chunk)) for t, p in zip(tiers, plans)]
     splits = sum(counts)
     part_o = torch.empty(splits, rows, dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(splits, rows, dtype=torch.float32, device=device)
     part_ent = torch.empty_like(part_lse) if want_entropy else part_lse
     bounds = part_lse if threshold is None else threshold.float().expand(batch, heads).contiguous()
     columns = config.heads_padded(group)
-    overlap = not interpreting() and torch.cuda.get_device_capability(device)[0] >= 9
+    overlap = overlaps(q)
     locals_ = []
     first = 0
+    chained = False
     for t, p, count in zip(tiers, plans, counts):
         dot = _FLOAT[t.k.dtype] if t.bits == 16 else (tl.float32 if q.dtype == torch.float32 else tl.float16)
         pointers, sizes = _code_arguments(t, dim, columns)
@@ -92,17 +99,22 @@ def run(
         tops = torch.empty(lanes, tiles, group, dtype=torch.float32, device=device) if want_mass else part_lse
         locals_.append((weights, tops, tiles, p.tile))
         options = {} if p.registers is None or interpreting() else {"maxnreg": p.registers}
+        if chained:
+            options["launch_pdl"] = True  # tiers do not depend on each other: let their launches overlap
         split_kernel[(count, lanes)](
             q, *pointers, t.start, t.length, part_lse if t.bias is None else t.bias, bounds,
+            t.start if t.pages is None else t.pages,
             part_o, part_lse, part_ent, weights, tops,
             scale, softcap or 1.0, p.chunk, first, tiles,
-            0 if t.bias is None or t.bias.dim() == 1 else t.bias.stride(0),
+            0 if t.bias is None or t.bias.dim() == 1 else t.bias.stride(0), 0 if t.pages is None else t.pages.shape[1],
             G=group, NQ=columns, D=dim, DP=max(16, triton.next_power_of_2(dim)), BITS=t.bits, **sizes,
-            BN=p.tile, DT=dot, ASM=not interpreting(), STAGES=p.stages, AHEAD=t.bits < 16 and p.ahead, PDL=overlap, SOFTCAP=softcap is not None,
-            BIAS=t.bias is not None, THETA=threshold is not None, MASS=want_mass, ENTROPY=want_entropy,
+            BN=p.tile, DT=dot, ASM=not interpreting(), STAGES=p.stages, AHEAD=t.bits < 16 and p.ahead and t.pages is None, PDL=overlap, CHAIN=chained, SOFTCAP=softcap is not None,
+            BIAS=t.bias is not None, THETA=threshold is not None,
+            PAGE=0 if t.pages is None else t.page, MASS=want_mass, ENTROPY=want_entropy,
             num_warps=p.warps, num_stages=p.stages, **options,
         )
         first += count
+        chained = overlap
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, dtype=torch.float32, device=device)
     entropy = torch.empty_like(lse) if want_entropy else None
@@ -118,9 +130,10 @@ def run(
     if want_mass:
         for t, (weights, tops, tiles, tile) in zip(tiers, locals_):
             mass = torch.empty(t.slots, dtype=torch.float32, device=device)
-            mass_kernel[(triton.cdiv(max(1, t.capacity), 256), lanes)](
+            mass_kernel[(triton.cdiv(max(1, t.capacity), 1024), lanes)](
                 weights, tops, lse, t.start, t.length, mass, tiles,
-                G=group, GP=triton.next_power_of_2(group), TILE=tile, BN=256, num_warps=4,
+                G=group, GP=triton.next_power_of_2(group), TILE=tile, BN=1024, PDL=overlap, num_warps=4,
+                **({"launch_pdl": True} if overlap else {}),
             )
             masses.append(mass)
     return Decoded(out, lse, entropy, masses)

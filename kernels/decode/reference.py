@@ -8,7 +8,7 @@ from kernels import codes
 from kernels.decode.tier import TierView
 
 
-def dequantise(tier: TierView, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def dequantise(tier: TierView, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of some slots as numbers, [n, d] each, un-rotated."""
     turn = (lambda x: x) if tier.rotation is None else (lambda x: x @ tier.rotation.to(dtype))
     if tier.bits == 16:
@@ -36,6 +36,16 @@ def dequantise(tier: TierView, rows: slice, dtype: torch.dtype) -> tuple[torch.T
     return out[0], out[1]
 
 
+def _slots(tier: TierView, lane: int, start: int, length: int) -> torch.Tensor:
+    """The slots of one lane that are read, int64."""
+    i = torch.arange(length, device=tier.k.device)
+    if tier.pages is not None:
+        chosen = tier.pages[lane].long()
+        i = (chosen[chosen >= 0][:, None] * tier.page + torch.arange(tier.page, device=i.device)).flatten()
+        i = i[i < length]
+    return start + i
+
+
 def attend(
     q: torch.Tensor, tiers: list[TierView], scale: float, *, softcap: float | None = None,
     sink: torch.Tensor | None = None, threshold: torch.Tensor | None = None, want_mass: bool = False,
@@ -55,7 +65,7 @@ def attend(
     bounds = None if threshold is None else threshold.to(dtype).expand(batch, heads).reshape(lanes, group)
     spans = [list(zip(t.start.tolist(), t.length.tolist())) for t in tiers]
     for lane in range(lanes):
-        places = [slice(s[lane][0], s[lane][0] + s[lane][1]) for s in spans]
+        places = [_slots(t, lane, *s[lane]) for t, s in zip(tiers, spans)]
         pairs = [dequantise(t, place, dtype) for t, place in zip(tiers, places)]
         k, v = torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
         s = rows[lane] @ k.mT * scale
@@ -73,7 +83,7 @@ def attend(
         out[lane], lse[lane] = p @ v, z
         entropy[lane] = -torch.special.xlogy(p, p).sum(-1)
         if want_mass:
-            for mass, place, part in zip(masses, places, p.sum(0).split([pl.stop - pl.start for pl in places])):
+            for mass, place, part in zip(masses, places, p.sum(0).split([len(pl) for pl in places])):
                 mass[place] = part
     shape = (batch, heads)
     return out.view(batch, heads, dim), lse.view(shape), entropy.view(shape), masses

@@ -23,6 +23,8 @@ class TierView:
       "levels"  x = levels[code]*scale, levels float16 [2**bits] ascending (TurboQuant, arXiv 2504.19874).
       "fp8"     x = float8_e4m3(code)*scale, bits 8.
     rotation  float32 [d, d] orthogonal or None: k and v hold R x; the query is rotated and the output rotated back.
+    pages     int32 [lanes, n] or None: read only these pages of `page` entries of each lane (-1 skipped, each page at
+              most once); see kernels.select.
     bias      float32 [slots] or [G, slots] added to the logits of the group's G query heads, or None.
     """
 
@@ -42,6 +44,8 @@ class TierView:
     levels: torch.Tensor | None = None
     rotation: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    pages: torch.Tensor | None = None
+    page: int = 16
 
     def __post_init__(self) -> None:
         if self.bits not in (16, 8, 4, 2):

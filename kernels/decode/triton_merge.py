@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -22,6 +22,7 @@ def merge_kernel(
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     i = tl.arange(0, BS)
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()  # launched while the last split programs still run; their results are complete from here on
     top = tl.full([BS], float("-inf"), tl.float32)
     for s in range(0, splits, BS):
@@ -63,7 +64,7 @@ def merge_kernel(
 @triton.jit
 def mass_kernel(
     p_ptr, m_ptr, lse_ptr, start_ptr, len_ptr, mass_ptr, tiles,
-    G: tl.constexpr, GP: tl.constexpr, TILE: tl.constexpr, BN: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, TILE: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):
     """mass[slot] = sum over the group of exp(s - lse), from weights relative to each tile's running maximum.
 
@@ -73,10 +74,14 @@ def mass_kernel(
     n = tl.load(len_ptr + lane).to(tl.int32)
     t = tl.program_id(0) * BN
     if t >= n:
+        if PDL:
+            gdc_wait()
         return
     i = t + tl.arange(0, BN)
     g = tl.arange(0, GP)
     slot = tl.load(start_ptr + lane).to(tl.int64) + i
+    if PDL:
+        gdc_wait()
     ok = (i < n)[:, None] & (g < G)[None, :]
     p = tl.load(p_ptr + slot[:, None] * G + g[None, :], mask=ok, other=0.0).to(tl.float32)
     m = tl.load(m_ptr + ((lane * tiles + i // TILE) * G)[:, None] + g[None, :], mask=ok, other=0.0)

@@ -7,7 +7,7 @@ of 4 heads wastes half a tile instead of three quarters, and all softmax arithme
 import triton
 import triton.language as tl
 
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.decode.pieces import fp8_piece, piece
 
@@ -107,9 +107,9 @@ def _token_scales(ks_ptr, kz_ptr, vs_ptr, vz_ptr, at, NK: tl.constexpr, NV: tl.c
 
 @triton.jit
 def split_kernel(
-    q_ptr, k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, kg_ptr, levels_ptr, start_ptr, len_ptr, bias_ptr, theta_ptr,
+    q_ptr, k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, kg_ptr, levels_ptr, start_ptr, len_ptr, bias_ptr, theta_ptr, pages_ptr,
     o_ptr, lse_ptr, ent_ptr, p_ptr, m_ptr,
-    scale, softcap, chunk, split0, tiles, bias_stride,
+    scale, softcap, chunk, split0, tiles, bias_stride, n_pages,
     G: tl.constexpr, NQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr,
     K_MODE: tl.constexpr,  # "token": scales per token and group; "block": per channel, tiles are groups; "gather"
     GK: tl.constexpr, GV: tl.constexpr,  # channels per scale group of keys and values
@@ -118,7 +118,7 @@ def split_kernel(
     PK: tl.constexpr, PV: tl.constexpr,  # words per block, padded to a legal tile
     BN: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
     AHEAD: tl.constexpr,  # load scales one tile ahead into registers (2-byte loads cannot be asynchronous)
-    PDL: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, THETA: tl.constexpr, MASS: tl.constexpr, ENTROPY: tl.constexpr,
+    PDL: tl.constexpr, CHAIN: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, THETA: tl.constexpr, PAGE: tl.constexpr, MASS: tl.constexpr, ENTROPY: tl.constexpr,
 ):
     PARTS: tl.constexpr = 1 if BITS == 16 else 8 // BITS
     ZERO: tl.constexpr = CODE == "affine"
@@ -137,16 +137,21 @@ def split_kernel(
     c = tl.program_id(0)
     n = tl.load(len_ptr + lane).to(tl.int32)
     lo = c * chunk
+    extent = n_pages * PAGE if PAGE else n  # entries to visit
     if PDL:
         gdc_launch_dependents()
     g = tl.arange(0, NQ)
     live = g < G
     row = ((split0 + c) * lanes + lane) * G
-    if lo >= n:
+    if (lo >= extent) | (n == 0):
         tl.store(lse_ptr + row + g, tl.full([NQ], float("-inf"), tl.float32), mask=live)
+        if CHAIN:
+            gdc_wait()
         return
-    count = tl.minimum(n, lo + chunk) - lo
-    first = tl.load(start_ptr + lane).to(tl.int64) + lo  # 64-bit once; offsets inside a chunk fit 32 bits
+    count = tl.minimum(extent, lo + chunk) - lo
+    first = tl.load(start_ptr + lane).to(tl.int64)  # 64-bit once; offsets inside a lane's part fit 32 bits
+    if not PAGE:
+        first += lo
     i = tl.arange(0, BN)
 
     # queries, brought to [1, 32) by an exact power of two, so that float16 holds every 16-bit input exactly
@@ -239,6 +244,11 @@ def split_kernel(
         ok = t + i < count
         # rows past the end repeat the last one: their weight is zero, and loads need no mask
         at = tl.minimum(t + i, count - 1)
+        if PAGE:
+            chosen = tl.load(pages_ptr + lane * n_pages + (lo + at) // PAGE)
+            at = chosen * PAGE + (lo + at) % PAGE
+            ok = ok & (chosen >= 0) & (at < n)
+            at = tl.minimum(tl.maximum(at, 0), n - 1)
         if AHEAD:
             raw = ahead
             ahead = _token_scales(ks_ptr, kz_ptr, vs_ptr, vz_ptr, tl.minimum(t + BN + i, count - 1), NK, NV, ZERO)
@@ -321,7 +331,7 @@ def split_kernel(
         l = l * alpha[None, :] + p
         if ENTROPY:
             # a weight of zero may belong to a logit of -inf
-            ent = ent * alpha[None, :] + p * tl.where(p > 0.0, s, 0.0)
+            ent = ent * alpha[None, :] + p * tl.maximum(s, FLOOR)
         if MASS:
             tl.store(p_ptr + at[:, None] * G + g[None, :], p.to(tl.float16), mask=ok[:, None] & live[None, :])
             tl.store(m_ptr + (lane * tiles + (lo + t) // BN) * G + g, m, mask=live)
@@ -377,3 +387,6 @@ def split_kernel(
     tl.store(lse_ptr + row + g, tl.where(total > 0.0, m + tl.log2(tl.maximum(total, 1e-38)), float("-inf")), mask=live)
     if ENTROPY:
         tl.store(ent_ptr + row + g, tl.sum(ent, 0) * inv, mask=live)
+    if CHAIN:
+        # this launch overlapped the previous tier's; ending after it makes the merge, which waits for the last, safe
+        gdc_wait()

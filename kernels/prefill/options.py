@@ -22,6 +22,7 @@ class Options:
     sink: torch.Tensor | None
     key_bias: torch.Tensor | None
     weight: str
+    banded: bool  # some head sees less than everything before it
     plain: bool  # causal softmax over everything, nothing else: libraries do that too
 
     BLOCK_ROWS = 128
@@ -72,4 +73,5 @@ def normalise(
         raise ValueError(f"key_bias has shape {tuple(key_bias.shape)}; expected [B,] {heads}, {k.shape[2]}.")
     if key_bias is not None:
         key_bias = key_bias.expand(batch, heads, k.shape[2]).contiguous()
-    return Options(start, per_head(window, EVERYTHING), per_head(sinks, 0), rows, blocks, softcap, sink, key_bias, weight, plain)
+    return Options(start, per_head(window, EVERYTHING), per_head(sinks, 0), rows, blocks, softcap, sink, key_bias, weight,
+                   window is not None, plain)

@@ -67,18 +67,30 @@ def _tile(
     bias = 0.0
     if BIAS:
         bias = tl.load(b_ptr + j, mask=j < n_keys, other=0.0).to(tl.float32)[None, :]
-    s = logits(raw, scale, softcap, bias, SOFTCAP, BIAS, ASM)
+    # without cap or bias the scale waits for the exponent, where it is part of a fused multiply-add
+    LATE: tl.constexpr = WEIGHT == "softmax" and not SOFTCAP and not BIAS
+    if LATE:
+        s = raw
+    else:
+        s = logits(raw, scale, softcap, bias, SOFTCAP, BIAS, ASM)
     if EDGE:
         i = pos[:, None]
         see = (j[None, :] <= i) & ((j[None, :] < sinks) | (i - j[None, :] < window)) & (j < n_keys)[None, :]
         s = tl.where(see, s, float("-inf"))
     if WEIGHT == "softmax":
-        m_new = tl.maximum(m, tl.max(s, 1))
+        if LATE:
+            m_new = tl.maximum(m, tl.max(s, 1) * (scale * LOG2E))
+            p = tl.exp2(s * (scale * LOG2E) - m_new[:, None])
+        else:
+            m_new = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s - m_new[:, None])
         alpha = tl.exp2(m - m_new)
-        p = tl.exp2(s - m_new[:, None])
         l = l * alpha + tl.sum(p, 1)
         if ENTROPY:
-            ent = ent * alpha + tl.sum(p * tl.maximum(s, -1e4), 1)
+            part = tl.sum(p * tl.maximum(s, FLOOR), 1) if EDGE else tl.sum(p * s, 1)
+            if LATE:
+                part = part * (scale * LOG2E)
+            ent = ent * alpha + part
         acc = acc * alpha[:, None]
         m = m_new
     else:
@@ -105,7 +117,7 @@ def forward_kernel(
     ROWS: tl.constexpr,  # pos_ptr names the absolute position (and q row, less start) of each output row
     LIST: tl.constexpr,  # visit only listed key blocks
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINK: tl.constexpr, ENTROPY: tl.constexpr, ASM: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):
     """q [B,Hq,T,d] (strided), k, v [B,Hk,N,d] -> o [B,Hq,n_rows,d], lse and entropy [B,Hq,n_rows]."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows see most keys: start them first
@@ -156,7 +168,7 @@ def forward_kernel(
         left = full_lo - band_lo
         right = band_hi - full_hi
         part = tl.where((sinks > sink_full * BN) & (sink_full < band_lo), 1, 0)
-        for t in tl.range(0, left + right + part, num_stages=1):
+        for t in tl.range(0, left + right + part, num_stages=EDGE_STAGES):
             key0 = tl.where(t < left, band_lo + t, tl.where(t < left + right, full_hi + t - left, sink_full)) * BN
             acc, m, l, ent = _tile(acc, m, l, ent, q, k_ptr, v_ptr, b_ptr, key0, pos, n_keys, sinks, window, scale, softcap,
                                    k_t, v_t, d, D, DP, BN, True, WEIGHT, SOFTCAP, BIAS, ENTROPY, ASM)

@@ -7,7 +7,7 @@ each sum has a single writer: no atomics, and the same result every time.
 import triton
 import triton.language as tl
 
-from kernels.prefill.triton_forward import LOG2E, logits, weigh
+from kernels.prefill.triton_forward import logits, weigh
 
 
 @triton.jit
@@ -28,8 +28,7 @@ def _rows_tile(total, k, q_ptr, lse_ptr, bias, row0, j, n_rows, n_keys, start, s
         lse = tl.load(lse_ptr + row)
     s = logits(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, bias, SOFTCAP, BIAS, ASM)
     if WEIGHT == "softmax":
-        # a row that saw nothing has lse -inf and is masked below, since none of its keys is visible
-        p = tl.exp2(s - (tl.maximum(lse, -1e30) * LOG2E)[None, :])
+        p = tl.exp2(s - lse[None, :])
     else:
         p = weigh(s, WEIGHT, ASM)
     if EDGE:
@@ -46,7 +45,7 @@ def mass_kernel(
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WEIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """q [B,Hq,T,d], k [B,Hk,N,d], lse [B,Hq,T] natural -> mass [B,Hk,N], summed over rows and the group's heads."""
+    """q [B,Hq,T,d], k [B,Hk,N,d], lse [B,Hq,T] base 2 and finite -> mass [B,Hk,N], summed over rows and the group's heads."""
     key0 = tl.program_id(0) * BN
     kv_heads = heads // G
     b = (tl.program_id(1) // kv_heads).to(tl.int64)

@@ -1,0 +1,212 @@
+"""The table of the Triton kernels against what a user would pick instead, on the GPU at hand.
+
+    python benchmarks/kernels_gpu.py [--scaling] [--out DIR]
+
+Prints one line per operator and writes kernels_gpu.json (and kernels_gpu_scaling.json) with the machine in it. Times are
+medians over CUDA-graph replays that rotate over more data than L2 holds. `floor_us` is the larger of bytes over 3.0 TB/s
+and floating-point operations over 798 TFLOP/s, both measured on an H100.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.gpu_cases import dense_calls, tier, tier_bytes
+from benchmarks.gpu_timing import copies, machine, time_us
+from kernels import decode, prefill, select
+
+BYTES_PER_US, FLOPS_PER_US = 3.0e6, 7.98e8
+LLAMA, SMOL = (32, 8, 128), (9, 3, 64)
+
+
+class Table:
+    """Rows in the order they were measured."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+        self.baselines: dict[tuple, tuple[str, float]] = {}
+
+    def dense(self, batch: int, shape: tuple[int, int, int], n: int) -> tuple[str, float]:
+        """Name and time of the best bf16 decode baseline."""
+        key = (batch, shape, n)
+        if key not in self.baselines:
+            heads, kv, dim = shape
+            calls = dense_calls(batch, heads, kv, n, dim, copies(4 * batch * kv * n * dim))
+            times = {}
+            for name, each in calls.items():
+                try:
+                    times[name] = time_us(each)[0]
+                except RuntimeError as e:
+                    print("baseline", name, "declined:", str(e)[:80])
+            best = min(times, key=times.get)
+            self.baselines[key] = (best, times[best])
+            calls.clear()
+            torch.cuda.empty_cache()
+        return self.baselines[key]
+
+    def add(self, op: str, bits: int, batch: int, shape: tuple[int, int, int], n: int, ours: tuple[float, float],
+            baseline: tuple[str, float], floor: float) -> dict:
+        """Record and print one measurement."""
+        heads, kv, dim = shape
+        row = {"op": op, "bits": bits, "batch": batch, "heads": heads, "kv_heads": kv, "head_dim": dim, "context": n,
+               "ours_us": round(ours[0], 1), "baseline": baseline[0], "baseline_us": round(baseline[1], 1),
+               "floor_us": round(floor, 1)}
+        self.rows.append(row)
+        print(f"{op:34s} b{bits:<2d} B{batch:<2d} {heads}/{kv}/{dim} {n:7d} ours {ours[0]:9.1f} ±{ours[1]:4.1f}  {baseline[0]:12s}"
+              f" {baseline[1]:9.1f}  ratio {baseline[1] / ours[0]:5.2f}  floor {floor:8.1f}", flush=True)
+        return row
+
+
+def decode_time(tiers_of, batch: int, shape: tuple[int, int, int], **options) -> tuple[float, float, float]:
+    """(median, spread, floor) of decode.attend over rotating tier lists made by tiers_of()."""
+    heads, _, dim = shape
+    first = tiers_of()
+    size = sum(tier_bytes(t) for t in first)
+    sets = [first] + [tiers_of() for _ in range(copies(size) - 1)]
+    q = torch.randn(batch, heads, dim, device="cuda", dtype=torch.bfloat16)
+    us, spread = time_us([lambda s=s: decode.attend(q, s, dim**-0.5, **options) for s in sets])
+    del sets, first
+    torch.cuda.empty_cache()
+    return us, spread, size / BYTES_PER_US
+
+
+def decode_rows(table: Table) -> None:
+    """Every width, code and raggedness against the best bf16 decode."""
+    cases = [
+        ("decode", 16, 1, LLAMA, 32768, 128, "token"), ("decode", 16, 8, LLAMA, 32768, 128, "token"),
+        ("decode", 16, 1, LLAMA, 131072, 128, "token"), ("decode", 16, 8, SMOL, 32768, 64, "token"),
+        ("decode g128", 8, 8, LLAMA, 32768, 128, "token"), ("decode g64", 8, 8, LLAMA, 32768, 64, "token"),
+        ("decode fp8", 8, 8, LLAMA, 32768, 128, "fp8"), ("decode g64", 8, 1, LLAMA, 32768, 64, "token"),
+        ("decode g64", 4, 8, LLAMA, 32768, 64, "token"), ("decode g128", 4, 8, LLAMA, 32768, 128, "token"),
+        ("decode g32", 4, 8, LLAMA, 32768, 32, "token"), ("decode kivi", 4, 8, LLAMA, 32768, 64, "block"),
+        ("decode g64", 4, 1, LLAMA, 32768, 64, "token"), ("decode g64", 4, 1, LLAMA, 131072, 64, "token"),
+        ("decode g64", 2, 8, LLAMA, 32768, 64, "token"), ("decode kivi", 2, 8, LLAMA, 32768, 64, "block"),
+        ("decode g64", 4, 8, SMOL, 32768, 64, "token"), ("decode g64", 4, 1, SMOL, 32768, 64, "token"),
+    ]
+    for op, bits, batch, shape, n, group, kind in cases:
+        us, spread, floor = decode_time(lambda: [tier(bits, batch * shape[1], n, shape[2], group, kind=kind)], batch, shape)
+        table.add(op, bits, batch, shape, n, (us, spread), table.dense(batch, shape, n), floor)
+    lanes, n = 64, 32768
+    parts = {16: n // 16, 8: n // 8, 4: n // 4, 2: n // 2}  # and n/16 evicted: 4 bits on average
+    us, spread, floor = decode_time(lambda: [tier(b, lanes, m, 128, 64) for b, m in parts.items()], 8, LLAMA)
+    pure = next(r for r in table.rows if r["op"] == "decode g64" and r["bits"] == 4 and r["batch"] == 8)["ours_us"]
+    table.add("decode mixed 16/8/4/2 (4 bits)", 4, 8, LLAMA, n, (us, spread), ("ours int4", pure), floor)
+    generator = torch.Generator().manual_seed(1)
+    kept = (torch.rand(lanes, generator=generator) * 0.4 + 0.05).mul(n).int()
+    us, spread, floor = decode_time(lambda: [tier(16, lanes, n, 128, 128, lengths=kept)], 8, LLAMA)
+    table.add(f"decode ragged {float(kept.float().mean()) / n:.0%} kept", 16, 8, LLAMA, n, (us, spread), table.dense(8, LLAMA, n), floor)
+    even = torch.full((lanes,), int(kept.float().mean()))
+    us2, spread2, floor2 = decode_time(lambda: [tier(16, lanes, n, 128, 128, lengths=even)], 8, LLAMA)
+    table.add("decode ragged vs even budget", 16, 8, LLAMA, n, (us, spread), ("ours even", us2), floor2)
+    for bits in (16, 4):
+        us, spread, floor = decode_time(lambda: [tier(bits, lanes, n, 128, 64)], 8, LLAMA, want_mass=True, want_entropy=True)
+        own = next(r for r in table.rows if r["bits"] == bits and r["batch"] == 8 and r["op"] in ("decode", "decode g64"))
+        table.add("decode with mass and entropy", bits, 8, LLAMA, n, (us, spread), ("ours without", own["ours_us"]), floor)
+
+
+def quest_row(table: Table) -> None:
+    """Page scores, selection and reading 1k tokens at 131k, against dense decode."""
+    n, (heads, kv, dim) = 131072, LLAMA
+    count = copies(n // 16 * kv * dim * 4)
+    sets = []
+    for _ in range(count):
+        t = tier(16, kv, n, dim, dim)
+        sets.append((t, *select.page_summaries(t, 16)))
+    q = torch.randn(1, heads, dim, device="cuda", dtype=torch.bfloat16)
+
+    def step(t, low, high):
+        pages = select.top_pages(select.page_scores(q, low, high, t.length), t.length, 64)
+        return decode.attend(q, [select.read_pages(t, pages)], dim**-0.5)
+
+    us, spread = time_us([lambda s=s: step(*s) for s in sets])
+    floor = (n // 16 * kv * dim * 4 + 1024 * kv * dim * 4) / BYTES_PER_US
+    table.add("quest: score, select, read 1k", 16, 1, LLAMA, n, (us, spread), table.dense(1, LLAMA, n), floor)
+    t, low, high = sets[0]
+    scores = select.page_scores(q, low, high, t.length)
+    pages = select.top_pages(scores, t.length, 64)
+    parts = [time_us([lambda s=s: select.page_scores(q, s[1], s[2], s[0].length) for s in sets])[0],
+             time_us([lambda: select.top_pages(scores, t.length, 64)] * 4)[0],
+             time_us([lambda s=s: decode.attend(q, [select.read_pages(s[0], pages)], dim**-0.5) for s in sets])[0]]
+    print("  of which score, select, read:", [round(p, 1) for p in parts], flush=True)
+
+
+def prefill_rows(table: Table, long: bool = True) -> None:
+    """Prefill with statistics, sigmoid, A-shape with Delta, against the best dense prefill without."""
+    heads, kv, dim = LLAMA
+    scale = dim**-0.5
+    for n in (32768, 131072) if long else (32768,):
+        q = torch.randn(1, heads, n, dim, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(1, kv, n, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        repeats = 7 if n == 32768 else 3
+
+        def once(f):
+            return time_us([f], repeats)
+
+        def library(backend):
+            def go():
+                with sdpa_kernel(backend):
+                    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return go
+
+        flash = ("flash", once(library(SDPBackend.FLASH_ATTENTION))[0])
+        cudnn = ("cudnn", once(library(SDPBackend.CUDNN_ATTENTION))[0])
+        best = min(flash, cudnn, key=lambda x: x[1])
+        floor = 2 * n * n * dim * heads / FLOPS_PER_US
+        if n == 32768:
+            table.add("prefill (our Triton forward)", 16, 1, LLAMA, n, once(lambda: prefill.attend(q, k, v, scale, impl="triton")),
+                      best, floor)
+            table.add("prefill with mass and row lse", 16, 1, LLAMA, n, once(lambda: prefill.attend(q, k, v, scale, want_mass=True)),
+                      best, floor * 1.5)
+            table.add("prefill with entropy, lse, mass", 16, 1, LLAMA, n,
+                      once(lambda: prefill.attend(q, k, v, scale, want_mass=True, want_entropy=True)), best, floor * 1.5)
+            table.add("prefill sigmoid", 16, 1, LLAMA, n, once(lambda: prefill.attend(q, k, v, scale, weight="sigmoid")), flash, floor)
+        sparse = 4 * n * (2048 + 64) * dim * heads / FLOPS_PER_US
+        table.add("prefill a-shape 2k", 16, 1, LLAMA, n, once(lambda: prefill.a_shape(q, k, v, scale, sinks=64, window=2048)), best, sparse)
+        table.add("prefill a-shape 2k + delta 64", 16, 1, LLAMA, n,
+                  once(lambda: prefill.delta(q, k, v, scale, gamma=64, sinks=64, window=2048)), best, sparse + floor / 64)
+        del q, k, v
+        torch.cuda.empty_cache()
+
+
+def scaling() -> list[dict]:
+    """Decode time against context (batch 1) and against batch (8k tokens), by width, with the best baseline."""
+    out = []
+    table = Table()
+    points = [(1, 1 << e) for e in range(10, 21)] + [(b, 8192) for b in (2, 4, 8, 16, 32, 64)]
+    for batch, n in points:
+        row = {"batch": batch, "context": n, "heads": 32, "kv_heads": 8, "head_dim": 128}
+        row["baseline"], row["baseline_us"] = table.dense(batch, LLAMA, n)
+        for bits in (16, 8, 4, 2):
+            us, _, floor = decode_time(lambda: [tier(bits, batch * 8, n, 128, 64)], batch, LLAMA)
+            row[f"ours_{bits}_us"], row[f"floor_{bits}_us"] = round(us, 1), round(floor, 1)
+        row["baseline_us"] = round(row["baseline_us"], 1)
+        out.append(row)
+        print(row, flush=True)
+    return out
+
+
+def main() -> None:
+    """Measure, print, write."""
+    folder = sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else os.path.join(os.path.dirname(__file__), "results")
+    os.makedirs(folder, exist_ok=True)
+    card = machine()
+    print(card, flush=True)
+    table = Table()
+    for part in (decode_rows, quest_row, prefill_rows):
+        part(table)
+        with open(os.path.join(folder, "kernels_gpu.json"), "w") as f:
+            json.dump({"machine": card, "rows": table.rows}, f, indent=1)
+    if "--scaling" in sys.argv:
+        with open(os.path.join(folder, "kernels_gpu_scaling.json"), "w") as f:
+            json.dump({"machine": card, "rows": scaling()}, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Choosing what a sparse decode step reads: page bounds, centroids, scores and the top pages of every lane."""
+
+from kernels.select.api import page_scores, page_summaries, read_pages, top_pages
+
+__all__ = ["page_scores", "page_summaries", "read_pages", "top_pages"]

@@ -1,0 +1,88 @@
+"""Public page selection: summaries kept beside the keys, scores, and the pages worth reading."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from kernels.backend import choose, overlaps
+from kernels.decode.tier import TierView
+from kernels.select import reference
+
+
+def page_summaries(tier: TierView, page: int = 16, kind: str = "bounds", impl: str = "auto"):
+    """(low, high) [lanes,P,d] per-channel bounds of each page of keys ("bounds", Quest), or (centroid, None) ("mean").
+
+    tier is a 16-bit tier; pages count from each lane's start, P = ceil(capacity/page). Rebuilds every page.
+    """
+    if tier.bits != 16:
+        raise ValueError(f"page summaries are built from exact keys, not from {tier.bits}-bit codes.")
+    if choose(impl, tier.k) == "torch":
+        return reference.page_summaries(tier.k, tier.start, tier.length, tier.capacity, page, kind)
+    import triton
+
+    from kernels.select.triton_pages import summary_kernel
+
+    pages = triton.cdiv(tier.capacity, page)
+    low = torch.empty(tier.lanes, pages, tier.dim, dtype=tier.k.dtype, device=tier.k.device)
+    high = torch.empty_like(low) if kind == "bounds" else None
+    summary_kernel[(pages, tier.lanes)](
+        tier.k, tier.start, tier.length, low, low if high is None else high, pages, PAGE=page, D=tier.dim,
+        DP=max(16, triton.next_power_of_2(tier.dim)), MEAN=high is None, num_warps=1,
+    )
+    return low, high
+
+
+def page_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, length: torch.Tensor, page: int = 16,
+                impl: str = "auto") -> torch.Tensor:
+    """Scores [lanes,P] float32 of every page for q [B,Hq,d]: Quest's upper bound of any logit in the page, maximum over
+    the group's heads; or with high None the mean logit. Pages past a lane's end score -inf."""
+    lanes, pages, dim = low.shape
+    group = q.shape[0] * q.shape[1] // lanes
+    rows = q.reshape(lanes, group, dim)
+    if choose(impl, q) == "torch":
+        s = reference.page_scores(rows, low, high, torch.float32)
+        have = (length.long() + page - 1) // page
+        return s.masked_fill(torch.arange(pages, device=q.device) >= have[:, None], -torch.inf)
+    import triton
+
+    from kernels.select.triton_pages import score_kernel
+
+    out = torch.empty(lanes, pages, dtype=torch.float32, device=q.device)
+    bp = 64
+    score_kernel[(triton.cdiv(pages, bp), lanes)](
+        rows.contiguous(), low, low if high is None else high, length, out, pages, PAGE=page, G=group,
+        NQ=max(8, triton.next_power_of_2(group)), D=dim, DP=max(16, triton.next_power_of_2(dim)), BP=bp, MEAN=high is None,
+        PDL=overlaps(q), num_warps=2,
+    )
+    return out
+
+
+def top_pages(scores: torch.Tensor, length: torch.Tensor, count: int, page: int = 16, always_last: bool = True,
+              impl: str = "auto") -> torch.Tensor:
+    """The `count` best pages of each lane, ascending, int32 [lanes,count], -1 where a lane has fewer.
+
+    always_last keeps the newest page whatever its score. Deterministic: ties go to the lower page (R4).
+    """
+    if choose(impl, scores) == "torch":
+        return reference.top_pages(scores, length, page, count, always_last)
+    import triton
+
+    from kernels.select.triton_pages import top_kernel
+
+    lanes, pages = scores.shape
+    out = torch.empty(lanes, count, dtype=torch.int32, device=scores.device)
+    padded = max(16, triton.next_power_of_2(max(pages, count)))
+    overlap = overlaps(scores)
+    top_kernel[(lanes,)](scores.contiguous(), length, out, pages, count, PAGE=page, PP=padded, LAST=always_last,
+                         PDL=overlap, num_warps=4 if padded <= 2048 else 8 if padded <= 8192 else 16,
+                         **({"launch_pdl": True} if overlap else {}))
+    return out
+
+
+def read_pages(tier: TierView, pages: torch.Tensor, page: int = 16) -> TierView:
+    """The same tier reading only the listed pages, int32 [lanes,n] (-1 entries are skipped): pass it to decode.attend."""
+    if pages.shape[0] != tier.lanes:
+        raise ValueError(f"page lists for {pages.shape[0]} lanes do not fit a tier of {tier.lanes}.")
+    return dataclasses.replace(tier, pages=pages, page=page)

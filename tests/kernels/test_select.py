@@ -1,0 +1,68 @@
+"""Page summaries, scores, selection, and decode over the selected pages."""
+
+import pytest
+import torch
+from kernel_caches import CUDA, DEVICE, error, make_tier
+
+from kernels import decode, select
+from kernels.decode import reference as decode_reference
+
+LENGTHS = [130, 0, 37, 16] + ([9001] if CUDA else [])
+
+
+def world(dim=64, group=3, dtype=torch.float16):
+    generator = torch.Generator().manual_seed(dim + group)
+    tier = make_tier(16, LENGTHS, dim, dtype=dtype, device=DEVICE, generator=generator, spare=5)
+    q = torch.randn(1, len(LENGTHS) * group, dim, generator=generator).to(DEVICE, dtype)
+    return tier, q
+
+
+@pytest.mark.parametrize("kind", ["bounds", "mean"])
+@pytest.mark.parametrize("dim", [64, 96])
+def test_scores_match_torch(kind, dim):
+    tier, q = world(dim)
+    low, high = select.page_summaries(tier, 16, kind, impl="triton")
+    low2, high2 = select.page_summaries(tier, 16, kind, impl="torch")
+    assert error(low, low2) < 1e-3 and (high is None or error(high, high2) < 1e-6)
+    got = select.page_scores(q, low, high, tier.length, impl="triton")
+    want = select.page_scores(q, low, high, tier.length, impl="torch")
+    alive = torch.isfinite(want)
+    assert torch.equal(alive, torch.isfinite(got)) and error(got[alive], want[alive]) < 2e-3
+
+
+def test_bounds_are_never_below_a_logit():
+    tier, q = world()
+    low, high = select.page_summaries(tier, 16, impl="triton")
+    scores = select.page_scores(q, low, high, tier.length, impl="torch")
+    rows = q.view(len(LENGTHS), -1, 64).float()
+    for lane, n in enumerate(LENGTHS):
+        s = int(tier.start[lane])
+        logits = (rows[lane] @ tier.k[s : s + n].float().mT).amax(0)
+        for page in range(-(-n // 16)):
+            assert logits[page * 16 : page * 16 + 16].max() <= scores[lane, page] + 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 3, 64])
+@pytest.mark.parametrize("last", [True, False])
+def test_top_pages_with_ties(count, last):
+    generator = torch.Generator().manual_seed(count)
+    scores = torch.randint(-3, 3, (4, 40), generator=generator).float().to(DEVICE)
+    scores[0, 5] = -0.0
+    length = torch.tensor([640, 1, 0, 300], dtype=torch.int32, device=DEVICE)
+    got = select.top_pages(scores, length, count, always_last=last, impl="triton")
+    assert torch.equal(got, select.top_pages(scores, length, count, always_last=last, impl="torch"))
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_reading_selected_pages(bits):
+    tier, q = world()
+    low, high = select.page_summaries(tier, 16, impl="triton")
+    pages = select.top_pages(select.page_scores(q, low, high, tier.length), tier.length, 3)
+    if bits == 4:
+        tier = make_tier(4, LENGTHS, 64, channels=32, device=DEVICE, spare=5)
+    sparse = select.read_pages(tier, pages)
+    got = decode.attend(q, [sparse], 0.125, impl="triton")
+    assert error(got.out, decode_reference.attend(q, [sparse], 0.125)[0]) < 2e-3
+    every = select.read_pages(tier, select.top_pages(torch.rand(len(LENGTHS), -(-max(LENGTHS) // 16), device=DEVICE),
+                                                     tier.length, -(-max(LENGTHS) // 16)))
+    assert error(decode.attend(q, [every], 0.125, impl="triton").out, decode.attend(q, [tier], 0.125, impl="torch").out) < 2e-3
