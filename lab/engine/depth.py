@@ -62,15 +62,15 @@ def _trim(policy, technique: Technique, index: int, hidden: torch.Tensor, kwargs
         policy.trimmed, policy.skipped = chosen, rows - chosen.numel()
         hidden = hidden[:, chosen]
     if policy.trimmed is not None:
-        kwargs = {name: _rows(value, policy.trimmed) for name, value in kwargs.items()}
+        kwargs = {name: _rows(value, policy.trimmed, policy.trimmed.numel() + policy.skipped) for name, value in kwargs.items()}
     return hidden, kwargs
 
 
-def _rows(value, chosen: torch.Tensor):
-    """The chosen rows of what runs along them: position ids [B, T] and rotary tables [B, T, r] of the whole forward."""
-    full = int(chosen[-1]) + 1
+def _rows(value, chosen: torch.Tensor, full: int):
+    """The chosen rows of what runs along them: position ids [B, T] and rotary tables [B, T, r] of the whole forward of
+    `full` rows."""
     if isinstance(value, tuple) and value and all(isinstance(x, torch.Tensor) for x in value):
-        return tuple(_rows(x, chosen) for x in value)
+        return tuple(_rows(x, chosen, full) for x in value)
     if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[1] == full and value.shape[1] != chosen.numel():
         return value[:, chosen]
     return value

@@ -73,6 +73,7 @@ class LabLayer(CacheLayerMixin):
         self.prompt_done = False
         self.budget: torch.Tensor | int | None = None
         self.last_read: float = 0  # entries read by the newest query row, summed over lanes; a lone key or value is half
+        self.groups = 1  # query heads that share a KV head
         self.last_probe = 0  # bytes read in order to choose them
 
     # -- transformers' side ----------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ def run(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> torch.Te
     ctx = _append(policy, handle, q, call)
     if store.tap is not None:
         store.tap.add(ctx, handle)
+    store.groups = ctx.groups
     early = policy.early(ctx)
     result = _attend(policy, ctx, handle, call) if early is None else early
     out = result.out

@@ -19,7 +19,7 @@ class HeadPruning(Technique):
     name: ClassVar[str] = "head_pruning"
     title: ClassVar[str] = "Head pruning"
     paper: ClassVar[Paper] = Paper("Are Sixteen Heads Really Better than One?", "1905.10650", 2019)
-    slots: ClassVar[tuple[str, ...]] = ("route",)
+    slots: ClassVar[tuple[str, ...]] = ("route", "calibrate")
     help: ClassVar[str] = (
         "Switches query heads off and shows what the model loses without them. Name heads yourself, or give a share to "
         "switch off at random as a control; many heads turn out to be dispensable."
@@ -29,7 +29,14 @@ class HeadPruning(Technique):
 
     heads: str = param("none", "Query heads to switch off in the chosen layers: none, or numbers joined by ; such as 0;3.")
     layers: str = param("all", "Layers it acts on: all, or a range such as 8-20.")
-    fraction: float = param(0.0, "Share of all heads to switch off at random (seeded); 0 uses the list only.", min=0, max=1)
+    fraction: float = param(0.0, "Share of all heads to switch off, in the order below; 0 uses the list only.", min=0, max=1)
+    order: str = param("random", "Which heads go first: random ones (a control), those with the smallest gradient importance, or "
+                       "those whose removal costs least by itself.", choices=("random", "gradient", "ablation"))
+    calibration: str = param("auto", "Calibration file for gradient and ablation; auto uses the one shipped for this model.")
+
+    @property
+    def learns(self) -> bool:
+        return self.fraction > 0 and self.order != "random"
 
     def validate(self) -> None:
         span(self.name, "layers", self.layers, "-")
@@ -52,7 +59,7 @@ class HeadPruning(Technique):
             gate[[h for h in listed if h < ctx.heads] if listed is not None else slice(None)] = 0
         if self.fraction:
             generator = torch.Generator().manual_seed(1000 * ctx.seed + 7)
-            draw = torch.rand(ctx.layers, ctx.heads, generator=generator)
+            draw = ctx.learnt(self)[self.order] if self.learns else torch.rand(ctx.layers, ctx.heads, generator=generator)
             count = round(self.fraction * draw.numel())
             if count:
                 gate[draw[ctx.layer] <= draw.flatten().sort().values[count - 1]] = 0

@@ -20,10 +20,11 @@ class ZeroTuning(Technique):
     name: ClassVar[str] = "zerotuning"
     title: ClassVar[str] = "ZeroTuning"
     paper: ClassVar[Paper] = Paper("ZeroTuning: Unlocking the Initial Token's Power to Enhance LLMs Without Training", "2505.11739", 2025)
-    slots: ClassVar[tuple[str, ...]] = ("edit",)
+    slots: ClassVar[tuple[str, ...]] = ("edit", "calibrate")
     help: ClassVar[str] = (
         "Most heads park attention on the first token. Scaling just that weight by gamma makes all other weights of the "
-        "head sharper (below 1) or flatter (above 1) while keeping their proportions. Gamma 1 changes nothing."
+        "head sharper (below 1) or flatter (above 1) while keeping their proportions. Gamma 1 changes nothing. Calibration "
+        "finds out head by head whether more or less helps, and then which gamma."
     )
     saves: ClassVar[str] = "nothing"
     does_not_save: ClassVar[str] = "It steers the model; memory and reading stay the same."
@@ -32,11 +33,21 @@ class ZeroTuning(Technique):
     layers: str = param("all", "Layers it acts on: all, or a range such as 8-20.")
     heads: str = param("all", "Query heads it acts on: all, or a comma-free list such as 0;3;5.")
 
+    calibrated: bool = param(False, "Use the heads and the gamma found by calibration instead of those given here.")
+    calibration: str = param("auto", "Calibration file; auto uses the one shipped for this model.")
+
+    @property
+    def learns(self) -> bool:
+        return self.calibrated
+
     def validate(self) -> None:
         span(self.name, "layers", self.layers, "-")
         picked(self.name, "heads", self.heads)
 
     def edit(self, ctx: LayerContext) -> list[ColumnBias]:
+        if self.calibrated:
+            gamma = ctx.learnt(self)["gamma"][ctx.layer].float()
+            return [ColumnBias(0, gamma.log())] if bool((gamma != 1).any()) else []
         chosen = span(self.name, "layers", self.layers, "-")
         if self.gamma == 1 or (chosen and not chosen[0] <= ctx.layer <= chosen[1]):
             return []

@@ -1,0 +1,1 @@
+"""One file per technique that learns: `fit(technique, model, tokenizer, progress) -> {name: tensor}`."""
