@@ -1,0 +1,153 @@
+"""The command line, in process on a tiny model, and once for real on the default model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "measure"))
+
+pytest.importorskip("duckdb")
+
+import toy
+
+import lab.models
+from lab.cli import main
+
+FIELDS = {"spec", "text", "token_ids", "ttft_ms", "tpot_ms", "kv_bytes", "kv_bytes_dense", "kept_fraction", "kl_mean",
+          "top1_agreement", "perplexity", "first_divergence"}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(lab.models, "load", lambda *_, **__: toy.loaded(), raising=False)
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "prompt.txt").write_text(toy.prompt(50))
+    return tmp_path
+
+
+def run(files, *extra):
+    return main(["run", "--prompt-file", str(files / "prompt.txt"), "--max-new-tokens", "6", "--db", str(files / "runs.duckdb"),
+                 "--json", str(files / "out.json"), *extra])
+
+
+def test_techniques_as_json(capsys):
+    assert main(["techniques", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {"streaming_llm", "h2o", "snapkv", "pyramidkv", "int_codes", "kivi", "zerotuning", "a_shape", "delta", "head_pruning"} <= set(rows)
+    for row in rows.values():
+        assert {"name", "title", "paper", "slots", "parameters"} <= set(row) and len(row["help"]) > 40
+        for p in row["parameters"]:
+            assert {"name", "type", "default", "min", "max", "help"} <= set(p) and p["help"]
+
+
+def test_run_writes_what_it_promises_and_saves(tiny, files, capsys):
+    spec = "h2o(budget=0.25)+kivi(bits=2,group=16,residual=16)"
+    assert run(files, "--variant", "dense", "--variant", spec) == 0
+    out = json.loads((files / "out.json").read_text())
+    assert {"run_id", "model", "device", "variants"} <= set(out)
+    assert [v["spec"] for v in out["variants"]] == ["dense", spec] and all(FIELDS <= set(v) for v in out["variants"])
+    capsys.readouterr()
+    db = ["--db", str(files / "runs.duckdb")]
+    assert main(["runs", "list", *db]) == 0 and out["run_id"] in capsys.readouterr().out
+    assert main(["runs", "show", out["run_id"], "--json", *db]) == 0
+    assert json.loads(capsys.readouterr().out) == out
+
+
+def test_runs_compare_export_import(tiny, files, capsys):
+    ids = []
+    for seed in ("0", "1"):
+        assert run(files, "--variant", "dense", "--seed", seed, "--temperature", "1") == 0
+        ids.append(json.loads((files / "out.json").read_text())["run_id"])
+    db = ["--db", str(files / "runs.duckdb")]
+    capsys.readouterr()
+    assert main(["runs", "compare", *ids, *db]) == 0
+    assert "settings.seed" in capsys.readouterr().out
+    for form in ("parquet", "json", "csv"):
+        target = files / f"run.{form}"
+        assert main(["runs", "export", ids[0], "--format", form, "--out", str(target), *db]) == 0 and target.stat().st_size
+    for form in ("parquet", "json"):
+        other = ["--db", str(files / f"{form}.duckdb")]
+        assert main(["runs", "import", str(files / f"run.{form}"), *other]) == 0
+        capsys.readouterr()
+        assert main(["runs", "show", ids[0], "--json", *other]) == 0
+        assert json.loads(capsys.readouterr().out)["run_id"] == ids[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--variant", "h3o"], "Did you mean h2o"),
+        (["--variant", "h2o(budgt=1)"], "Did you mean budget"),
+        (["--variant", "h2o(budget=-1)"], "out of range"),
+        (["--variant", "h2o+snapkv"], "both fill the score slot"),
+        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--max-new-tokens", "500"], "only 12 fit"),
+        (["--temperature", "-1"], "temperature"),
+        (["--db", "/dev/null/runs.duckdb"], "/dev/null"),
+    ],
+)
+def test_bad_requests_end_in_a_sentence(tiny, files, capsys, arguments, words):
+    assert run(files, *arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+
+
+def test_a_run_whose_only_variant_fails_is_saved_and_exits_1(tiny, files, capsys):
+    assert run(files, "--variant", "snapkv(budget=0.3,window=32)") == 1
+    out = json.loads((files / "out.json").read_text())
+    assert out["status"] == "failed" and "must protect" in out["variants"][0]["error"]
+
+
+@pytest.mark.parametrize("content, words", [(None, "cannot be read"), (b"\xff\xfe\x00", "UTF-8"), (b"   ", "empty")])
+def test_bad_prompt_files(tiny, tmp_path, capsys, content, words):
+    path = tmp_path / "p.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["run", "--prompt-file", str(path), "--no-save"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_locked_default_database_does_not_cost_the_run(tiny, files, monkeypatch, capsys):
+    monkeypatch.setenv("LAB_DATA", str(files / "data"))
+    from storage import default_path
+
+    path = default_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import duckdb, sys; c = duckdb.connect({str(path)!r}); print('held', flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        code = main(["run", "--prompt-file", str(files / "prompt.txt"), "--max-new-tokens", "3", "--json", str(files / "o.json")])
+        assert code == 0 and "another process" in capsys.readouterr().err
+        assert json.loads((files / "o.json").read_text())["status"] == "complete"
+    finally:
+        holder.kill()
+
+
+@pytest.mark.model
+def test_the_real_thing(tmp_path):
+    prompt = tmp_path / "p.txt"
+    prompt.write_text("The keeper of the lighthouse wrote one line each evening. " * 8 + "He wrote that", encoding="utf-8")
+    command = [
+        sys.executable, "-m", "lab", "run", "--model", "default", "--prompt-file", str(prompt), "--variant", "dense",
+        "--variant", "h2o(budget=0.25)+kivi(bits=2)", "--max-new-tokens", "8", "--seed", "0", "--json", str(tmp_path / "out.json"),
+        "--db", str(tmp_path / "r.duckdb"), "--device", "cpu",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    out = json.loads((tmp_path / "out.json").read_text())
+    dense, small = out["variants"]
+    assert dense["kv_bytes"] == dense["kv_bytes_dense"] and small["kv_bytes"] < 0.35 * dense["kv_bytes"]
+    assert dense["text"].strip() and small["kl_mean"] > 0 and "SmolLM2" in out["model"]["id"]

@@ -1,0 +1,68 @@
+"""The README says what is true: its table is the registry, its files and verbs exist, CI runs its command."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_techniques_is_the_registry():
+    from lab.cli.techniques import markdown
+
+    table = README.split("<!-- techniques -->")[1].split("<!-- /techniques -->")[0].strip()
+    assert table == markdown().strip(), "run: python -m lab techniques --markdown"
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_ci_finds_the_readmes_test_command():
+    script = (ROOT / ".ci" / "run").read_text()
+    program = re.search(r"awk '(.*?)' README", script).group(1)
+    found = subprocess.run(["awk", program, "README.md"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert found.startswith("python3 -m venv .venv") and found.endswith("-m pytest")
+    assert found in README
+
+
+def test_the_five_lines_of_the_readme_run(monkeypatch):
+    """The script under "Your own script", on a tiny model in place of NAME."""
+    import sys
+
+    sys.path.insert(0, str(ROOT / "tests" / "measure"))
+    import toy
+    import transformers
+    import torch
+
+    code = re.search(r"## Your own script.*?```python\n(.*?)```", README, re.S).group(1)
+    stand = toy.loaded()
+
+    class Tokenizer(toy.Words):
+        def __call__(self, text, return_tensors=None):
+            return {"input_ids": torch.tensor([[5, 9, 12, 30, 7, 8, 9, 22, 41, 40] * 8])}
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", classmethod(lambda cls, name: stand.model))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", classmethod(lambda cls, name: Tokenizer()))
+    scope = {"NAME": "tiny"}
+    exec(code, scope)
+    assert 0 < scope["cache"].kv_bytes and scope["cache"].kept_fraction < 1
+
+
+def test_import_contracts():
+    """import-linter's contracts of pyproject.toml hold."""
+    pytest.importorskip("importlinter")
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
+        cwd=ROOT, capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
