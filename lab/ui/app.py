@@ -30,6 +30,7 @@ def build(lab: Lab | None = None) -> gr.Blocks:
     lab = lab or default_lab()
     with gr.Blocks(title="Attention Lab", fill_width=True, analytics_enabled=False) as demo:
         view = gr.State("recorded" if lab.has_example else "")
+        followed = gr.State("recorded" if lab.has_example else "")  # what the other tabs show
         owner = gr.Textbox("", visible="hidden", label="visitor", elem_id="owner")
         header = gr.HTML(header_of(lab, "recorded"), apply_default_css=False, elem_id="header", js_on_load=TAB_BUTTONS)
         with gr.Tabs(elem_id="tabs") as tabs:
@@ -43,34 +44,39 @@ def build(lab: Lab | None = None) -> gr.Blocks:
                 table = runs.build(lab)
         for tab, name in ((tab_compare, "compare"), (tab_attention, "attention"), (tab_memory, "memory"), (tab_runs, "runs")):
             tab.select(None, None, None, js=TAB_ADDRESS.format(tab=name), **PRIVATE)
-        _compare_events(lab, c, view, owner)
+        ran = _compare_events(lab, c, view, owner)
         shown = [c.prompt, c.setup, c.settings, c.columns, c.charts, c.saved, c.banner, c.status, c.model]
         att.replay(attention.replayer(lab), None, [att, att_status], concurrency_id="model", show_progress="hidden",
                    trigger_mode="multiple", **PRIVATE)
-        view.change(follow(lab), view, [header, att, *mem, table], **QUIET)
-        table.open(opener(lab), c.settings, [view, tabs, *shown], **QUIET)
+        opened = table.open(opener(lab), c.settings, [view, tabs, *shown], **QUIET)
         arrived = demo.load(None, None, owner, js=OWNER, **PRIVATE)
-        arrived.then(arrival(lab), owner, [view, tabs, att, *shown], **QUIET).then(None, None, None, js=ARRIVED, **PRIVATE)
+        looked = arrived.then(arrival(lab), owner, [view, tabs, att, *shown], **QUIET)
+        looked.then(None, None, None, js=ARRIVED, **PRIVATE)
+        for event in (ran, opened, looked):
+            event.then(follow(lab), [view, followed], [followed, header, att, *mem, table], **QUIET)
     demo.queue(default_concurrency_limit=4, max_size=32)
     return demo
 
 
-def _compare_events(lab: Lab, c: compare.Parts, view: gr.State, owner: gr.Textbox) -> None:
+def _compare_events(lab: Lab, c: compare.Parts, view: gr.State, owner: gr.Textbox) -> Any:
     outputs = [c.columns, c.status, c.run, c.stop, view, c.saved, c.model, c.banner, c.charts]
-    c.run.click(compare.waiter(lab), None, c.stop, **QUIET)
-    c.run.click(compare.runner(lab), [c.prompt, c.setup, c.settings, owner], outputs, concurrency_id="model", concurrency_limit=1,
-                trigger_mode="once", show_progress="minimal", show_progress_on=c.status, **PRIVATE)
+    c.run.click(compare.waiter(lab), None, [c.stop, c.status], **QUIET)
+    ran = c.run.click(compare.runner(lab), [c.prompt, c.setup, c.settings, owner], outputs, concurrency_id="model",
+                      concurrency_limit=1, trigger_mode="once", show_progress="minimal", show_progress_on=c.status, **PRIVATE)
     c.stop.click(compare.stopper(lab), None, c.status, **QUIET)
     c.settings.preset(compare.apply_preset(lab), c.settings, [c.prompt, c.setup, c.settings, c.status], **QUIET)
     c.info.ready(lambda text: (compare.token_counter(lab)(text), cards.model_card(lab.facts(), lab.loaded)), c.prompt,
                  [c.info, c.model], **QUIET)
+    return ran
 
 
 def follow(lab: Lab) -> Any:
     """When another run is opened: header, map, figures and the marked line of the table follow."""
-    def moved(key: str) -> tuple[Any, ...]:
+    def moved(key: str, before: str) -> tuple[Any, ...]:
+        if key == before:
+            return tuple(gr.skip() for _ in range(8))
         run = lab.shelf.get(key)
-        return (header_of(lab, key), attention.value(lab, key), *memory.draw(lab, key),
+        return (key, header_of(lab, key), attention.value(lab, key), *memory.draw(lab, key),
                 {"current": run.record.get("run_id") if run else None})
     return moved
 

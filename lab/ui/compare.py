@@ -262,8 +262,9 @@ def describe(lab: Lab, variant: dict[str, Any]) -> dict[str, Any]:
 def waiter(lab: Lab) -> Any:
     """Run was pressed: whoever has to queue can still change their mind."""
     def wait(request: gr.Request) -> Any:
-        lab.wait(visitor_of(request))
-        return gr.Button(interactive=True)
+        busy = lab.wait(visitor_of(request))
+        told = cards.status("Another run is under way; yours waits for its turn.", busy=True) if busy else gr.skip()
+        return gr.Button(interactive=True), told
     return wait
 
 

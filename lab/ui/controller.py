@@ -234,11 +234,12 @@ class Lab:
         return facts.get("context") if facts else None
 
     # -- runs ---------------------------------------------------------------------------------------------------
-    def wait(self, visitor: str) -> None:
-        """A visitor pressed Run and may have to queue."""
+    def wait(self, visitor: str) -> bool:
+        """A visitor pressed Run; True when somebody else's run is under way, so that theirs has to queue."""
         with self._jobs_lock:
             if visitor not in self._jobs:
                 self._waiting[visitor] = False
+            return any(other != visitor for other in self._jobs)
 
     def begin(self, visitor: str) -> Job | None:
         """Register a visitor's job and return its stop signal; None when one is already under way.

@@ -44,7 +44,7 @@ def site():
 
     from . import fixture
 
-    lab = fixture.FakeLab(step_s=0.02)
+    lab = fixture.FakeLab(step_s=0.06)
     port = free_port()
     demo = serve(port, lab=lab, block=False, preload=False)
     yield f"http://127.0.0.1:{port}/", lab
