@@ -93,9 +93,8 @@ class Database:
         """Give it back; the last one closes the file, once all work in other threads has ended."""
         with self._guard:
             self._users -= 1
-            if (
-                self._users > 0 or os.getpid() != self._pid
-            ):  # A forked child must not touch its parent's file.
+            # A forked child must not touch its parent's file.
+            if self._users > 0 or os.getpid() != self._pid:
                 return
             if self.path is not None:
                 self._shared.pop(str(self.path), None)

@@ -180,7 +180,7 @@ def _apply(con: duckdb.DuckDBPyConnection, step: Migration) -> None:
 
 
 def _mark_added(con: duckdb.DuckDBPyConnection, table: str, paths: tuple[tuple[str, ...], ...]) -> None:
-    """Let rows written before a key had a column say in `rest` whether they have it, so as to come back so."""
+    """Let rows written before a key had a column say in `rest` whether they have it: `get` stays exact."""
     for rowid, rest in con.execute(f"SELECT rowid, rest FROM {table}").fetchall():
         con.execute(
             f"UPDATE {table} SET rest = CAST(? AS JSON) WHERE rowid = ?", [with_added(rest, paths), rowid]
