@@ -77,17 +77,18 @@ def plan(loss: torch.Tensor, cost: torch.Tensor, density: float) -> torch.Tensor
     start with everyone cheapest, and again and again grant the upgrade with the most loss removed per cost added.
     """
     heads, rules = loss.shape
+    cost = cost.double()
     chosen = torch.full((heads,), rules - 1)
-    spent = cost[rules - 1].double() * heads
+    spent = cost[rules - 1] * heads
     limit = density * heads + 1e-9
     while True:
         gain = loss.gather(1, chosen[:, None]) - loss  # [H, R]
         extra = cost.max(-1).values[None] - cost.max(-1).values[chosen][:, None]
-        fits = spent - cost[chosen].double()[:, None] + cost.double()[None] <= limit  # [H, R, lengths]
+        fits = spent - cost[chosen][:, None] + cost[None] <= limit  # [H, R, lengths]
         ratio = torch.where(fits.all(-1) & (gain > 0), gain / extra.clamp_min(1e-9), torch.full_like(gain, -1.0))
         best = int(ratio.argmax())
         if ratio.flatten()[best] <= 0:
             return chosen
         head, rule = divmod(best, rules)
-        spent += (cost[rule] - cost[chosen[head]]).double()
+        spent += cost[rule] - cost[chosen[head]]
         chosen[head] = rule

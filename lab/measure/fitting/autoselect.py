@@ -16,7 +16,7 @@ GRADIENTS = True
 
 
 def fit(
-    technique, model, tokenizer, progress, *, steps: int = 60, length: int = 192, width: int = 64, rate: float = 2e-3
+    technique, model, tokenizer, progress, *, steps: int = 60, length: int = 128, width: int = 64, rate: float = 2e-3
 ) -> dict[str, torch.Tensor]:
     """{"in_weight": [64, D], "in_bias": [64], "out_weight": [1, 64], "out_bias": [1], "loss": [steps]}."""
     config = model.config.get_text_config(decoder=True)

@@ -15,7 +15,7 @@ GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 10.0)
 PROBE = 1.5
 
 
-def fit(technique, model, tokenizer, progress, *, sequences: int = 3, length: int = 96) -> dict[str, torch.Tensor]:
+def fit(technique, model, tokenizer, progress, *, sequences: int = 2, length: int = 64) -> dict[str, torch.Tensor]:
     """{"gamma": [L, Hq] to apply, "effect": [L, Hq] change of the objective when a head alone gets the probe gamma}."""
     ids = samples(model, tokenizer, sequences, length)
     return search(model, lambda stack, probe: sum(entropy(forward(model, row, stack, probe)) for row in ids) / len(ids), progress)

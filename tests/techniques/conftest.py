@@ -1,0 +1,37 @@
+"""Calibrations of the tiny model, learnt once per test run, so that techniques that need one can be tested."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+import tiny_models
+from lab.engine.attach import attach
+
+
+def loaded():
+    """The tiny model as the loader would hand it over, without a tokenizer."""
+    model = attach(tiny_models.llama())
+    facts = SimpleNamespace(id="tiny-llama", revision="1", weights="float32")
+    model.lab_facts = facts
+    return SimpleNamespace(model=model, tokenizer=None, facts=facts)
+
+
+@pytest.fixture(scope="session")
+def calibrations(tmp_path_factory):
+    """A folder that LAB_CALIBRATION points to, with a file for every technique that learns."""
+    from lab.measure.calibrate import calibratable, calibrate, default_name
+
+    folder = tmp_path_factory.mktemp("calibration")
+    who = loaded()
+    for name in calibratable():
+        calibrate(name, who).save(folder / default_name(name, who))
+    before = os.environ.get("LAB_CALIBRATION")
+    os.environ["LAB_CALIBRATION"] = str(folder)
+    yield folder
+    if before is None:
+        os.environ.pop("LAB_CALIBRATION", None)
+    else:
+        os.environ["LAB_CALIBRATION"] = before

@@ -1,0 +1,222 @@
+"""ZeroTuning per head, ACT, massive activations, focus directions, stable sinks: each sheet's Test line."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lab.engine.cache import LabCache
+from lab.engine.sparse import attend
+from lab.errors import LabError
+from lab.measure.fitting.common import forward
+from lab.measure.fitting.focus_directions import mass
+from lab.measure.fitting.prompts import passkey
+from lab.measure.fitting.zerotuning import search
+from lab.techniques.act import ACT, LEAST_ROWS, calibrated
+from lab.techniques.focus_directions import split_softmax
+from lab.techniques.massive_activations import MassiveActivations, massive
+from lab.techniques.stable_sinks import stable
+from techniques.conftest import loaded
+from techniques.reading import context, differs, random, run, same
+
+
+# -- ZeroTuning ------------------------------------------------------------------------------------------------------
+def test_zerotuning_search_scales_the_majority_and_takes_the_best_factor():
+    """An objective that likes less attention on token 0 in head 1 of layer 0 and nothing else."""
+    def objective(stack, probe):
+        if not stack.techniques:
+            return 0.0
+        technique = stack.techniques[0]
+        if hasattr(technique, "table"):
+            return float((technique.table[0, 1].log() + 1.0).abs())
+        return 1.0 if (technique.layers, technique.heads) == ("0", "1") else -0.1
+
+    found = search(loaded().model, objective, lambda f, t: None)
+    assert found["effect"][0, 1] > 0 and (found["effect"] < 0).sum() == found["effect"].numel() - 1
+    assert (found["gamma"] == 1.0)[0, 1]  # the majority type is "up", so head 1 of layer 0 stays
+    assert len(found["objective"]) == len(found["grid"])
+
+
+@pytest.mark.usefixtures("calibrations")
+def test_calibrated_zerotuning_uses_its_table():
+    from lab.engine.learnt import find
+    from lab.techniques.zerotuning import ZeroTuning
+
+    technique = ZeroTuning(calibrated=True)
+    gamma = find(technique, loaded().model).tensors["gamma"]
+    edits = technique.edit(context(random(1, 4, 1, 16), random(1, 2, 9, 16), layer=1, layers=3, shared={"learnt/zerotuning": {"gamma": gamma}}))
+    torch.testing.assert_close(edits[0].bias, gamma[1].log())
+
+
+# -- ACT -------------------------------------------------------------------------------------------------------------
+def test_act_moves_mass_and_rows_still_sum_to_one():
+    p = random(2, 3, 7).softmax(-1)
+    sinks = torch.zeros(7, dtype=torch.bool)
+    sinks[[2, 5]] = True
+    got = calibrated(p, sinks, 0.4)
+    torch.testing.assert_close(got.sum(-1), torch.ones(2, 3))
+    torch.testing.assert_close(got[..., sinks], 0.4 * p[..., sinks])
+    others = got[..., ~sinks] / p[..., ~sinks]
+    torch.testing.assert_close(others, others[..., :1].expand_as(others))
+    assert torch.equal(calibrated(p, sinks & False, 0.4), p)
+    only = torch.tensor([0.0, 0.3, 0.7])
+    assert torch.equal(calibrated(only, torch.tensor([False, True, True]), 0.4), only)
+
+
+def test_act_finds_the_second_sink_only_and_is_causal():
+    n, d = 120, 8
+    q, k = 0.1 * random(1, 1, n, d), 0.1 * random(1, 1, n, d, seed=1)
+    q[..., 0] = 3
+    k[0, 0, 0, 0] = k[0, 0, 40, 0] = 4
+    technique = ACT(alpha=0.1, beta=0.4)
+    ctx = context(q, k, layer=5)
+    got = attend(ctx, [], [], [], technique.weigh, False, True).last[0, 0]
+    plain = (q[0, 0, -1] @ k[0, 0].mT * d**-0.5).softmax(-1)
+    assert got[40] == pytest.approx(0.4 * float(plain[40]), rel=1e-4) and got[0] > plain[0]
+    early = attend(context(q[:, :, :100], k[:, :, :100], layer=5), [], [], [], technique.weigh, False, True)
+    late = attend(context(q, k, layer=5), [], [], [], technique.weigh, False, True)
+    torch.testing.assert_close(early.out, late.out[:, :, :100])
+    assert LEAST_ROWS == 32
+
+
+def test_act_decode_continues_the_prompt_column_sums():
+    whole, _ = run("act(alpha=0.02)", prompt=112, steps=0)
+    pieces, rows = run("act(alpha=0.02)", prompt=100, steps=12)
+    a, b = (s.cache.lab_layers[2].state.get("act/sums") for s in (whole, pieces))
+    assert (a is None) == (b is None)
+    if a is not None:
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_act_neutral_beta_is_dense():
+    same("act(beta=1)")
+
+
+# -- massive activations -----------------------------------------------------------------------------------------------
+def test_a_planted_spike_is_found():
+    hidden = random(1, 10, 64)
+    hidden[0, 3, 7] = 5000.0
+    found = massive(hidden)
+    assert found.sum() == 1 and found[0, 3, 7]
+    assert not massive(hidden.clamp(-50, 50)).any()
+
+
+def test_overwriting_with_its_own_value_changes_nothing():
+    class Policy:
+        shared = {}
+
+    hidden = random(1, 10, 64)
+    hidden[0, 0, 7] = 5000.0
+    policy = Policy()
+    technique = MassiveActivations(mode="mean", calibration="unused")
+    policy.shared[f"learnt/{technique.name}"] = {"hidden": hidden[0, 0][None]}
+    assert torch.equal(technique.enter(policy, 0, hidden), hidden)
+    zeroed = MassiveActivations().enter(policy, 0, hidden)
+    assert zeroed[0, 0, 7] == 0 and (zeroed != hidden).sum() == 1
+
+
+def test_only_the_first_appearance_is_touched():
+    class Policy:
+        shared = {}
+
+    technique, policy, hidden = MassiveActivations(), Policy(), random(1, 10, 64)
+    hidden[0, 0, 7] = 5000.0
+    calm = hidden.clamp(-9, 9)
+    assert torch.equal(technique.enter(policy, 0, calm), calm)
+    assert technique.enter(policy, 1, hidden)[0, 0, 7] == 0
+    assert technique.enter(policy, 2, hidden)[0, 0, 7] == 5000.0
+
+
+def test_kv_bias_stands_for_an_evicted_first_token():
+    """With token 0's own key and value as the bias, dropping token 0 changes nothing."""
+    q, k, v = random(1, 4, 1, 8), random(1, 2, 30, 8, seed=1), random(1, 2, 30, 8, seed=2)
+    technique = MassiveActivations(mode="bias", calibration="unused")
+    table = {"key": k[0, None, :, 0].expand(10, -1, -1), "value": v[0, None, :, 0].expand(10, -1, -1)}
+    full = context(q, k, v)
+    want = attend(full, [], [], [], None, False, False)
+    gone = context(q, k, v, shared={f"learnt/{technique.name}": table})
+    gone.store.start_tracking()
+    keep = torch.ones(1, 2, 30, dtype=torch.bool)
+    keep[..., 0] = False
+    gone.store.keep(keep, 29)
+    got = attend(gone, [], [], [], technique.weigh, False, False)
+    torch.testing.assert_close(got.out, want.out)
+    torch.testing.assert_close(got.lse, want.lse)
+    full.shared.update(gone.shared)
+    torch.testing.assert_close(attend(full, [], [], [], technique.weigh, False, False).out, want.out)
+
+
+@pytest.mark.usefixtures("calibrations")
+def test_kv_bias_in_a_model_is_idle_while_token_0_is_there():
+    same("massive_activations(mode=bias)")
+
+
+# -- focus directions ----------------------------------------------------------------------------------------------------
+def test_split_softmax():
+    p = random(3, 8).softmax(-1)
+    inside = torch.arange(8) < 3
+    assert torch.equal(split_softmax(p, inside, 1.0), p) or torch.allclose(split_softmax(p, inside, 1.0), p)
+    got = split_softmax(p, inside, 0.5)
+    torch.testing.assert_close(got.sum(-1), torch.ones(3))
+    torch.testing.assert_close(got[..., inside].sum(-1), p[..., inside].sum(-1).sqrt())
+
+
+@pytest.mark.usefixtures("calibrations")
+def test_focus_neutral_settings_are_dense_and_learnt_ones_are_not():
+    same("focus_directions(alpha=0)")
+    same("focus_directions(mode=oracle,tau=1,relevant=3-9)")
+    differs("focus_directions(alpha=0.5)")
+    differs("focus_directions(mode=oracle,tau=0.3,relevant=3-9)")
+    with pytest.raises(LabError, match="relevant"):
+        run("focus_directions(mode=oracle)")
+
+
+@pytest.mark.usefixtures("calibrations")
+def test_mass_on_the_relevant_span_rises_with_alpha_on_training_prompts():
+    from lab.engine.stack import Stack
+
+    model = loaded().model
+    from lab.engine.learnt import find
+    from lab.techniques.focus_directions import FocusDirections
+
+    learnt = find(FocusDirections(), model).tensors
+    tasks = [passkey(model, None, 256, seed=500 + i) for i in range(8)]
+    head, got = int(learnt["gain"][0].argmax()), []  # the first layer's inputs do not depend on other heads' shifts
+    for alpha in (0.0, 0.5, 1.0):
+        total = []
+        for task in tasks:
+            def probe(ctx, out):
+                if ctx.layer == 0:
+                    rows = slice(task.answer - 1, task.ids.numel() - 1)
+                    k = ctx.store.exact_k.decode()[0].repeat_interleave(ctx.groups, 0)
+                    total.append(float(mass(ctx.q[0, :, rows], k, task, ctx.scale)[head].mean()))
+                return out
+
+            with torch.no_grad():
+                forward(model, task.ids, Stack.parse(f"focus_directions(alpha={alpha})"), probe)
+        got.append(sum(total) / len(total))
+    assert got[0] < got[1] < got[2]
+    assert math.isfinite(got[2])
+
+
+# -- stable sinks --------------------------------------------------------------------------------------------------------
+def test_stable_needs_most_votes():
+    votes = torch.tensor([10.0, 8.0, 7.9, 0.0])
+    assert stable(votes, 10, 0.8).tolist() == [True, True, False, False]
+
+
+def test_stable_sinks_keeps_the_recent_window_and_its_ledger():
+    session, _ = run("stable_sinks(budget=20)", prompt=100, steps=5)
+    for layer in session.cache.lab_layers:
+        assert layer.counts == [20] * len(layer.counts)
+        assert (layer.positions().amax(-1) == 104).all()
+        assert layer.state["stable_sinks/rows"] == 37
+    found, _ = run("stable_sinks(budget=1)", prompt=60, steps=2)
+    assert all(layer.counts == [62] * len(layer.counts) for layer in found.cache.lab_layers)
+    assert isinstance(found.cache, LabCache)
+
+
+def test_stable_sinks_full_budget_is_dense():
+    same("stable_sinks(budget=1)")
