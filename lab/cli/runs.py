@@ -17,23 +17,23 @@ def add(verbs: argparse._SubParsersAction) -> None:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--db", type=Path, default=argparse.SUPPRESS, help="the database (default: the lab's own)")
 
-    def verb(name: str, act: Callable, help: str) -> argparse.ArgumentParser:
+    def verb(name: str, act: Callable, help: str, reads: bool = False) -> argparse.ArgumentParser:
         sub = acts.add_parser(name, help=help, parents=[shared])
-        sub.set_defaults(act=lambda args: _with_store(args, act))
+        sub.set_defaults(act=lambda args: _with_store(args, act, reads))
         return sub
 
-    sub = verb("list", _list, "list runs, newest first")
+    sub = verb("list", _list, "list runs, newest first", reads=True)
     sub.add_argument("--search", help="words that must occur")
     sub.add_argument("--limit", type=int, default=50)
     sub.add_argument("--json", action="store_true", help="print JSON")
-    sub = verb("show", _show, "show one run")
+    sub = verb("show", _show, "show one run", reads=True)
     sub.add_argument("id")
     sub.add_argument("--json", nargs="?", const=Path("-"), type=Path, metavar="OUT", help="the whole record as JSON")
-    sub = verb("compare", _compare, "compare up to ten runs")
+    sub = verb("compare", _compare, "compare up to ten runs", reads=True)
     sub.add_argument("id", nargs="+")
     sub.add_argument("--all", action="store_true", help="also fields that agree")
     sub.add_argument("--json", action="store_true", help="print JSON")
-    sub = verb("export", _export, "write runs to a file")
+    sub = verb("export", _export, "write runs to a file", reads=True)
     sub.add_argument("id", nargs="+")
     sub.add_argument("--format", choices=("parquet", "csv", "json"))
     sub.add_argument("--out", type=Path, required=True)
@@ -51,10 +51,17 @@ def add(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("id", nargs="+")
 
 
-def _with_store(args: argparse.Namespace, act: Callable) -> int:
-    from storage import Store
+def _with_store(args: argparse.Namespace, act: Callable, reads: bool) -> int:
+    """Run `act` on the store; while the app holds the file, verbs that only read look at a copy."""
+    from storage import Store, StorageError
 
-    with Store.open(args.db) as store:
+    try:
+        store = Store.open(args.db)
+    except StorageError as error:
+        if not reads or error.reason != "locked":
+            raise
+        store = Store.open_snapshot(args.db)
+    with store:
         act(store, args)
     return 0
 
