@@ -312,6 +312,10 @@ class Technique:
         """Entries to leave when a decode step finds `entries`, more than `budget`; fewer than `budget` evicts in bursts."""
         return budget
 
+    def widths(self, encoder: "Technique") -> tuple[int, ...]:
+        """Widths below 16 that `tiers` may ask `encoder` for."""
+        return ()
+
     def tiers(
         self, ctx: "LayerContext", scores: torch.Tensor | None, keep: torch.Tensor | None
     ) -> torch.Tensor | None:

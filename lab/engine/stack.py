@@ -88,6 +88,8 @@ def conflicts(techniques: Iterable[Technique | type[Technique]]) -> list[str]:
             shared = [s for s in a.slots if s in b.slots and s in EXCLUSIVE]
             if shared:
                 out.append(f"{a.title} and {b.title} both fill the {shared[0]} slot, which holds one technique")
+    for t in chosen:
+        out += _untierable(t, chosen)
     names = {slot for t in chosen for slot in t.slots}
     for t in chosen:
         if "combine" in t.slots and "select" not in names:
@@ -95,6 +97,20 @@ def conflicts(techniques: Iterable[Technique | type[Technique]]) -> list[str]:
         if "reduce" in t.slots and "score" not in names and "allocate" not in names:
             out.append(f"{t.title} decides what happens to evicted entries and needs a technique that scores them")
     return out
+
+
+def _untierable(allocator: Technique | type[Technique], chosen: list) -> list[str]:
+    """Why the code of a stack cannot hold single entries at the widths its budget technique sets; [] when it can."""
+    if isinstance(allocator, type) or not allocator.sets_tiers:
+        return []
+    for encoder in chosen:
+        if "encode" in encoder.slots and not isinstance(encoder, type):
+            try:
+                for width in allocator.widths(encoder):
+                    encoder.at(width)
+            except LabError as problem:
+                return [f"{allocator.title} narrows single entries, but {problem.what.rstrip('.')}"]
+    return []
 
 
 def _parse_one(text: str, registry: Mapping[str, type[Technique]]) -> Technique:

@@ -86,6 +86,9 @@ class Arkv(Technique):
         """OQ over its maximum over layers, [L,B] from log OQ [L,B]; the largest is exactly 1."""
         return torch.exp(log_quality - log_quality.amax(0, keepdim=True))
 
+    def widths(self, encoder: Technique) -> tuple[int, ...]:
+        return (getattr(encoder, "bits", 8),)
+
     def leave(self, ctx: LayerContext, entries: int, budget: int) -> int:
         """An overflow drops a quarter of the past at once, so that the next steps are free."""
         past = max(0, entries - self.window)

@@ -105,6 +105,9 @@ class Dwb(Technique):
     def default_encoder(self) -> Technique:
         return IntCodes(bits=4)
 
+    def widths(self, encoder: Technique) -> tuple[int, ...]:
+        return WIDTHS[:-1]
+
     def observe(self, ctx: LayerContext) -> None:
         """In the last layer: how much each new row's attention varies over the entries it sees."""
         if ctx.layer == ctx.layers - 1:

@@ -17,13 +17,13 @@ LARGEST = 448.0  # of float8 e4m3
 
 @dataclass(frozen=True)
 class FloatCodec:
-    """float8 e4m3 with one half-precision scale per token and head."""
+    """float8 e4m3 with one bfloat16 scale per token and head."""
 
     bits: ClassVar[int] = 8
     block: ClassVar[int] = 1
 
     def encode(self, x: torch.Tensor, pos: torch.Tensor) -> tuple[Fields, Fields]:
-        scale = half_above(x.float().abs().amax(-1, keepdim=True) / LARGEST)
+        scale = brain_above(x.float().abs().amax(-1, keepdim=True) / LARGEST)
         step = scale.float()
         scaled = x.float() / torch.where(step == 0, torch.ones_like(step), step)
         return {"codes": scaled.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8), "scale": scale}, {}
@@ -71,8 +71,11 @@ class Fp8(Technique):
         return entries * (head_dim + 2)
 
 
-def half_above(x: torch.Tensor) -> torch.Tensor:
-    """The smallest half-precision number not below x >= 0; a number that already is one stays, so coding is stable."""
-    near = x.half()
-    up = (near.view(torch.int16) + 1).view(torch.float16)
+def brain_above(x: torch.Tensor) -> torch.Tensor:
+    """The smallest bfloat16 number not below x >= 0; one that already is stays, so that coding twice changes nothing.
+
+    bfloat16 rather than half precision: tiny vectors would get scales too coarse to hit the largest code.
+    """
+    near = x.bfloat16()
+    up = (near.view(torch.int16) + 1).view(torch.bfloat16)
     return torch.where(near.float() < x, up, near)
