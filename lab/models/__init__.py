@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lab.models.facts import ModelFacts
-    from lab.models.load import LoadedModel, load
+    from lab.models.loader import LoadedModel, load
     from lab.models.quality import measure_weights_kl
 
 __all__ = ["LoadedModel", "ModelFacts", "load", "measure_weights_kl"]
 
-_HOMES = {"LoadedModel": "load", "load": "load", "ModelFacts": "facts", "measure_weights_kl": "quality"}
+_HOMES = {"LoadedModel": "loader", "load": "loader", "ModelFacts": "facts", "measure_weights_kl": "quality"}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ _SERVED_LAYERS = frozenset({
     "full_attention", "sliding_attention", "linear_attention", "conv", "mlp", "moe", "sparse", "dense",
 })
 _CALLS_INTERFACE = "ALL_ATTENTION_FUNCTIONS.get_interface("
+_FAILURES = (AttributeError, TypeError, ValueError, RuntimeError, LookupError, AssertionError, ImportError)
 _PROBE_TOKENS = 11
 _PROBE_ERROR = {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 
@@ -70,26 +71,37 @@ def check_hook(model: PreTrainedModel) -> None:
     # Spread over the vocabulary, so that no two tokens are alike and none is a special low id.
     ids = (torch.arange(1, _PROBE_TOKENS + 1, device=device) * 7919 % vocab)[None]
     with torch.inference_mode():
-        dense = model(ids, use_cache=False).logits[:, -2:].float()
+        try:
+            dense = model(ids, use_cache=False).logits[:, -2:].float()
+        except _FAILURES as error:
+            _pass_on_memory(error)
+            raise LabError(f"{name} cannot be run even with transformers' own attention ({_brief(error)})") from error
         try:
             attach(model)
             cache = LabCache(model)
             first = model(ids[:, :-1], past_key_values=cache).logits[:, -1:]
             hooked = torch.cat([first, model(ids[:, -1:], past_key_values=cache).logits[:, -1:]], 1).float()
-        except LabError:
-            raise
-        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError, AssertionError) as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
+        except _FAILURES as error:
+            _pass_on_memory(error)
             detach(model)
             raise LabError(f"{name} works on the keys or values that its cache returns, which the lab's cache keeps "
-                           f"to itself ({type(error).__name__}: {str(error)[:120]})", WORKS) from error
+                           f"to itself ({_brief(error)})", WORKS) from error
     spread = (dense - dense.mean(-1, keepdim=True)).norm().clamp_min(1e-6)
     error = float((hooked - dense).norm() / spread)
     if not error < _PROBE_ERROR.get(model.dtype, 0.1):
         detach(model)
         raise LabError(f"{name} gives other logits under the lab's attention (relative difference {error:.2g}): "
                        "it masks or changes attention in a way the attention function does not see", WORKS)
+
+
+def _pass_on_memory(error: Exception) -> None:
+    """Re-raise what says nothing about the architecture."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        raise error
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:120]}"
 
 
 def _check_attention(config: PreTrainedConfig, name: str, source: str) -> None:

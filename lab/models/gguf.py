@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lab.errors import LabError
-from lab.models.places import Progress, nothing
-from lab.models.quiet import quiet
+from lab.models.places import Progress, nothing, part
+from lab.models.quiet import bars_to, quiet
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -81,8 +81,11 @@ def convert(path: Path, folder: Path, progress: Progress = nothing) -> None:
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(**where)
-            progress(0.3, f"Decoding the weights of {path.name}, once; this can take a minute")
-            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            share = part(progress, 0.3, 0.85)
+            text = f"Decoding the weights of {path.name}, once"
+            share(0.0, text)
+            with bars_to(lambda fraction: share(fraction, text)):
+                model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except ImportError as error:
         raise LabError(f"Reading GGUF files needs the gguf package ({error})", fix="Run `pip install gguf`") from error
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:

@@ -52,14 +52,20 @@ def local_snapshot(repo: str) -> Snapshot | None:
 
 
 def fetch(repo: str, progress: Progress = nothing) -> Snapshot:
-    """Download ``repo``'s safetensors, config and tokenizer, or find them already here.
+    """Download ``repo``'s safetensors, config and tokenizer, unless a complete copy is on this disk already.
+
+    A copy that is here is used without asking, so that a model stays the one that earlier runs recorded; deleting it
+    from the Hugging Face cache fetches the newest.
 
     Raises:
-        Unreachable: no answer within ``ANSWER_SECONDS``, and no complete copy on this disk.
+        Unreachable: no answer within ``ANSWER_SECONDS``.
         LabError: no such model, a gated one, or one without safetensors weights.
     """
     from huggingface_hub import HfApi, errors, snapshot_download
 
+    found = local_snapshot(repo)
+    if found is not None:
+        return found
     progress(0.0, f"Asking huggingface.co for {repo}")
     try:
         info = _within(ANSWER_SECONDS, lambda: HfApi().model_info(repo, timeout=ANSWER_SECONDS, files_metadata=True))
@@ -71,20 +77,16 @@ def fetch(repo: str, progress: Progress = nothing) -> Snapshot:
     except errors.HFValidationError as error:
         raise _unknown(repo) from error
     except Exception as error:  # the transport's own classes differ between huggingface_hub versions
-        found = local_snapshot(repo)
-        if found is not None:
-            return found
         raise _no_answer(repo, error) from error
     sizes = {item.rfilename: item.size or 0 for item in info.siblings or []}
     _refuse_unsafe(repo, sizes)
     wanted = sum(size for name, size in sizes.items() if name.endswith((".safetensors", ".json", ".model")))
     try:
-        folder = snapshot_download(repo, revision=info.sha, allow_patterns=_WANTED,
-                                   tqdm_class=_bar(repo, wanted, progress))
+        folder = Path(snapshot_download(repo, allow_patterns=_WANTED, tqdm_class=_bar(repo, wanted, progress)))
     except Exception as error:
         raise LabError(f"The download of {repo} broke off: {_first_line(error)}",
                        fix="Try again; what has arrived is kept and the rest is fetched") from error
-    return Snapshot(Path(folder), str(info.sha))
+    return Snapshot(folder, folder.name)
 
 
 def _refuse_unsafe(repo: str, files: dict[str, int]) -> None:

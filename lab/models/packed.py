@@ -17,9 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lab.models.head import PackedHead
 from lab.models.stores import Store, make_store
 
-_SMALLEST = 64
+_SMALLEST = 32
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
@@ -149,7 +150,8 @@ def find_siblings(model: PreTrainedModel) -> list[list[str]]:
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(recorder(name)) for name in names]
     try:
-        with torch.no_grad():
+        # Not in inference mode, even inside a caller's: only ordinary tensors count their versions.
+        with torch.inference_mode(False), torch.no_grad():
             model(torch.tensor([[1, 2]], device=model.device), use_cache=False)
     finally:
         for hook in hooks:
@@ -171,8 +173,9 @@ def pack(
 ) -> Packing:
     """Replace the linear layers named in ``groups`` by packed ones, in place.
 
-    A head tied to the embedding gets its own packed copy; the embedding stays as it is for look-up. In mode int4 the
-    head is held in int8: it alone would cost more than all other matrices together.
+    The head gets a packed copy, and its float32 weights stay: they are the embedding where the two are tied, and the
+    likeliest tokens are computed from them (see ``head``). In mode int4 the head is held in int8: in int4 it alone
+    would cost more than all other matrices together.
 
     Args:
         mode: one of ``stores.MODES``.
@@ -191,10 +194,13 @@ def pack(
             held = "int8" if mode == "int4" and head in modules else mode
             store = make_store(torch.cat(weights) if len(weights) > 1 else weights[0], held)
             del weights
-        linear = PackedLinear(store, _bias(modules))
-        siblings = Siblings(linear, widths)
+        if modules == [head] and mode != "float32":
+            linear: nn.Module = PackedHead(store, _head_weight(head), head.bias)
+        else:
+            linear = PackedLinear(store, _bias(modules))
+        siblings = Siblings(linear, widths) if isinstance(linear, PackedLinear) and len(names) > 1 else None
         for index, name in enumerate(names):
-            _swap(model, name, linear if len(names) == 1 else FusedLinear(siblings, index), packing, keep)
+            _swap(model, name, linear if siblings is None else FusedLinear(siblings, index), packing, keep)
         packing.stores[names[0]] = store
         packing.layers += len(names)
         del modules
@@ -217,6 +223,13 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 def _weight(module: nn.Module) -> torch.Tensor:
     """W [N, K] of a linear layer; GPT-2's Conv1D holds it transposed."""
     return module.weight.detach().t() if type(module) is Conv1D else module.weight.detach()
+
+
+def _head_weight(head: nn.Module) -> nn.Parameter:
+    """The head's own parameter, not a view of it, so that it stays one with a tied embedding."""
+    if type(head) is Conv1D:
+        return nn.Parameter(_weight(head).contiguous(), requires_grad=False)
+    return head.weight
 
 
 def _bias(modules: list[nn.Module]) -> torch.Tensor | None:

@@ -62,7 +62,7 @@ def nothing(fraction: float, text: str) -> None:
 
 def part(progress: Progress, start: float, stop: float) -> Progress:
     """A listener for a sub-task that covers [start, stop] of ``progress``."""
-    return lambda fraction, text: progress(start + (stop - start) * min(max(fraction, 0.0), 1.0), text)
+    return lambda fraction, text: progress(round(start + (stop - start) * min(max(fraction, 0.0), 1.0), 6), text)
 
 
 @contextmanager

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from typing import TextIO
+
+_BAR = re.compile(r"(\d+)%\|")
 
 
 @contextmanager
@@ -20,3 +26,28 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def bars_to(heard: Callable[[float], None]) -> Iterator[None]:
+    """Inside, bars drawn on stderr call ``heard`` with their fraction instead; other text is printed as ever."""
+    with redirect_stderr(_Listener(sys.stderr, heard)):
+        yield
+
+
+class _Listener(io.TextIOBase):
+    """A stderr that turns tqdm's bars into numbers."""
+
+    def __init__(self, behind: TextIO, heard: Callable[[float], None]) -> None:
+        self._behind, self._heard = behind, heard
+
+    def write(self, text: str) -> int:
+        bar = _BAR.search(text)
+        if bar:
+            self._heard(int(bar[1]) / 100)
+        elif text.strip("\r\n \x1b[A"):  # a bar's leftovers: line ends and cursor moves
+            self._behind.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._behind.flush()

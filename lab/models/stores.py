@@ -20,7 +20,7 @@ import torch
 
 from lab.models.quantise import GROUP, quantise_int4, quantise_int8, unpack_int4
 
-_MANY_ROWS = 24
+MANY_ROWS = 24
 _BLOCK = 4096
 _NARROW_SLAB = 32
 
@@ -36,6 +36,11 @@ def kernels_only() -> Iterator[None]:
         yield
     finally:
         _kernels_only = before
+
+
+def using_kernels() -> bool:
+    """Whether this runs inside ``kernels_only``."""
+    return _kernels_only
 
 
 class Store(ABC):
@@ -73,9 +78,12 @@ class FloatStore(Store):
         slabs = torch.get_num_threads()
         while self.rows % slabs or self.rows // slabs < _NARROW_SLAB and slabs > 1:
             slabs -= 1
-        # [slabs, K, N/slabs]: transposed in memory where that reads faster, else a view of the rows as they are.
-        slab = weight.detach().float().view(slabs, self.rows // slabs, self.columns).transpose(1, 2)
-        self.slabs = slab.contiguous() if self.rows > self.columns else slab
+        # [slabs, K, N/slabs]: transposed in memory where that reads faster, else the rows as they are. Copied either
+        # way: what safetensors hands out is mapped from the file, and dies with it when somebody rewrites that file.
+        slab = weight.detach().float().reshape(slabs, self.rows // slabs, self.columns).transpose(1, 2)
+        wide = self.rows > self.columns
+        self.slabs = (slab.clone(memory_format=torch.contiguous_format) if wide
+                      else slab.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2))
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if self.slabs.shape[0] == 1:
@@ -98,7 +106,7 @@ class BFloat16Store(Store):
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.rows, self.columns = weight.shape
-        self.weight = weight.detach().to(torch.bfloat16)
+        self.weight = weight.detach().to(torch.bfloat16).contiguous()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x.to(torch.bfloat16), self.weight).float()
@@ -122,7 +130,7 @@ class Int8Store(Store):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(torch.bfloat16)
-        if x.shape[0] < _MANY_ROWS or _kernels_only:
+        if x.shape[0] < MANY_ROWS or _kernels_only:
             return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scales).float()
         out = x.new_empty(x.shape[0], self.rows, dtype=torch.float32)
         for at in range(0, self.rows, _BLOCK):  # in blocks, so that the unpacked piece stays in the processor's cache
@@ -137,6 +145,9 @@ class Int8Store(Store):
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
+
+
+PARTS = ("packed", "nibbles", "affine")
 
 
 class Int4Store(Store):
@@ -157,16 +168,16 @@ class Int4Store(Store):
     def restored(cls, parts: dict[str, torch.Tensor]) -> Int4Store:
         """A store from another one's ``parts``, made on the same kind of processor."""
         store = cls.__new__(cls)
-        store._hold(parts)
+        store._hold({name: tensor.clone() for name, tensor in parts.items()})  # no longer mapped from a file
         return store
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
         """The tensors that ``restored`` needs; searching for the scales takes seconds, reading them does not."""
-        return {"packed": self.packed, "nibbles": self.nibbles, "affine": self.affine}
+        return {name: getattr(self, name) for name in PARTS}
 
     def _hold(self, parts: dict[str, torch.Tensor]) -> None:
-        self.packed, self.nibbles, self.affine = parts["packed"], parts["nibbles"], parts["affine"]
+        self.packed, self.nibbles, self.affine = (parts[name] for name in PARTS)
         self.rows, self.columns = self.nibbles.shape[0], self.nibbles.shape[1] * 2
         self.kernel_affine = self.affine.transpose(0, 1).contiguous()
 
@@ -177,7 +188,7 @@ class Int4Store(Store):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(torch.bfloat16)
-        if x.shape[0] < _MANY_ROWS or _kernels_only:
+        if x.shape[0] < MANY_ROWS or _kernels_only:
             return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, GROUP, self.kernel_affine).float()
         pieces = []
         for at in range(0, self.rows, _BLOCK):

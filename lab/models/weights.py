@@ -17,10 +17,10 @@ from lab.models.norms import replace_norms
 from lab.models.packed import Packing, find_siblings, pack
 from lab.models.places import Progress, cache_dir
 from lab.models.record import Record, machine
-from lab.models.stores import Int4Store, Store
+from lab.models.stores import PARTS, Int4Store, Store
 
 # The revision of the quantiser; a change here makes kept files and measurements be made anew.
-_VERSION = 1
+_VERSION = 2
 _BY_BYTES = ("int4", "int8")
 
 
@@ -113,7 +113,7 @@ def _read(path: Path) -> dict[str, Store]:
     try:
         tensors = load_file(path)
         names = {name.rpartition("|")[0] for name in tensors}
-        return {name: Int4Store.restored({part: tensors[f"{name}|{part}"] for part in ("packed", "nibbles", "affine")})
+        return {name: Int4Store.restored({part: tensors[f"{name}|{part}"] for part in PARTS})
                 for name in names}
     except (OSError, SafetensorError, KeyError):
         return {}

@@ -81,6 +81,7 @@ def load(
             if chosen.weights is not None:
                 held, kl = packing.hold_weights(model, tokenizer, chosen.weights, located.key, record,
                                                 part(progress, 0.8, 1.0))
+            _own_memory(model)
         except (torch.cuda.OutOfMemoryError, MemoryError) as error:
             gc.collect()
             if torch.cuda.is_available():
@@ -90,6 +91,7 @@ def load(
     facts = describe(model, parameters, id=located.id, source=source, revision=located.revision,
                      dtype=chosen.dtype_name, weights=held, weights_kl=kl)
     progress(1.0, f"{located.id} is ready")
+    model.lab_facts, model.lab_tokenizer = facts, tokenizer  # what calibration files are matched with and learnt from
     return LoadedModel(model, tokenizer, facts)
 
 
@@ -140,6 +142,13 @@ def _model(located: Located, config: PreTrainedConfig, chosen: devices.Plan) -> 
     if chosen.device_map is None and chosen.device.type != "cpu":
         model = model.to(chosen.device)
     return model.eval().requires_grad_(False)
+
+
+def _own_memory(model: PreTrainedModel) -> None:
+    """Copy CPU parameters out of the mapped safetensors file, whose rewriting would otherwise end this process."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _tokenizer(located: Located) -> PreTrainedTokenizerBase:
