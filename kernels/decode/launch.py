@@ -88,16 +88,18 @@ def run(
     bounds = part_lse if threshold is None else threshold.float().expand(batch, heads).contiguous()
     columns = config.heads_padded(group)
     overlap = overlaps(q)
-    locals_ = []
+    locals_: list = [None] * len(tiers)
     first = 0
     chained = False
-    for t, p, count in zip(tiers, plans, counts):
+    # narrow tiers first: they are bound by arithmetic and overlap well with the wide ones, bound by memory
+    for n in sorted(range(len(tiers)), key=lambda n: tiers[n].bits):
+        t, p, count = tiers[n], plans[n], counts[n]
         dot = _FLOAT[t.k.dtype] if t.bits == 16 else (tl.float32 if q.dtype == torch.float32 else tl.float16)
         pointers, sizes = _code_arguments(t, dim, columns)
         tiles = count * p.chunk // p.tile
         weights = torch.empty(t.slots, group, dtype=torch.float16, device=device) if want_mass else part_lse
         tops = torch.empty(lanes, tiles, group, dtype=torch.float32, device=device) if want_mass else part_lse
-        locals_.append((weights, tops, tiles, p.tile))
+        locals_[n] = (weights, tops, tiles, p.tile)
         options = {} if p.registers is None or interpreting() else {"maxnreg": p.registers}
         if chained:
             options["launch_pdl"] = True  # tiers do not depend on each other: let their launches overlap

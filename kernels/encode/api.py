@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels import codes
-from kernels.backend import choose
+from kernels.backend import choose, interpreting
 from kernels.decode.reference import dequantise
 from kernels.decode.tier import TierView
 
@@ -41,6 +41,7 @@ def encode_tokens(
         encode_kernel[(triton.cdiv(n, 16),)](
             x.contiguous(), slots, *out, n, D=dim, BITS=bits, GROUP=group, GP=triton.next_power_of_2(group), W=width,
             WP=triton.next_power_of_2(width), BR=16, num_warps=4,
+            **({} if interpreting() else {"enable_fp_fusion": False}),  # the CPU's codes, bit for bit
         )
     return out
 

@@ -67,8 +67,9 @@ def scatter_kernel(x_ptr, slot_ptr, out_ptr, D: tl.constexpr, DP: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, DP)
     slot = tl.load(slot_ptr + r).to(tl.int64)
-    x = tl.load(x_ptr + r * D + d, mask=d < D, other=0.0)
-    tl.store(out_ptr + slot * D + d, x.to(out_ptr.dtype.element_ty), mask=(d < D) & (slot >= 0))
+    if slot >= 0:
+        x = tl.load(x_ptr + r * D + d, mask=d < D, other=0.0)
+        tl.store(out_ptr + slot * D + d, x.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 @triton.jit

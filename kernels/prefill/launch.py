@@ -13,7 +13,7 @@ from kernels.prefill.triton_mass import mass_kernel
 # (rows, keys, warps, stages, stages at the edges) of a tile, by padded head_dim; measured on one H100
 # (benchmarks/NOTES.md holds the alternatives that lost)
 FORWARD = {64: (128, 128, 8, 3, 1), 128: (128, 128, 8, 3, 1), 256: (64, 64, 4, 2, 1)}
-BANDED = {64: (128, 128, 8, 2, 1), 128: (128, 128, 8, 2, 1), 256: (64, 64, 4, 2, 1)}
+BANDED = {64: (64, 64, 4, 3, 3), 128: (64, 64, 4, 3, 3), 256: (64, 64, 4, 2, 1)}
 UNNORMALISED = {64: (128, 64, 8, 3, 1), 128: (128, 64, 8, 3, 1), 256: (64, 64, 4, 2, 1)}
 FEW_ROWS = {64: (64, 64, 4, 3, 3), 128: (64, 64, 4, 3, 3), 256: (64, 64, 4, 2, 2)}
 MASS = {64: (128, 64, 4, 3, 1), 128: (128, 128, 4, 2, 1), 256: (64, 64, 4, 2, 1)}

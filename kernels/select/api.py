@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from kernels.backend import choose, overlaps
+from kernels.backend import choose
 from kernels.decode.tier import TierView
 from kernels.select import reference
 
@@ -54,7 +54,7 @@ def page_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, l
     score_kernel[(triton.cdiv(pages, bp), lanes)](
         rows.contiguous(), low, low if high is None else high, length, out, pages, PAGE=page, G=group,
         NQ=max(8, triton.next_power_of_2(group)), D=dim, DP=max(16, triton.next_power_of_2(dim)), BP=bp, MEAN=high is None,
-        PDL=overlaps(q), num_warps=2,
+        num_warps=2,
     )
     return out
 
@@ -72,12 +72,24 @@ def top_pages(scores: torch.Tensor, length: torch.Tensor, count: int, page: int 
     from kernels.select.triton_pages import top_kernel
 
     lanes, pages = scores.shape
+    scores = scores.contiguous()
     out = torch.empty(lanes, count, dtype=torch.int32, device=scores.device)
-    padded = max(16, triton.next_power_of_2(max(pages, count)))
-    overlap = overlaps(scores)
-    top_kernel[(lanes,)](scores.contiguous(), length, out, pages, count, PAGE=page, PP=padded, LAST=always_last,
-                         PDL=overlap, num_warps=4 if padded <= 2048 else 8 if padded <= 8192 else 16,
-                         **({"launch_pdl": True} if overlap else {}))
+
+    def launch(source: torch.Tensor, target: torch.Tensor, parts: int, padded: int, given: int) -> None:
+        top_kernel[(lanes, parts)](
+            scores, length, source, target, pages, count, given, PAGE=page, PP=padded, LAST=always_last, GIVEN=given > 0,
+            num_warps=4 if padded <= 1024 else 8 if padded <= 8192 else 16,
+        )
+
+    slice_ = max(512, triton.next_power_of_2(4 * count))
+    parts = triton.cdiv(pages, slice_)
+    if parts <= 2:
+        launch(length, out, 1, triton.next_power_of_2(max(16, pages, count)), 0)
+    else:
+        # one program per slice finds its own best, a second round picks among those: many multiprocessors, same answer
+        best = torch.empty(lanes, parts * count, dtype=torch.int32, device=scores.device)
+        launch(length, best, parts, slice_, 0)
+        launch(best, out, 1, triton.next_power_of_2(parts * count), parts * count)
     return out
 
 

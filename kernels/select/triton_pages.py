@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -35,11 +34,9 @@ def summary_kernel(
 def score_kernel(
     q_ptr, low_ptr, high_ptr, len_ptr, score_ptr, pages,
     PAGE: tl.constexpr, G: tl.constexpr, NQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr,
-    MEAN: tl.constexpr, PDL: tl.constexpr,
+    MEAN: tl.constexpr,
 ):
     """Scores of BP pages of one lane: sum_c max(q_c low_c, q_c high_c) is two products, q+ with high and q- with low."""
-    if PDL:
-        gdc_launch_dependents()
     lane = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     have = tl.cdiv(tl.load(len_ptr + lane).to(tl.int32), PAGE)
@@ -66,29 +63,34 @@ def score_kernel(
 
 @triton.jit
 def top_kernel(
-    score_ptr, len_ptr, out_ptr, pages, count, PAGE: tl.constexpr, PP: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
+    score_ptr, len_ptr, list_ptr, out_ptr, pages, count, given,
+    PAGE: tl.constexpr, PP: tl.constexpr, LAST: tl.constexpr, GIVEN: tl.constexpr,
 ):
-    """The best `count` pages of one lane in ascending order.
+    """The best `count` of PP candidates of one lane in ascending order, -1 where there are fewer.
 
-    The count-th largest score is found two bits at a time on an order-preserving integer image of the floats: 16
-    counting passes over registers, no sort. Each pass counts against three bounds at once, packed in one 64-bit sum.
-    Ties go to the lower page.
+    Candidates are the pages PP*program .. of the lane, or with GIVEN the pages named in list_ptr [lanes, given]. The
+    count-th largest score is found two bits at a time on an order-preserving integer image of the floats: 16 counting
+    passes over registers, no sort. Each pass counts against three bounds at once, packed in one 64-bit sum. Ties go to
+    the lower page.
     """
     lane = tl.program_id(0).to(tl.int64)
     have = tl.cdiv(tl.load(len_ptr + lane).to(tl.int32), PAGE)
-    p = tl.arange(0, PP)
-    if PDL:
-        gdc_wait()
-    s = tl.load(score_ptr + lane * pages + p, mask=p < pages, other=float("-inf"))
+    i = tl.arange(0, PP)
+    if GIVEN:
+        p = tl.load(list_ptr + lane * given + i, mask=i < given, other=-1)
+    else:
+        p = tl.program_id(1) * PP + i
+    real = (p >= 0) & (p < have)
+    s = tl.load(score_ptr + lane * pages + p, mask=real, other=float("-inf"))
     bits = (s + 0.0).to(tl.int32, bitcast=True)  # -0 becomes +0
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     if LAST:
         key = tl.where(p == have - 1, 0x7FFFFFFF, key)
-    key = tl.where(p < have, key, -0x80000000)
-    want = tl.minimum(count, have)
+    key = tl.where(real, key, -0x80000000)
+    want = tl.minimum(count, tl.sum(real.to(tl.int32), 0))
     bound = tl.full([1], -0x80000000, tl.int32)
-    for i in tl.static_range(16):
-        step = tl.full([1], 1, tl.int32) << (30 - 2 * i)
+    for n in tl.static_range(16):
+        step = tl.full([1], 1, tl.int32) << (30 - 2 * n)
         n1 = (key >= bound + step).to(tl.int64)
         n2 = (key >= bound + step * 2).to(tl.int64)
         n3 = (key >= bound + step * 3).to(tl.int64)
@@ -98,10 +100,10 @@ def top_kernel(
         more += ((packed >> 42) >= want).to(tl.int32)
         bound += step * more
     above = key > bound
-    tie = (key == bound) & (p < have)
+    tie = (key == bound) & real
     rest = want - tl.sum(above.to(tl.int32), 0)
     keep = above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= rest))
     place = tl.cumsum(keep.to(tl.int32), 0) - 1
-    tl.store(out_ptr + lane * count + place, p, mask=keep)
-    empty = want + p
-    tl.store(out_ptr + lane * count + empty, tl.full([PP], -1, tl.int32), mask=empty < count)
+    out = out_ptr + (lane * tl.num_programs(1) + tl.program_id(1)) * count
+    tl.store(out + place, p, mask=keep)
+    tl.store(out + want + i, tl.full([PP], -1, tl.int32), mask=want + i < count)

@@ -53,6 +53,14 @@ def test_top_pages_with_ties(count, last):
     assert torch.equal(got, select.top_pages(scores, length, count, always_last=last, impl="torch"))
 
 
+def test_top_pages_in_two_rounds():
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randint(0, 200, (2, 1700), generator=generator).float().to(DEVICE)
+    length = torch.tensor([27200, 9000], dtype=torch.int32, device=DEVICE)
+    got = select.top_pages(scores, length, 20, impl="triton")
+    assert torch.equal(got, select.top_pages(scores, length, 20, impl="torch"))
+
+
 @pytest.mark.parametrize("bits", [16, 4])
 def test_reading_selected_pages(bits):
     tier, q = world()
