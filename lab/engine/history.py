@@ -27,6 +27,15 @@ class History:
         self.death[b, h, where] = row + 1
         self.bits[b, h, where] = 0
 
+    def skipped(self, entered: torch.Tensor, first: int, count: int) -> None:
+        """Of the `count` positions from `first` on only first + entered (int64 [T']) reached this layer; no row saw the rest."""
+        self._room(first + count)
+        gone = torch.ones(count, dtype=torch.bool)
+        gone[entered.cpu()] = False
+        where = first + gone.nonzero().flatten()
+        self.death[:, :, where] = where.to(torch.int32)
+        self.bits[:, :, where] = 0
+
     def coded(self, pos: torch.Tensor, bits: int, row: int, flags: torch.Tensor | None = None) -> None:
         """Entries at pos int [B,Hk,N] went down to `bits` after row `row` had attended; flags bool picks some of them."""
         where = pos.cpu()

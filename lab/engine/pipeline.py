@@ -14,6 +14,7 @@ from lab.engine.history import History
 from lab.engine.layer import Handle, LabLayer
 from lab.engine.policy import Policy
 from lab.engine.slots import Band, ColumnBias
+from lab.errors import LabError
 
 
 @dataclass
@@ -65,6 +66,11 @@ def _append(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> Laye
         pos_q = (call.mask.long().cumsum(-1) - 1)[:, -rows:].masked_fill(~keep, -1)
     trimmed = policy.trimmed if handle.fresh and policy.trimmed is not None and policy.trimmed.shape[0] == rows else None
     if trimmed is not None:
+        if keep is not None and not bool(call.mask.all()):
+            raise LabError(
+                f"{policy.trimmer.title} cannot choose among the tokens of padded prompts", "All prompts of a batch have one length",
+                "Feed the prompts one at a time",
+            )
         store.start_tracking()
         pos_q = (first + trimmed).expand(q.shape[0], -1)
     if policy.movers and handle.fresh:
@@ -80,6 +86,8 @@ def _append(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> Laye
             pos = pos_q if pos_q is not None else line.expand(q.shape[0], -1)
         store.append(handle.k, handle.v, pos, keep)
         if trimmed is not None:
+            if store.history is not None:
+                store.history.skipped(trimmed, first, rows + policy.skipped)
             store.seen += policy.skipped
             first = store.seen - rows
     return _context(policy, store, q, call, first, pos_q)

@@ -61,7 +61,8 @@ class TopTheta(Technique):
         if "top_theta/sum" in ctx.state:
             total = total + ctx.state["top_theta/sum"]
         ctx.state["top_theta/sum"] = total[:, :, -1:].clone()
-        count = torch.arange(ctx.first + 1, ctx.first + 1 + rows, device=total.device).view(1, 1, -1, 1)
+        seen = torch.arange(ctx.first, ctx.first + rows, device=total.device)[None] if ctx.pos_q is None else ctx.pos_q
+        count = (seen + 1).clamp_min(1)[:, None, :, None]
         ctx.shared["top_theta/means"] = total / count
         return None
 

@@ -26,8 +26,17 @@ NAMES = list(registry())
 IDS = tokens(PROMPT + STEPS, seed=11).tolist()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def learnt(calibrations):
+    """Techniques that learn find what they learnt from the tiny model."""
+
+
 def case(name: str):
     return case_of(name, registry()[name])
+
+
+def learns(spec: str) -> bool:
+    return any(t.learns for t in Stack.parse(spec).techniques)
 
 
 def without(reason: str) -> list[str]:
@@ -115,6 +124,8 @@ def test_i1_dense_limit(name):
 def test_i1_dense_limit_with_softcap_windows_sinks_and_without_rope(name, kind):
     """I1 on models with soft caps and sliding windows (Gemma 2), learned sink logits (gpt-oss), and no RoPE (GPT-2)."""
     model = model_of(kind)
+    if learns(case(name).neutral):
+        pytest.skip("it has learnt from the tiny Llama only")
     if kind == "gpt2" and "rope" in case(name).unless:
         with pytest.raises(LabError, match="rotary"):
             feed(model, case(name).neutral)
@@ -124,12 +135,16 @@ def test_i1_dense_limit_with_softcap_windows_sinks_and_without_rope(name, kind):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_lossy_setting_changes_the_model(name):
+    if "changes" in case(name).unless:
+        pytest.skip(case(name).unless["changes"])
     assert 1e-6 < far(lossy(name), dense(llama())) and torch.isfinite(lossy(name)).all()
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
 @pytest.mark.parametrize("name", NAMES)
 def test_lossy_settings_run_on_softcap_windows_and_sinks(name, kind):
+    if learns(case(name).lossy):
+        pytest.skip("it has learnt from the tiny Llama only")
     got, session = feed(model_of(kind), case(name).lossy, chunk=50)
     assert torch.isfinite(got).all()
     accounted(session.cache)
@@ -245,19 +260,22 @@ def test_budgets_are_met(name):
     session.prefill(IDS[:PROMPT])
     cache, policy = session.cache, session.cache.policy
     total = policy.total(PROMPT)
-    if total is None:
-        pytest.skip("it sets no budget")
+    if total is None or "budget" in case(name).unless:
+        pytest.skip("it sets no budget" if total is None else case(name).unless["budget"])
     lanes = sum(len(layer.counts) for layer in cache.lab_layers)
     assert cache.entries <= lanes * total + len(cache.lab_layers)
     assert cache.entries >= lanes * total * 0.9, "much less is kept than the budget allows"
     before = cache.entries
     for t in IDS[PROMPT:]:
         session.step(torch.tensor([t]))
-    grown = 0 if policy.scorer.evicts_in_decode else lanes * STEPS
     if "steady" in case(name).unless:
         assert cache.entries <= before
-    else:
-        assert cache.entries == before + grown
+    elif not policy.scorer.evicts_in_decode:
+        assert cache.entries == before + lanes * STEPS
+    elif all(isinstance(layer.budget, int) for layer in cache.lab_layers):
+        assert cache.entries == before
+    else:  # heads without a budget grow
+        assert before <= cache.entries <= before + lanes * STEPS
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -271,6 +289,8 @@ def test_i2_a_larger_budget_keeps_a_superset(name):
         session = Session(llama(), spec.replace("budget=40", f"budget={budget}"), chunk=None)
         session.prefill(IDS[:PROMPT])
         layer = session.cache.lab_layers[0]
+        if session.cache.policy.scorer is None:
+            pytest.skip("it evicts nothing")
         kept.append([set(head[:n]) for head, n in zip(layer.positions()[0].tolist(), layer.counts)])
     protect = [session.cache.policy.scorer.protected(b, PROMPT) for b in (40, 60)]
     if protect[0] != protect[1]:
@@ -350,8 +370,8 @@ def test_history_agrees_with_what_is_stored(name):
             assert {p for p in range(layer.seen) if death[0, h, p] == NEVER} == set(living)
             for p in range(layer.seen):
                 assert int(bits[0, h, p]) == living.get(p, 0)
-                if death[0, h, p] != NEVER:
-                    assert p < int(death[0, h, p]) <= layer.seen
+                if death[0, h, p] != NEVER:  # a token that never entered a layer is dead to its own row
+                    assert p <= int(death[0, h, p]) <= layer.seen
                 if demoted[0, h, p] != NEVER:
                     assert p < int(demoted[0, h, p]) <= min(layer.seen, int(death[0, h, p]))
                 elif p in living:
@@ -360,6 +380,8 @@ def test_history_agrees_with_what_is_stored(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_caches(name):
+    if learns(case(name).lossy):
+        pytest.skip("it has learnt from the float32 model only")
     model = attach(build("llama", head_dim=16).bfloat16())
     got, session = feed(model, case(name).lossy, chunk=50)
     assert torch.isfinite(got).all()
