@@ -17,9 +17,16 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 # Gradio selects the first tab while the page loads; the address must not follow before it was read.
 ARRIVED = "() => { window.alArrived = true; }"
-TAB_ADDRESS = "() => {{ if (!window.alArrived) return; const u = new URL(location.href); u.searchParams.set('tab', '{tab}'); history.replaceState(null, '', u); }}"
-TAB_BUTTONS = """document.addEventListener('click', e => { const b = e.target.closest && e.target.closest('button[data-tab]');
-  const t = b && document.querySelector(`[role=tab][data-tab-id="${b.dataset.tab}"]`); if (t) t.click(); });"""
+TAB_ADDRESS = """() => {{ if (!window.alArrived) return; const u = new URL(location.href); u.searchParams.set('tab', '{tab}');
+  history.replaceState(null, '', u); }}"""
+PAGE = """const dark = on => document.body.classList.toggle('dark', on);
+try { const kept = localStorage.getItem('attention-lab-theme'); if (kept) dark(kept === 'dark'); } catch {}
+document.addEventListener('click', e => {
+  const b = e.target.closest && e.target.closest('button[data-tab], button[data-theme]'); if (!b) return;
+  if (b.dataset.tab) { const t = document.querySelector(`[role=tab][data-tab-id="${b.dataset.tab}"]`); if (t) t.click(); return; }
+  dark(!document.body.classList.contains('dark'));
+  const name = document.body.classList.contains('dark') ? 'dark' : 'light';
+  try { localStorage.setItem('attention-lab-theme', name); } catch {} });"""
 OWNER = """() => { try { let k = localStorage.getItem('attention-lab-owner');
   if (!k) { k = [...crypto.getRandomValues(new Uint8Array(16))].map(b => b.toString(16).padStart(2, '0')).join('');
     localStorage.setItem('attention-lab-owner', k); } return k; } catch { return ''; } }"""
@@ -32,7 +39,7 @@ def build(lab: Lab | None = None) -> gr.Blocks:
         view = gr.State("recorded" if lab.has_example else "")
         followed = gr.State("recorded" if lab.has_example else "")  # what the other tabs show
         owner = gr.Textbox("", visible="hidden", label="visitor", elem_id="owner")
-        header = gr.HTML(header_of(lab, "recorded"), apply_default_css=False, elem_id="header", js_on_load=TAB_BUTTONS)
+        header = gr.HTML(header_of(lab, "recorded"), apply_default_css=False, elem_id="header", js_on_load=PAGE)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Compare", id="compare") as tab_compare:
                 c = compare.build(lab)
@@ -87,7 +94,8 @@ def shown_as_saved(lab: Lab, key: str, settings: dict[str, Any]) -> tuple[Any, .
     record = run.record if run else None
     start = compare.starting(lab, record)
     return (start["prompt"], {**start["setup"], "rev": key}, start["settings"], columns.columns(record), charts.charts(record),
-            compare.saved_value(record, bool(run and run.recorded)), cards.banner(compare.EXAMPLE) if run and run.recorded else "",
+            compare.saved_value(record, bool(run and run.recorded)),
+            cards.banner(compare.EXAMPLE) if run and run.recorded else "",
             cards.status("Opened as it was saved."), cards.model_card((record or {}).get("model"), lab.loaded))
 
 
@@ -124,8 +132,11 @@ def header_of(lab: Lab, key: str | None) -> str:
     run = lab.shelf.get(key)
     facts = lab.facts() or {}
     name = str(facts.get("id") or "").split("/")[-1]
-    model = " · ".join(filter(None, [name, f"{facts['weights']} weights" if facts.get("weights") else "", str(facts.get("device") or "").upper()]))
-    shown = "recorded example" if run and run.recorded else (run.record.get("name") or run.record.get("run_id") or "") if run else ""
+    weights = f"{facts['weights']} weights" if facts.get("weights") else ""
+    model = " · ".join(filter(None, [name, weights, str(facts.get("device") or "").upper()]))
+    shown = ""
+    if run is not None:
+        shown = "recorded example" if run.recorded else str(run.record.get("name") or run.record.get("run_id") or "")
     return cards.header(model, shown)
 
 

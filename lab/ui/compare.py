@@ -50,8 +50,8 @@ def build(lab: Lab) -> Parts:
     first = starting(lab, record)
     with gr.Row(elem_id="compare", equal_height=False):
         with gr.Column(scale=0, min_width=248, elem_id="aside"):
-            gr.HTML('<button type="button" class="sidetoggle" aria-expanded="false" aria-controls="aside">Model and decoding</button>',
-                    apply_default_css=False, elem_id="sidetoggle", js_on_load=SIDE_TOGGLE)
+            gr.HTML('<button type="button" class="sidetoggle" aria-expanded="false" aria-controls="aside">'
+                    "Model and decoding</button>", apply_default_css=False, elem_id="sidetoggle", js_on_load=SIDE_TOGGLE)
             model = gr.HTML(cards.model_card(lab.facts(), lab.loaded), apply_default_css=False, elem_classes="sidebody")
             settings = gr.HTML(first["settings"], html_template="", apply_default_css=False, elem_id="settings",
                                elem_classes="sidebody", js_on_load=assets.script("settings"))
@@ -121,9 +121,11 @@ def token_counter(lab: Lab) -> Any:
             found = len((record.get("prompt") or {}).get("token_ids") or [])
         limit = lab.limit()
         if found is None:
-            return {"tokens": None, "waiting": True, "text": f"{count(len((text or '').split()))} words, tokens counted once the model is loaded"}
+            words = count(len((text or "").split()))
+            return {"tokens": None, "waiting": True, "text": f"{words} words, tokens counted once the model is loaded"}
         over = bool(limit and found > limit)
-        return {"tokens": found, "over": over, "text": f"{count(found)} tokens" + (f", the model reads {count(limit)}" if over else "")}
+        beyond = f", the model reads {count(limit)}" if over else ""
+        return {"tokens": found, "over": over, "text": f"{count(found)} tokens{beyond}"}
     return tokens
 
 
@@ -223,7 +225,8 @@ def _run(lab: Lab, prompt: str, setup: dict[str, Any], decoding: dict[str, Any],
         return
     key, problem = lab.keep(outcome, owner)
     record = outcome.record
-    text = {"cancelled": "Stopped. What was written so far is kept.", "failed": "The run failed."}.get(record.get("status"), "Done.")
+    ends = {"cancelled": "Stopped. What was written so far is kept.", "failed": "The run failed."}
+    text = ends.get(record.get("status"), "Done.")
     yield frame(columns=columns.columns(record), status=cards.status(text), running=False, key=key,
                 saved=saved_value(record, problem=problem), model=cards.model_card(record.get("model")),
                 charts=charts.charts(record))

@@ -208,7 +208,8 @@ class Lab:
                 from lab.models.environment import check_environment
 
                 check_environment()
-                self._model = models.load(self.source, device=self.device, dtype=self.dtype, weights=self.weights, progress=report)
+                self._model = models.load(self.source, device=self.device, dtype=self.dtype, weights=self.weights,
+                                          progress=report)
             return self._model
 
     def preload(self) -> threading.Thread:

@@ -43,13 +43,15 @@ def kv_growth(record: dict[str, Any], growth: Growth) -> go.Figure:
                 x=[x for x, _ in points], y=[y / MIB for _, y in points], mode="lines+markers", name=_label(variant),
                 line={"color": COLOURS.get(letter, "#7d8594"), "width": 3},
                 marker={"symbol": MARKERS.get(letter, "circle"), "size": [0] * (len(points) - 1) + [8], "opacity": 1},
-                customdata=[size(y) for _, y in points], hovertemplate=f"{letter} · token %{{x:,}}<br>%{{customdata}} measured<extra></extra>")
+                customdata=[size(y) for _, y in points],
+                hovertemplate=f"{letter} · token %{{x:,}}<br>%{{customdata}} measured<extra></extra>")
         xs, ys = growth.get(letter, ([], []))
         if xs:
             figure.add_scatter(
                 x=xs, y=[y / MIB for y in ys], mode="lines", name=f"{letter} · predicted", showlegend=not points,
                 line={"color": COLOURS.get(letter, "#7d8594"), "width": 1.5, "dash": "dash"}, opacity=0.75,
-                customdata=[size(y) for y in ys], hovertemplate=f"{letter} · token %{{x:,}}<br>%{{customdata}} predicted<extra></extra>")
+                customdata=[size(y) for y in ys],
+                hovertemplate=f"{letter} · token %{{x:,}}<br>%{{customdata}} predicted<extra></extra>")
     # Logarithmic, so that a cache of a fiftieth is a line of its own and not the axis.
     return _layout(figure, "tokens in the sequence", "KV cache, MiB").update_yaxes(type="log", dtick=1, rangemode="normal")
 
@@ -63,6 +65,8 @@ def step_latency(record: dict[str, Any]) -> go.Figure:
         if points:
             figure.add_scatter(
                 x=[x for x, _ in points], y=[y for _, y in points], mode="lines+markers", name=_label(variant),
-                line={"color": COLOURS.get(letter, "#7d8594"), "width": 1.5}, marker={"symbol": MARKERS.get(letter, "circle"), "size": 5},
-                customdata=[duration(y) for _, y in points], hovertemplate=f"{letter} · step %{{x}}<br>%{{customdata}} measured<extra></extra>")
+                line={"color": COLOURS.get(letter, "#7d8594"), "width": 1.5},
+                marker={"symbol": MARKERS.get(letter, "circle"), "size": 5},
+                customdata=[duration(y) for _, y in points],
+                hovertemplate=f"{letter} · step %{{x}}<br>%{{customdata}} measured<extra></extra>")
     return _layout(figure, "generated token", "step time, ms")

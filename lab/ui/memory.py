@@ -35,7 +35,8 @@ def draw(lab: Lab, key: str | None) -> tuple[Any, ...]:
     """The tab's four parts for an open run."""
     run = lab.shelf.get(key)
     if run is None:
-        return cards.empty("No run is open. Make one in Compare, or open one from Runs.", "Go to Compare", "compare"), None, None, ""
+        nothing = cards.empty("No run is open. Make one in Compare, or open one from Runs.", "Go to Compare", "compare")
+        return nothing, None, None, ""
     record = run.record
     growth = {str(v.get("letter")): lab.growth(record, v) for v in record.get("variants") or [] if not v.get("error")}
     return tables.costs(record), figures.kv_growth(record, growth), figures.step_latency(record), tables.layers(record)

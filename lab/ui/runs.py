@@ -38,7 +38,10 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
         return guarded(lambda a, who: lab.library.rename(str(a["run_id"]), str(a["name"])[:120], who) or {"ok": True}, ask)
 
     def tag(ask: dict[str, Any]) -> dict[str, Any]:
-        return guarded(lambda a, who: lab.library.tag(str(a["run_id"]), [str(t)[:40] for t in a["tags"]][:20], who) or {"ok": True}, ask)
+        def work(a: dict[str, Any], who: str) -> dict[str, Any]:
+            lab.library.tag(str(a["run_id"]), [str(t)[:40] for t in a["tags"]][:20], who)
+            return {"ok": True}
+        return guarded(work, ask)
 
     def delete(ask: dict[str, Any]) -> dict[str, Any]:
         return guarded(lambda a, who: lab.library.delete(str(a["run_id"]), who) or {"ok": True}, ask)

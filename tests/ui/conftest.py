@@ -12,7 +12,8 @@ REQUIRED = os.environ.get("LAB_REQUIRE_BROWSER") == "1"
 
 def chromium() -> str | None:
     """Path of an installed Chromium."""
-    return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    found = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    return os.environ.get("CHROMIUM") or next(filter(None, found), None)
 
 
 def free_port() -> int:

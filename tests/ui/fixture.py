@@ -172,7 +172,8 @@ def record_and_arrays(run_id: str = "20260101-000000-test", made: list[str] | No
              "var_prob": 0.48, "top": [[1, reference[k], 0.48], [2, " stone", 0.2]]} for k in range(len(reference))]
         tokens = [{"id": 10 + k if w == (reference + [None] * 99)[k] else 900 + k, "text": w, "logprob": -0.4 - 0.02 * k,
                    "entropy": 0.9, "step_ms": float(20 + 4 * rng.random() - 4 * bool(i)), "kv_bytes": size[k],
-                   "kept": int(share * (len(prompt) + k)), "alternatives": [[1, w, 0.6], [2, " <i>door</i>", 0.2], [3, "\n", 0.1]]}
+                   "kept": int(share * (len(prompt) + k)),
+                   "alternatives": [[1, w, 0.6], [2, " <i>door</i>", 0.2], [3, "\n", 0.1]]}
                   for k, w in enumerate(words)]
         layers = [{"layer": j, "kv_bytes": size[-1] // LAYERS,
                    "bits": {str(b): int((kept["bits"][j] == b).sum()) for b in (16, 8, 4, 2, 0)}} for j in range(LAYERS)]

@@ -228,6 +228,16 @@ def test_no_width_overflows_in_light_and_dark(browser, site, width, scheme):
     context.close()
 
 
+def test_the_theme_can_be_switched_and_is_remembered(page):
+    background = "getComputedStyle(document.querySelector('.gradio-container')).backgroundColor"
+    light = page.evaluate(background)
+    page.click("[data-theme]")
+    assert page.evaluate(background) != light
+    page.reload()
+    page.wait_for_selector("#columns .col")
+    assert page.evaluate(background) != light
+
+
 def test_two_visitors_do_not_see_each_other(browser, site, page):
     page.fill("#prompt textarea", "first visitor's own words")
     other = browser.new_context().new_page()

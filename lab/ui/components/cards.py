@@ -62,4 +62,6 @@ def empty(sentence: str, action: str = "", target: str = "") -> str:
 def header(model: str, run: str) -> str:
     """Brand on the left, chips on the right."""
     chips = "".join(f'<span class="chip">{esc(text)}</span>' for text in (model, run) if text)
-    return f'<div class="top"><b class="brand">Attention Lab</b><span class="sp"></span>{chips}</div>'
+    toggle = ('<button type="button" class="quiet" data-theme aria-label="switch between light and dark" '
+              'title="light or dark">◐</button>')
+    return f'<div class="top"><b class="brand">Attention Lab</b><span class="sp"></span>{chips}{toggle}</div>'

@@ -14,7 +14,8 @@ def _series(record: dict[str, Any]) -> list[tuple[str, list[tuple[int, float]]]]
     prompt = len((record.get("prompt") or {}).get("token_ids") or [])
     out = []
     for variant in record.get("variants") or []:
-        points = [(prompt + i, t["kv_bytes"]) for i, t in enumerate(variant.get("tokens") or []) if not missing(t.get("kv_bytes"))]
+        tokens = variant.get("tokens") or []
+        points = [(prompt + i, t["kv_bytes"]) for i, t in enumerate(tokens) if not missing(t.get("kv_bytes"))]
         if len(points) > 1:
             out.append((variant["letter"], points))
     return out
@@ -74,7 +75,8 @@ def step_chart(record: dict[str, Any]) -> str:
                      f'<line class="spread v{esc(letter)}" x1="{px(low):.1f}" x2="{px(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
                      f'<circle class="dot v{esc(letter)}" cx="{px(middle):.1f}" cy="{y:.1f}" r="5"/>'
                      f'<text x="{WIDTH - RIGHT}" y="{y + 4:.1f}" text-anchor="end">{esc(duration(middle))}</text>')
-    parts.append(f'<text x="44" y="{HEIGHT - 8}">0</text><text x="{px(top):.1f}" y="{HEIGHT - 8}" text-anchor="end">{esc(duration(top))}</text>')
+    parts.append(f'<text x="44" y="{HEIGHT - 8}">0</text>'
+                 f'<text x="{px(top):.1f}" y="{HEIGHT - 8}" text-anchor="end">{esc(duration(top))}</text>')
     words = "; ".join(f"{letter} median {duration(middle)}" for letter, _, middle, _, _ in rows)
     return _figure("Step time · median and middle half, measured", "".join(parts), words)
 

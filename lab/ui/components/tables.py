@@ -24,7 +24,8 @@ def costs(record: dict[str, Any]) -> str:
         title = esc(v.get("title") or v.get("spec"))
         if v.get("techniques"):
             title += f' <span class="soft num">{esc(v.get("spec"))}</span>'
-        rows.append(f'<tr><th scope="row">{_letter(v)} {title}</th>' + "".join(f'<td class="num">{esc(c)}</td>' for c in cells) + "</tr>")
+        figures = "".join(f'<td class="num">{esc(c)}</td>' for c in cells)
+        rows.append(f'<tr><th scope="row">{_letter(v)} {title}</th>{figures}</tr>')
     head = "".join(f'<th scope="col">{esc(h)}</th>' for h in heads)
     return (f'<div class="tablebox"><table class="lines"><caption class="sr">measured cost of each variant</caption>'
             f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
@@ -52,7 +53,8 @@ def layers(record: dict[str, Any]) -> str:
         cells = []
         for i in range(len(variants)):
             layer = table.get((i, number)) or {}
-            cells.append(f'<td class="num">{esc(size(layer.get("kv_bytes")))}</td><td class="bar">{_bar(layer.get("bits") or {})}</td>')
+            cells.append(f'<td class="num">{esc(size(layer.get("kv_bytes")))}</td>'
+                         f'<td class="bar">{_bar(layer.get("bits") or {})}</td>')
         rows.append(f'<tr><th scope="row" class="num">{esc(number)}</th>{"".join(cells)}</tr>')
     return (f'<div class="tablebox"><table class="lines layers"><caption class="sr">KV bytes and bits by layer</caption>'
             f'<thead><tr><th scope="col">layer</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>')

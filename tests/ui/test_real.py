@@ -1,0 +1,62 @@
+"""The whole way on the real engine and the default model: run, look inside, save, reload, open again."""
+from __future__ import annotations
+
+import pytest
+
+from .conftest import free_port
+
+pytestmark = [pytest.mark.browser, pytest.mark.model, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    from lab.ui.app import default_lab, serve
+
+    lab = default_lab(tmp_path_factory.mktemp("runs") / "runs.duckdb")
+    lab.ensure_model()
+    port = free_port()
+    demo = serve(port, lab=lab, block=False, preload=False)
+    yield f"http://127.0.0.1:{port}/"
+    demo.close()
+
+
+def test_run_look_save_reload_open(browser, real):
+    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    page = context.new_page()
+    page.goto(real)
+    page.wait_for_selector("#setup .card")
+    page.wait_for_timeout(800)
+    while page.locator(".card").count() > 1:
+        page.locator('[data-key^="rm-"]').last.click()
+        page.wait_for_timeout(150)
+    page.click('[data-key="more"]')
+    page.fill('[data-key="find-1"]', "integer")
+    page.click('[data-key="sw-1-int_codes"]')
+    page.wait_for_selector('[data-key="chip-1-int_codes"]')
+    page.fill("#prompt textarea", "The sea was calm, the lamp was lit, and the keeper wrote that")
+    page.get_by_label("new tokens").fill("12")
+    page.keyboard.press("Tab")
+    page.click("#run")
+    page.wait_for_function("document.querySelector('#status').innerText.includes('Done.')", timeout=300_000)
+    assert page.locator("#columns .col").count() == 2
+    assert page.locator("#columns .vB .t").count() >= 10
+    assert "nats" in page.inner_text("#columns .vB .strip") and "8 bit" in page.inner_text("#columns .vB .key")
+    text = page.inner_text("#columns .vB .text")
+
+    page.get_by_role("tab", name="Attention").click()
+    page.wait_for_selector(".bars tr", timeout=120_000)
+    box = page.locator(".mapcanvas").bounding_box()
+    page.mouse.move(box["x"] + 30, box["y"] + box["height"] * 0.5)
+    page.wait_for_function("[...document.querySelectorAll('.al-tip')].some(t => !t.hidden && /weight .* rank/.test(t.innerText))",
+                           timeout=60_000)
+    page.get_by_role("tab", name="Memory").click()
+    page.wait_for_selector("#kvplot .js-plotly-plot")
+    assert "predicted" in page.inner_text("#tabs")
+
+    page.goto(real + "?tab=runs")
+    page.wait_for_selector("table.runs tbody tr")
+    page.locator("table.runs tbody tr").first.get_by_role("button", name="Open").click()
+    page.wait_for_function("document.querySelector('#status').innerText.includes('Opened')", timeout=60_000)
+    assert page.inner_text("#columns .vB .text") == text
+    assert page.input_value("#prompt textarea").startswith("The sea was calm")
+    context.close()
