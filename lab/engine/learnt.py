@@ -48,6 +48,7 @@ class Calibration:
                  "settings": self.settings, "note": self.note}
         part = path.with_suffix(".part")
         save_file({k: v.detach().cpu().contiguous() for k, v in self.tensors.items()}, part, {"lab": json.dumps(about, sort_keys=True)})
+        part.chmod(0o644)
         part.replace(path)
         return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Callable
 
 import torch
@@ -13,7 +14,6 @@ from lab.engine.context import LayerContext
 from lab.engine.layer import LabLayer
 from lab.engine.reads import Pick, Place, Rows, Weighed
 from lab.engine.slots import Band, ColumnBias, Shift
-from lab.errors import LabError
 
 ROWS = 64  # prompt rows that share one fetch: fewer read less, more run faster
 Weigh = Callable[[LayerContext, torch.Tensor, Place], Weighed]
@@ -28,8 +28,6 @@ def attend(
     Sets the layer's read ledger for the newest row.
     """
     store, q = ctx.store, ctx.q
-    if weigh is not None and ctx.sink is not None:
-        raise LabError("This model's attention has learned sink logits, which other weightings do not know", fix="Use a softmax variant")
     pos, valid = store.positions(), store.valid()
     pos_q = ctx.pos_q if ctx.pos_q is not None else torch.arange(ctx.first, ctx.row + 1, device=q.device)[None]
     mass = torch.zeros(pos.shape, dtype=torch.float32, device=q.device) if want_mass else None
@@ -159,17 +157,21 @@ def _block(
         s = s.masked_fill(~keep, -torch.inf)
     if used is not None:
         s = s.masked_fill(~used[:, :, None, None, :], -torch.inf)
-    if weigh is None:
-        done = Weighed(*core.softmax(s))
-        if ctx.sink is not None:
-            p, lse = (x.unflatten(1, (ctx.kv_heads, groups)) for x in sink_logit(done.p.flatten(1, 2), done.lse.flatten(1, 2), ctx.sink))
-            done = Weighed(p, lse)
-    else:
-        done = weigh(ctx, s, Place(where, pos_q, span[0], slots))
+    done = Weighed(*core.softmax(s)) if weigh is None else weigh(ctx, s, Place(where, pos_q, span[0], slots))
+    if ctx.sink is not None and done.softmax:
+        done = _with_sink(ctx, done)
     out = _mixed(ctx, done, slots, used, rows)
     if done.extra is not None:
         out = out + done.extra
     return out.flatten(1, 2), done.lse.flatten(1, 2), done.p
+
+
+def _with_sink(ctx: LayerContext, done: Weighed) -> Weighed:
+    """The weights once the model's learned sink logit has taken its share."""
+    shape = (ctx.kv_heads, ctx.groups)
+    p, lse = (x.unflatten(1, shape) for x in sink_logit(done.p.flatten(1, 2), done.lse.flatten(1, 2), ctx.sink))
+    extra = None if done.extra is None else done.extra * torch.exp(done.lse - lse).unsqueeze(-1).to(done.extra.dtype)
+    return replace(done, p=p, lse=lse, extra=extra)
 
 
 def _mixed(ctx: LayerContext, done: Weighed, slots, used, rows: int) -> torch.Tensor:

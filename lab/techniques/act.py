@@ -40,7 +40,7 @@ class ACT(Technique):
         picked(self.name, "heads", self.heads)
 
     def weighs(self, ctx: LayerContext) -> bool:
-        return self.beta < 1 and 2 <= ctx.layer < ctx.layers - 2 + (ctx.layers < 5)
+        return self.beta < 1 and acts(ctx.layer, ctx.layers)
 
     def weigh(self, ctx: LayerContext, s: torch.Tensor, place: Place) -> Weighed:
         p, lse = softmax(s)
@@ -69,7 +69,12 @@ class ACT(Technique):
         return (prefix / rows.clamp_min(1)).masked_fill(rows < LEAST_ROWS, 0)
 
     def table_bytes(self, entries: int, head_dim: int, element: int, layer: int, layers: int, groups: int) -> int:
-        return 4 * entries * groups if self.beta < 1 and 2 <= layer < layers - 2 + (layers < 5) else 0
+        return 4 * entries * groups if self.beta < 1 and acts(layer, layers) else 0
+
+
+def acts(layer: int, layers: int) -> bool:
+    """Layers 2 to L-2; of very small models all but the first."""
+    return 2 <= layer <= layers - 2 if layers > 5 else layer > 0
 
 
 def calibrated(p: torch.Tensor, sinks: torch.Tensor, beta: float) -> torch.Tensor:

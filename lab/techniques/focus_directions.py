@@ -30,7 +30,6 @@ class FocusDirections(Technique):
     )
     saves: ClassVar[str] = "nothing"
     does_not_save: ClassVar[str] = "It steers the model; memory and reading stay the same. A large alpha drains the sink and spoils the text."
-    needs: ClassVar[frozenset[str]] = frozenset({"rope"})
     moves: ClassVar[bool] = True
 
     mode: str = param("directions", "directions: the learnt shift. oracle: split-softmax on the span.", choices=("directions", "oracle"))
@@ -48,6 +47,10 @@ class FocusDirections(Technique):
     @property
     def learns(self) -> bool:
         return self.mode == "directions" and self.alpha != 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"rope"}) if self.learns else frozenset()
 
     def move(
         self, ctx: LayerContext, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

@@ -12,6 +12,9 @@ from lab.engine.reads import Rows
 from lab.engine.slots import Paper, Technique, param
 
 
+LEAST = 16  # entries any span keeps
+
+
 @dataclass(frozen=True)
 class MoA(Technique):
     """Per-head windows alpha + beta*N from a profile of what each head's attention is worth (arXiv 2406.14909)."""
@@ -41,7 +44,7 @@ class MoA(Technique):
         """int64 [Hk]: recent entries each head of this layer keeps of `length` tokens."""
         learnt = ctx.learnt(self)
         alpha, beta = (learnt[f"{n}_{round(100 * self.density)}"][ctx.layer] for n in ("alpha", "beta"))
-        return (alpha + beta * length).round().long().clamp(1, max(1, length))
+        return (alpha + beta * length).round().long().clamp(min(LEAST, length), length)
 
     def select(self, ctx: LayerContext) -> Rows | None:
         spans = self.spans(ctx, ctx.prompt).to(ctx.q.device)

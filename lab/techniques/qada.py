@@ -28,7 +28,10 @@ class QAdA(Technique):
         "The moments cannot see a single far needle, so those can be missed."
     )
     saves: ClassVar[str] = "reads less, stores the same"
-    does_not_save: ClassVar[str] = "All keys and values stay stored, and the moments (head_dim squared per KV head) come on top."
+    does_not_save: ClassVar[str] = (
+        "All keys and values stay stored, and the moments (head_dim squared per KV head) come on top. Padded batches and heads "
+        "of uneven length read everything."
+    )
     select_phases: ClassVar[tuple[str, ...]] = ("decode",)
 
     tau: float = param(0.2, "Far attention below this share is not worth reading; 0 reads everything.", min=0, max=1)

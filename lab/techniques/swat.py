@@ -49,7 +49,7 @@ class Swat(Technique):
         elif self.slopes:
             distance = place.pos_q[:, None, None, :, None] - place.pos[:, :, None, None, :]
             s = s - slopes(ctx.heads).to(s.device).view(1, ctx.kv_heads, ctx.groups, 1, 1) * distance
-        return Weighed(torch.sigmoid(s).masked_fill(~seen, 0), torch.logsumexp(s, -1))
+        return Weighed(torch.sigmoid(s).masked_fill(~seen, 0), torch.logsumexp(s, -1), softmax=False)
 
     def planned_read(self, entries: Any, layer: int, layers: int) -> tuple[Any, Any]:
         return 0 * entries, entries if self.mode == "sigmoid" else np.minimum(entries, self.window)

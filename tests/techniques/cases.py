@@ -63,7 +63,7 @@ CASES: dict[str, Case] = {
     "claa": Case("claa(rate=1)", "claa(rate=0.5)", TRIMMED),
     "duo_attention": Case("duo_attention(fraction=0)", "duo_attention(sinks=4,window=16)"),
     "flux": Case("flux(margin=1000)", "flux(sinks=4,window=16,margin=-1000)"),
-    "focus_directions": Case("focus_directions(alpha=0)", "focus_directions(alpha=1)", {"rope": "it turns its directions by position"}),
+    "focus_directions": Case("focus_directions(alpha=0)", "focus_directions(alpha=1)"),
     "gqa_conversion": Case(None, "gqa_conversion(kv_heads=1)"),
     "massive_activations": Case("massive_activations(threshold=1e9)", "massive_activations(threshold=1,ratio=1)", {
         k: "what is massive is judged by the median of all rows fed together" for k in ("chunks", "causal", "padding")}),

@@ -9,13 +9,12 @@ import torch
 
 from kernels.cpu_attention import softmax
 from lab.measure.fitting.common import forward, frozen, samples, sizes
-from lab.techniques.moa import plan
+from lab.techniques.moa import LEAST, plan
 
 GRADIENTS = True
 LENGTHS = (256, 512)
 ALPHAS = (-128.0, 0.0, 64.0, 128.0)
 BETAS = tuple(i / 8 for i in range(9))
-LEAST = 16  # entries any span keeps
 DENSITIES = (25, 50, 75)
 
 
