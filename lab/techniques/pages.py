@@ -37,7 +37,7 @@ def tables(ctx: LayerContext, name: str, page: int, summary: Summary, skip: int 
     coded = sum(s.rows.longest for s in store.coded_k)
     total, lanes, known = sum(counts), len(counts), state.get(f"{name}/seen")
     at = 0
-    if known is not None and total == known[0] + lanes and coded >= known[1] and ctx.store.meta is None:
+    if known is not None and total in (known[0], known[0] + lanes) and coded >= known[1] and ctx.store.meta is None:
         rows = known[0] // lanes - skip if coded == known[1] else min(known[1], known[0] // lanes) - skip
         at = max(0, rows) // page
     longest = max(counts) - skip

@@ -70,11 +70,11 @@ class Quest(Technique):
 
 def extremes(keys: torch.Tensor, inside: torch.Tensor) -> dict[str, torch.Tensor]:
     """Per-channel minima and maxima of each page: keys [..., page, d], inside [..., page]."""
-    out = ~inside.unsqueeze(-1)
-    return {"low": keys.masked_fill(out, torch.inf).amin(-2), "high": keys.masked_fill(out, -torch.inf).amax(-2)}
+    out, empty = ~inside.unsqueeze(-1), ~inside.any(-1, keepdim=True)
+    low, high = keys.masked_fill(out, torch.inf).amin(-2), keys.masked_fill(out, -torch.inf).amax(-2)
+    return {"low": low.masked_fill(empty, 0), "high": high.masked_fill(empty, 0)}
 
 
 def upper_bound(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """The largest q.k any key within [low, high] can have (I9): q [B,Hk,G,d], low, high [B,Hk,P,d] -> [B,Hk,G,P]."""
-    low, high = (x.masked_fill(x.isinf(), 0) for x in (low, high))
     return q.clamp_min(0) @ high.to(q.dtype).mT + q.clamp_max(0) @ low.to(q.dtype).mT
