@@ -51,9 +51,11 @@ def variants():
         (32, 4, 128, 512, True), (64, 3, 168, 704, True), (64, 3, None, 704, True), (32, 4, 128, 768, True),
     ]:
         yield "int4 g64 smol B8", SMOL8, 4, 64, "token", Split(tile, 1, stages, regs, chunk, ahead)
-    for tile, warps, stages, chunk in [(64, 4, 3, 5504), (64, 4, 3, 2048), (64, 4, 3, 4096), (128, 4, 2, 5504), (64, 4, 2, 4096)]:
+    for tile, warps, stages, chunk in [(64, 4, 3, 5504), (64, 4, 3, 2048), (64, 4, 3, 4096), (128, 4, 2, 5504),
+                                       (64, 4, 2, 4096)]:
         yield "bf16 llama B8", LLAMA8, 16, 128, "token", Split(tile, warps, stages, None, chunk)
-    for tile, warps, stages, chunk in [(64, 4, 3, 704), (64, 4, 3, 1024), (64, 4, 3, 2048), (64, 4, 5, 2048), (128, 4, 3, 2048),
+    for tile, warps, stages, chunk in [(64, 4, 3, 704), (64, 4, 3, 1024), (64, 4, 3, 2048), (64, 4, 5, 2048),
+                                       (128, 4, 3, 2048),
                                        (64, 4, 2, 512), (64, 4, 2, 1024), (32, 2, 4, 512)]:
         yield "bf16 llama B1", (1, 32, 8, 128, 32768), 16, 128, "token", Split(tile, warps, stages, None, chunk)
     for tile, warps, stages, chunk in [(64, 2, 3, 1024), (64, 2, 3, 2048), (128, 4, 3, 2048)]:
@@ -91,7 +93,8 @@ def main() -> None:
         floor = tier_bytes(tiers[0]) / 3.0e6
         results.append((name, us))
         print(f"{name:24s} tile {split.tile:3d} w{split.warps} st{split.stages} reg {split.registers or 0:3d} chunk"
-              f" {split.chunk:5d} ahead {int(split.ahead)}  {us:7.1f} us ±{spread:4.1f}  floor {floor:6.1f}  {floor / us:5.2f} of 3.0 TB/s", flush=True)
+              f" {split.chunk:5d} ahead {int(split.ahead)}  {us:7.1f} us ±{spread:4.1f}  floor {floor:6.1f}"
+              f"  {floor / us:5.2f} of 3.0 TB/s", flush=True)
     if warm:
         return
     made.clear()

@@ -59,7 +59,7 @@ class Table:
                "ours_us": round(ours[0], 1), "baseline": baseline[0], "baseline_us": round(baseline[1], 1),
                "floor_us": round(floor, 1)}
         self.rows.append(row)
-        print(f"{op:34s} b{bits:<2d} B{batch:<2d} {heads}/{kv}/{dim} {n:7d} ours {ours[0]:9.1f} ±{ours[1]:4.1f}  {baseline[0]:12s}"
+        print(f"{op:34s} b{bits:<2d} B{batch:<2d} {heads}/{kv}/{dim} {n:7d} ours {ours[0]:9.1f} ±{ours[1]:4.1f} {baseline[0]:12s}"
               f" {baseline[1]:9.1f}  ratio {baseline[1] / ours[0]:5.2f}  floor {floor:8.1f}", flush=True)
         return row
 
@@ -101,7 +101,8 @@ def decode_rows(table: Table) -> None:
     generator = torch.Generator().manual_seed(1)
     kept = (torch.rand(lanes, generator=generator) * 0.4 + 0.05).mul(n).int()
     us, spread, floor = decode_time(lambda: [tier(16, lanes, n, 128, 128, lengths=kept)], 8, LLAMA)
-    table.add(f"decode ragged {float(kept.float().mean()) / n:.0%} kept", 16, 8, LLAMA, n, (us, spread), table.dense(8, LLAMA, n), floor)
+    share = float(kept.float().mean()) / n
+    table.add(f"decode ragged {share:.0%} kept", 16, 8, LLAMA, n, (us, spread), table.dense(8, LLAMA, n), floor)
     even = torch.full((lanes,), int(kept.float().mean()))
     us2, spread2, floor2 = decode_time(lambda: [tier(16, lanes, n, 128, 128, lengths=even)], 8, LLAMA)
     table.add("decode ragged vs even budget", 16, 8, LLAMA, n, (us, spread), ("ours even", us2), floor2)
@@ -160,15 +161,17 @@ def prefill_rows(table: Table, long: bool = True) -> None:
         best = min(flash, cudnn, key=lambda x: x[1])
         floor = 2 * n * n * dim * heads / FLOPS_PER_US
         if n == 32768:
-            table.add("prefill (our Triton forward)", 16, 1, LLAMA, n, once(lambda: prefill.attend(q, k, v, scale, impl="triton")),
-                      best, floor)
-            table.add("prefill with mass and row lse", 16, 1, LLAMA, n, once(lambda: prefill.attend(q, k, v, scale, want_mass=True)),
-                      best, floor * 1.5)
+            table.add("prefill (our Triton forward)", 16, 1, LLAMA, n,
+                      once(lambda: prefill.attend(q, k, v, scale, impl="triton")), best, floor)
+            table.add("prefill with mass and row lse", 16, 1, LLAMA, n,
+                      once(lambda: prefill.attend(q, k, v, scale, want_mass=True)), best, floor * 1.5)
             table.add("prefill with entropy, lse, mass", 16, 1, LLAMA, n,
                       once(lambda: prefill.attend(q, k, v, scale, want_mass=True, want_entropy=True)), best, floor * 1.5)
-            table.add("prefill sigmoid", 16, 1, LLAMA, n, once(lambda: prefill.attend(q, k, v, scale, weight="sigmoid")), flash, floor)
+            table.add("prefill sigmoid", 16, 1, LLAMA, n,
+                      once(lambda: prefill.attend(q, k, v, scale, weight="sigmoid")), flash, floor)
         sparse = 4 * n * (2048 + 64) * dim * heads / FLOPS_PER_US
-        table.add("prefill a-shape 2k", 16, 1, LLAMA, n, once(lambda: prefill.a_shape(q, k, v, scale, sinks=64, window=2048)), best, sparse)
+        table.add("prefill a-shape 2k", 16, 1, LLAMA, n,
+                  once(lambda: prefill.a_shape(q, k, v, scale, sinks=64, window=2048)), best, sparse)
         table.add("prefill a-shape 2k + delta 64", 16, 1, LLAMA, n,
                   once(lambda: prefill.delta(q, k, v, scale, gamma=64, sinks=64, window=2048)), best, sparse + floor / 64)
         del q, k, v

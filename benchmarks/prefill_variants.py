@@ -29,11 +29,14 @@ def variants():
         yield "forward", 128, c
     for c in [(128, 64, 8, 3, 1), (128, 64, 8, 4, 1), (128, 64, 8, 2, 1)]:
         yield "sigmoid", 128, c
-    for c in [(128, 128, 8, 2, 1), (128, 128, 8, 2, 2), (128, 64, 8, 3, 2), (128, 64, 8, 3, 3), (128, 128, 8, 3, 2), (64, 64, 4, 3, 3)]:
+    for c in [(128, 128, 8, 2, 1), (128, 128, 8, 2, 2), (128, 64, 8, 3, 2), (128, 64, 8, 3, 3), (128, 128, 8, 3, 2),
+              (64, 64, 4, 3, 3)]:
         yield "a_shape", 128, c
-    for c in [(64, 64, 4, 3, 3), (64, 64, 4, 4, 4), (128, 64, 8, 3, 3), (128, 128, 8, 2, 2), (64, 128, 8, 2, 2), (128, 128, 8, 3, 3)]:
+    for c in [(64, 64, 4, 3, 3), (64, 64, 4, 4, 4), (128, 64, 8, 3, 3), (128, 128, 8, 2, 2), (64, 128, 8, 2, 2),
+              (128, 128, 8, 3, 3)]:
         yield "rows", 128, c
-    for c in [(128, 128, 4, 2, 1), (128, 128, 4, 3, 1), (64, 128, 8, 4, 1), (256, 128, 8, 2, 1), (128, 64, 4, 2, 1), (64, 256, 8, 3, 1)]:
+    for c in [(128, 128, 4, 2, 1), (128, 128, 4, 3, 1), (64, 128, 8, 4, 1), (256, 128, 8, 2, 1), (128, 64, 4, 2, 1),
+              (64, 256, 8, 3, 1)]:
         yield "mass", 128, c
     for c in [(128, 128, 8, 3, 1), (128, 128, 8, 2, 1)]:
         yield "forward", 64, c
@@ -84,7 +87,8 @@ def main() -> None:
                 print(what, dim, config, "FAILED", repr(e)[:160], flush=True)
                 continue
             flops = (2 if what == "mass" else 4) * n * work * dim * heads
-            print(f"{what:8s} d{dim} rows {config[0]:3d} keys {config[1]:3d} w{config[2]} st{config[3]}/{config[4]} {us / 1e3:7.2f} ms"
+            tile = f"rows {config[0]:3d} keys {config[1]:3d} w{config[2]} st{config[3]}/{config[4]}"
+            print(f"{what:8s} d{dim} {tile} {us / 1e3:7.2f} ms"
                   f" ±{spread / 1e3:.2f} {flops / us / 1e6:5.0f} TFLOP/s", flush=True)
 
 

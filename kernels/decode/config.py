@@ -69,13 +69,16 @@ def split(bits: int, dim: int, group: int, lanes: int, capacity: int, slots: int
 def _chunk(lanes: int, capacity: int, slots: int, tile: int, per_sm: int) -> int:
     """Tokens per program.
 
-    Equal lanes: as many programs as fit the card at once, no more: a second wave that is not full costs its whole
-    time. Ragged lanes: about four waves' worth, for balance. Never fewer than 4 tiles, where start-up costs dominate,
-    unless there is little to read at all.
+    Equal lanes: as many programs as fit the card at once, no more, since a second wave that is not full costs its
+    whole time; with more lanes than that, several waves, so that a part-filled last one matters little. Ragged lanes:
+    about four waves' worth, for balance. Never fewer than 4 tiles, where start-up costs dominate, unless there is
+    little to read at all.
     """
     resident = SMS * per_sm
     if slots < 0.9 * lanes * capacity:
         want = math.ceil(slots / (4 * resident))
+    elif per_sm <= 2 and 2 * lanes > resident:
+        want = math.ceil(capacity * lanes / (12 * SMS))
     else:
         want = math.ceil(capacity / max(1, resident // lanes))
     least = 1 if capacity <= 2048 else 4

@@ -91,8 +91,8 @@ def run(
     locals_: list = [None] * len(tiers)
     first = 0
     chained = False
-    # narrow tiers first: they are bound by arithmetic and overlap well with the wide ones, bound by memory
-    for n in sorted(range(len(tiers)), key=lambda n: tiers[n].bits):
+    # wide tiers first: the narrow ones, bound by arithmetic, then fill in behind the ones bound by memory
+    for n in sorted(range(len(tiers)), key=lambda n: -tiers[n].bits):
         t, p, count = tiers[n], plans[n], counts[n]
         dot = _FLOAT[t.k.dtype] if t.bits == 16 else (tl.float32 if q.dtype == torch.float32 else tl.float16)
         pointers, sizes = _code_arguments(t, dim, columns)
@@ -110,7 +110,8 @@ def run(
             scale, softcap or 1.0, p.chunk, first, tiles,
             0 if t.bias is None or t.bias.dim() == 1 else t.bias.stride(0), 0 if t.pages is None else t.pages.shape[1],
             G=group, NQ=columns, D=dim, DP=max(16, triton.next_power_of_2(dim)), BITS=t.bits, **sizes,
-            BN=p.tile, DT=dot, ASM=not interpreting(), STAGES=p.stages, AHEAD=t.bits < 16 and p.ahead and t.pages is None, PDL=overlap, CHAIN=chained, SOFTCAP=softcap is not None,
+            BN=p.tile, DT=dot, ASM=not interpreting(), STAGES=p.stages,
+            AHEAD=t.bits < 16 and p.ahead and t.pages is None, PDL=overlap, CHAIN=chained, SOFTCAP=softcap is not None,
             BIAS=t.bias is not None, THETA=threshold is not None,
             PAGE=0 if t.pages is None else t.page, MASS=want_mass, ENTROPY=want_entropy,
             num_warps=p.warps, num_stages=p.stages, **options,

@@ -52,6 +52,8 @@ class TierView:
             raise ValueError(f"a tier holds 16, 8, 4 or 2 bits per number, not {self.bits}.")
         if self.code not in ("affine", "levels", "fp8"):
             raise ValueError(f"unknown code {self.code!r}; expected 'affine', 'levels' or 'fp8'.")
+        if not (self.k.is_contiguous() and self.v.is_contiguous()):
+            raise ValueError("a tier's k and v must be contiguous [slots, width] tensors.")
         if self.bits < 16 and (self.k_scale is None or self.v_scale is None):
             raise ValueError(f"a {self.bits}-bit tier needs k_scale and v_scale.")
         if self.bits < 16 and self.code == "affine" and (self.k_zero is None or self.v_zero is None):

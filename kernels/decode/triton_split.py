@@ -118,7 +118,10 @@ def split_kernel(
     PK: tl.constexpr, PV: tl.constexpr,  # words per block, padded to a legal tile
     BN: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
     AHEAD: tl.constexpr,  # load scales one tile ahead into registers (2-byte loads cannot be asynchronous)
-    PDL: tl.constexpr, CHAIN: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, THETA: tl.constexpr, PAGE: tl.constexpr, MASS: tl.constexpr, ENTROPY: tl.constexpr,
+    PDL: tl.constexpr,  # let the next launch start early
+    CHAIN: tl.constexpr,  # this launch started early itself
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, THETA: tl.constexpr, PAGE: tl.constexpr,
+    MASS: tl.constexpr, ENTROPY: tl.constexpr,
 ):
     PARTS: tl.constexpr = 1 if BITS == 16 else 8 // BITS
     ZERO: tl.constexpr = CODE == "affine"
@@ -363,8 +366,9 @@ def split_kernel(
             for cp in tl.static_range((W // CV) * PARTS):
                 for j in tl.static_range(WV):
                     y = _decode_piece(vt[cp // PARTS], levels_ptr, WV, j, BITS, cp % PARTS, MID, CODE, DT, ASM)
-                    new_acc = new_acc + (tl.dot(y, ps[((cp % PARTS) * W + (cp // PARTS) * CV) // GV], acc[cp * WV + j] * alpha[None, :],
-                                                input_precision="ieee"),)
+                    scaled = acc[cp * WV + j] * alpha[None, :]
+                    weights = ps[((cp % PARTS) * W + (cp // PARTS) * CV) // GV]
+                    new_acc = new_acc + (tl.dot(y, weights, scaled, input_precision="ieee"),)
             acc = new_acc
 
     total = tl.sum(l, 0)

@@ -74,7 +74,9 @@ def append(tier: TierView, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor
     encode_tokens(v, tier.bits, dim // tier.v_scale.shape[-1], out=(tier.v, tier.v_scale, tier.v_zero), slots=slots, impl=impl)
 
 
-def demote(source: TierView, source_slots: torch.Tensor, target: TierView, target_slots: torch.Tensor, impl: str = "auto") -> None:
+def demote(
+    source: TierView, source_slots: torch.Tensor, target: TierView, target_slots: torch.Tensor, impl: str = "auto"
+) -> None:
     """Copy entries from one tier into a narrower one: decoded from source_slots int64 [n], encoded into target_slots.
 
     Entries whose target is below 0 are skipped. Positions, lengths and the source's compaction are the caller's

@@ -15,7 +15,9 @@ def head(n=150, dim=64, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("kind", ["max", "sum"])
-@pytest.mark.parametrize("rows,cols,steps", [((0, 150), (0, 150), (7, 12)), ((40, 99), (3, 80), (1, 1)), ((100, 150), (64, 150), (50, 64))])
+@pytest.mark.parametrize("rows,cols,steps", [
+    ((0, 150), (0, 150), (7, 12)), ((40, 99), (3, 80), (1, 1)), ((100, 150), (64, 150), (50, 64)),
+])
 def test_matches_torch(kind, rows, cols, steps):
     q, k, lse = head()
     options = dict(rows=rows, cols=cols, row_step=steps[0], col_step=steps[1], kind=kind)
