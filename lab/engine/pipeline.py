@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from kernels import cpu_attention as core
+from kernels.backend import has_triton
 from kernels.merge import sink_logit
-from lab.engine import attend, sparse
+from lab.engine import attend, fused, sparse
 from lab.engine.context import LayerContext
 from lab.engine.history import History
 from lab.engine.layer import Handle, LabLayer
@@ -128,14 +129,27 @@ def _attend(policy: Policy, ctx: LayerContext, handle: Handle, call: Call) -> at
     if prompt and rows > 1 and quick and all(isinstance(e, ColumnBias) for e in edits):
         possible, band = attend.single_band(bands, ctx.window, store.seen)
         if possible:
-            result = attend.prompt_rows(ctx, handle.k, handle.v, band)
+            if fusable(ctx.q):
+                result = attend.Result(*fused.prompt_rows(ctx, band))
+            else:
+                result = attend.prompt_rows(ctx, handle.k, handle.v, band)
             if edits:
                 result = attend.biased_columns(ctx, result, edits)
             return _finish(policy, ctx, _with_sink(ctx, result), bands, edits)
+    if rows == 1 and fusable(ctx.q) and not bands and not edits and not policy.want_last and ctx.pos_q is None:
+        found = fused.one_row(ctx, policy.want_mass)
+        if found is not None:
+            store.last_read = min(sum(store.counts), (ctx.window or store.longest) * store.batch * store.heads)
+            return attend.Result(*found)
     alone = rows == 1 and store.plain and not ctx.window and not call.softcap and ctx.pos_q is None  # sees all there is
     if rows == 1 and (quick or alone) and not bands and not edits and not policy.want_mass and not policy.want_last:
         return _with_sink(ctx, attend.one_row(ctx))
     return _finish(policy, ctx, attend.general(ctx, bands, edits, policy.want_mass, policy.want_last), bands, edits)
+
+
+def fusable(q: torch.Tensor) -> bool:
+    """Whether the fused kernels should serve this step: on CUDA, where triton is."""
+    return q.is_cuda and has_triton()
 
 
 def _with_sink(ctx: LayerContext, result: attend.Result) -> attend.Result:
@@ -148,13 +162,19 @@ def _finish(policy: Policy, ctx: LayerContext, result: attend.Result, bands: lis
     if ctx.phase == "prefill" and policy.combine is not None and bands:
         result.out = policy.combine.combine(ctx, result.out, lambda rows: attend.dense_rows(ctx, rows, edits))
     if policy.want_mass and result.mass is None:
-        first = ctx.first - ctx.store.base
-        result.mass = core.column_mass(
-            ctx.q, ctx.store.exact_k.decode(), result.lse, ctx.scale, start=first, softcap=ctx.softcap,
-            window=ctx.window, bands=[(b.sinks, b.window) for b in bands],
-            biases=[(e.position - ctx.store.base, e.bias) for e in edits],
-        )
+        result.mass = _prompt_mass(ctx, result.lse, bands, edits)
     return result
+
+
+def _prompt_mass(ctx: LayerContext, lse: torch.Tensor, bands: list, edits: list) -> torch.Tensor:
+    possible, band = attend.single_band(bands, ctx.window, ctx.store.seen)
+    if fusable(ctx.q) and possible and not edits:
+        return fused.column_mass(ctx, lse, band)
+    return core.column_mass(
+        ctx.q, ctx.store.exact_k.decode(), lse, ctx.scale, start=ctx.first - ctx.store.base, softcap=ctx.softcap,
+        window=ctx.window, bands=[(b.sinks, b.window) for b in bands],
+        biases=[(e.position - ctx.store.base, e.bias) for e in edits],
+    )
 
 
 def run_without_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:

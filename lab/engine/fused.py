@@ -1,0 +1,107 @@
+"""The fused kernels as the engine uses them on CUDA: the same rows over the same stored entries, one launch per layer.
+
+Each function returns None where a kernel cannot serve the step, and the torch paths of `attend` do. On a CPU the kernels'
+own references answer, which is how the conversions here are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels import decode, prefill
+from kernels.decode import TierView
+from lab.engine.context import LayerContext
+from lab.engine.layer import LabLayer
+from lab.engine.segments import Coded, Exact
+from lab.engine.slots import Band
+
+
+def prompt_rows(ctx: LayerContext, band: Band | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [B,Hq,T,d], lse [B,Hq,T]) of prompt rows over exact keys, by structure: causal, window, sinks."""
+    store = ctx.store
+    found = prefill.attend(
+        ctx.q.contiguous(), store.exact_k.decode().contiguous(), store.exact_v.decode().contiguous(), ctx.scale,
+        start=ctx.first - store.base, window=band.window if band else None, sinks=band.sinks if band else 0,
+    )
+    return found.out, found.lse
+
+
+def column_mass(ctx: LayerContext, lse: torch.Tensor, band: Band | None) -> torch.Tensor:
+    """Attention each stored key received from these rows, [B,Hk,N] float32, given their lse."""
+    store = ctx.store
+    return prefill.column_mass(
+        ctx.q.contiguous(), store.exact_k.decode().contiguous(), lse, ctx.scale, start=ctx.first - store.base,
+        window=band.window if band else None, sinks=band.sinks if band else 0, softcap=ctx.softcap,
+    )
+
+
+def one_row(ctx: LayerContext, want_mass: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+    """(out [B,Hq,1,d], lse [B,Hq,1], mass [B,Hk,N] or None) of a decode step over every tier, or None.
+
+    Served: exact rows in any lanes, and integer codes whose keys and values were coded together.
+    """
+    store = ctx.store
+    tiers = _tiers(store, ctx.window)
+    if tiers is None:
+        return None
+    got = decode.attend(ctx.q[:, :, 0].contiguous(), tiers, ctx.scale, softcap=ctx.softcap, sink=ctx.sink, want_mass=want_mass)
+    mass = _in_logical_order(store, got.mass) if want_mass else None
+    return got.out.unsqueeze(2), got.lse.unsqueeze(2), mass
+
+
+def _tiers(store: LabLayer, window: int | None) -> list[TierView] | None:
+    """Views of a layer's segments as the decode kernel reads them; None where key and value sides differ."""
+    if len(store.coded_k) != len(store.coded_v):
+        return None
+    if window is not None and (store.coded_k or store.meta is not None):
+        return None  # which entries are inside the window is a question of positions, not of slots
+    views = []
+    for key, value in zip(store.keys_side, store.values_side):
+        if key.rows.lens != value.rows.lens or key.rows.starts != value.rows.starts:
+            return None
+        if key.rows.longest == 0:
+            continue
+        view = _exact(key, value, store.device, window) if isinstance(key, Exact) else _coded(key, value, store.device)
+        if view is None:
+            return None
+        views.append(view)
+    return views or None
+
+
+def _exact(key: Exact, value: Exact, device: torch.device, window: int | None) -> TierView | None:
+    k, v = key.rows.fields["x"], value.rows.fields["x"]
+    if k.shape != v.shape:
+        return None
+    skip = [max(0, n - window) if window else 0 for n in key.rows.lens]
+    starts = [s + d for s, d in zip(key.rows.starts, skip)]
+    lens = [n - d for n, d in zip(key.rows.lens, skip)]
+    return TierView(16, k, v, _int(starts, device), _int(lens, device), max(lens))
+
+
+def _coded(key: Coded, value: Coded, device: torch.device) -> TierView | None:
+    k, v = key.rows.fields, value.rows.fields
+    if set(k) != {"codes", "scale", "zero"} or set(v) != set(k) or key.bits != value.bits or key.bits not in (8, 4, 2):
+        return None
+    if k["codes"].shape != v["codes"].shape:
+        return None
+    return TierView(
+        key.bits, k["codes"], v["codes"], _int(key.rows.starts, device), _int(key.rows.lens, device), key.rows.longest,
+        k_scale=k["scale"], k_zero=k["zero"], v_scale=v["scale"], v_zero=v["zero"],
+    )
+
+
+def _int(values: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def _in_logical_order(store: LabLayer, mass: list[torch.Tensor]) -> torch.Tensor:
+    """Per-tier masses [slots] as [B,Hk,N] in the logical order of entries."""
+    used = [segment.rows for segment in store.keys_side if segment.rows.longest]
+    out = torch.zeros(store.batch * store.heads, store.longest, device=store.device)
+    for lane in range(out.shape[0]):
+        at = 0
+        for rows, got in zip(used, mass):
+            n = rows.lens[lane]
+            out[lane, at : at + n] = got[rows.starts[lane] : rows.starts[lane] + n]
+            at += n
+    return out.view(store.batch, store.heads, -1)

@@ -1,0 +1,82 @@
+"""The kernels' view of a layer gives what the torch paths give; on a GPU, through Triton, the same and with graphs of tokens."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+
+from lab.engine import fused, pipeline
+from lab.engine.session import Session
+
+SPECS = ["dense", "h2o(budget=24)", "h2o(budget=24,recent=0.1)", "snapkv(budget=0.5,window=8)", "int_codes(bits=8)", "int_codes(bits=4)",
+         "int_codes(bits=2)", "h2o(budget=24)+int_codes(bits=4)", "snapkv(budget=0.4,window=8)+adakv", "streaming_llm(budget=20,renumber=false)"]
+
+
+def steps(model, spec, count=6, prompt=60):
+    session = Session(model, spec, new_tokens=16)
+    ids = tiny_models.tokens(prompt + count, seed=3).tolist()
+    rows = [session.prefill(ids[:prompt])]
+    device = session.device
+    return torch.stack(rows + [session.step(torch.tensor([t], device=device)) for t in ids[prompt:]])
+
+
+def fuse_everywhere(monkeypatch):
+    """Send every step the kernels can serve through them, on whatever device, and count the steps."""
+    served = []
+    original = fused.one_row
+
+    def counted(ctx, want_mass):
+        got = original(ctx, want_mass)
+        served.append(got is not None)
+        return got
+
+    monkeypatch.setattr(pipeline, "fusable", lambda q: True)
+    monkeypatch.setattr(fused, "one_row", counted)
+    return served
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_kernels_see_the_same_entries(spec, monkeypatch):
+    model = tiny_models.llama()
+    expected = steps(model, spec)
+    served = fuse_everywhere(monkeypatch)
+    assert torch.allclose(steps(model, spec), expected, atol=2e-4)
+    assert served and all(served)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "mistral", "gpt_oss", "gpt2"])
+def test_windows_caps_and_sinks(architecture, monkeypatch):
+    model = tiny_models.build(architecture)
+    expected = steps(model, "dense")
+    fuse_everywhere(monkeypatch)
+    assert torch.allclose(steps(model, "dense"), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("spec", ["kivi(group=16,residual=16)", "streaming_llm(budget=20)", "zerotuning(gamma=3)", "tova(budget=20)"])
+def test_what_the_kernels_do_not_serve_takes_the_torch_path(spec, monkeypatch):
+    model = tiny_models.llama()
+    expected = steps(model, spec)
+    fuse_everywhere(monkeypatch)
+    assert torch.allclose(steps(model, spec), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("spec", ["a_shape(sinks=2,window=16)", "a_shape(sinks=2,window=16)+h2o(budget=24)", "a_shape(window=16)+delta(gamma=8)"])
+def test_prompts(spec, monkeypatch):
+    model = tiny_models.llama()
+    expected = steps(model, spec)
+    fuse_everywhere(monkeypatch)
+    assert torch.allclose(steps(model, spec), expected, atol=2e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("spec", SPECS + ["kivi(group=16,residual=16)", "a_shape(window=16)+delta(gamma=8)", "streaming_llm(budget=20)"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 0.3)])
+def test_on_the_gpu(spec, dtype, tolerance):
+    model = tiny_models.build("llama", head_dim=64, max_position_embeddings=2048)
+    expected = steps(model, spec)
+    got = steps(model.to("cuda", dtype), spec)
+    assert (got.cpu() - expected).abs().mean() < tolerance * expected.abs().mean()
+
+
