@@ -6,14 +6,17 @@ const cover = h("div", {class: "mapcover", hidden: true});
 const maptip = h("div", {class: "al-tip", role: "tooltip", hidden: true});
 document.body.append(maptip);
 const mapbox = h("div", {class: "mapbox"}, canvas, cover, live);
-let V = {r: 0, c: 0, span: 1}, tiles = {over: null, near: null}, wanted = 0, ramp = null, hatchPattern = null, hover = null, cellAsk = 0;
+let V = {r: 0, c: 0, span: 1}, tiles = {over: null, near: null}, wanted = 0, ramp = null, diverging = null, hatchPattern = null, hover = null, cellAsk = 0;
 
-const total = () => (S.now || {}).tokens || 1;
+const total = () => S.limit || (S.now || {}).tokens || 1;
 function palette() {
   const stops = [0, 1, 2, 3, 4].map(i => hex(css(`--ramp${i}`) || "#888888"));
   ramp = new Uint8ClampedArray(256 * 3);
   for (let b = 1; b < 256; b++) { const x = (b - 1) / 254 * 3.9999, i = Math.floor(x), f = x - i;
     for (let k = 0; k < 3; k++) ramp[b * 3 + k] = stops[i][k] + (stops[i + 1][k] - stops[i][k]) * f; }
+  const sides = [0, 1, 2, 3, 4].map(i => hex(css(`--div${i}`) || "#888888")); diverging = new Uint8ClampedArray(256 * 3);
+  for (let b = 1; b < 256; b++) { const x = (b - 1) / 254 * 3.9999, i = Math.floor(x), f = x - i;
+    for (let k = 0; k < 3; k++) diverging[b * 3 + k] = sides[i][k] + (sides[i + 1][k] - sides[i][k]) * f; }
   const p = h("canvas", {width: 8, height: 8}), g = p.getContext("2d");
   g.fillStyle = css("--b0"); g.fillRect(0, 0, 8, 8); g.strokeStyle = css("--hatch"); g.lineWidth = 1;
   g.beginPath(); for (const d of [-8, 0, 8]) { g.moveTo(d, 8); g.lineTo(d + 8, 0); } g.stroke();
@@ -21,9 +24,9 @@ function palette() {
 }
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
 function paint(tile) {
-  const data = tile.bytes, n = tile.w * tile.h, image = new ImageData(tile.w, tile.h), bg = hex(css("--ramp0") || "#888888");
+  const data = tile.bytes, n = tile.w * tile.h, image = new ImageData(tile.w, tile.h), shades = tile.signed ? diverging : ramp, bg = hex(css("--ramp0") || "#888888");
   for (let i = 0; i < n; i++) { const b = data[i], o = i * 4;
-    if (b) { image.data[o] = ramp[b * 3]; image.data[o + 1] = ramp[b * 3 + 1]; image.data[o + 2] = ramp[b * 3 + 2]; image.data[o + 3] = 255; }
+    if (b) { image.data[o] = shades[b * 3]; image.data[o + 1] = shades[b * 3 + 1]; image.data[o + 2] = shades[b * 3 + 2]; image.data[o + 3] = 255; }
     else { image.data[o] = bg[0]; image.data[o + 1] = bg[1]; image.data[o + 2] = bg[2]; image.data[o + 3] = 255; } }
   tile.image = h("canvas", {width: tile.w, height: tile.h}); tile.image.getContext("2d").putImageData(image, 0, 0);
   tile.mask = null;
@@ -47,6 +50,7 @@ function draw() {
   }
   const dpr = devicePixelRatio || 1, at = S.pin || S.cursor;
   if (S.now && S.now.prompt < total()) line(g, (S.now.prompt - V.r) * scale, (S.now.prompt - V.c) * scale, css("--soft"), dpr, [3 * dpr, 4 * dpr]);
+  if (S.minus && S.fork !== null && S.fork < total()) line(g, (S.fork - V.r) * scale, (S.fork - V.c) * scale, css("--mark"), dpr, []);
   if (at) { const accent = css("--accent"), x = (at.col - V.c) * scale, y = (at.row - V.r) * scale, s = Math.max(scale, 3 * dpr);
     g.fillStyle = accent; g.globalAlpha = S.pin ? .22 : .12; g.fillRect(0, y, side, Math.max(scale, dpr)); g.fillRect(x, 0, Math.max(scale, dpr), side);
     g.globalAlpha = 1; g.strokeStyle = accent; g.lineWidth = (S.pin ? 2 : 1) * dpr; g.strokeRect(x - dpr / 2, y - dpr / 2, s + dpr, s + dpr); }
@@ -65,17 +69,22 @@ function size() {
 function clampView() { const t = total(); V.span = Math.max(Math.min(16, t), Math.min(t, V.span));
   V.r = Math.max(0, Math.min(t - V.span, V.r)); V.c = Math.max(0, Math.min(t - V.span, V.c));
   canvas.style.touchAction = V.span < t ? "none" : "pan-y"; }
-async function fetchTile(rows, cols) {
-  const answer = await server.tile({...S.ask(), rows, cols, width: 512, height: 512, pool: S.pool, log: S.log});
+let tileNumber = 0;
+const session = Math.random().toString(36).slice(2);
+async function fetchTile(rows, cols, id) {
+  const signed = !!S.minus, answer = await server.tile({...S.ask(), id, rows, cols, width: 512, height: 512, pool: S.pool, log: S.log});
   if (answer.error) return answer;
-  answer.bytes = bytes(answer.data); answer.lost = answer.evicted ? bytes(answer.evicted) : null; delete answer.data; delete answer.evicted;
+  answer.bytes = bytes(answer.data); answer.lost = answer.evicted ? bytes(answer.evicted) : null; delete answer.data; delete answer.evicted; answer.signed = signed;
   paint(answer); return answer;
 }
 async function overview() {
   const mine = ++wanted; tiles = {over: null, near: null}; draw();
-  const slow = setTimeout(() => { if (mine === wanted) say("Computing the map…"); }, 250);
-  const tile = await fetchTile([0, total()], [0, total()]).catch(e => ({error: "The server did not answer. Reload the page."}));
-  clearTimeout(slow); if (mine !== wanted) return;
+  const id = `${session}-${++tileNumber}`, key = S.key, slow = setInterval(async () => {
+    if (mine !== wanted) { clearInterval(slow); server.drawing({key, id, drop: true}).catch(() => null); return; }
+    const a = await server.drawing({key, id}).catch(() => null);
+    if (mine === wanted && a && a.fraction !== null) say(`Computing the map · ${Math.round(a.fraction * 100)}%`); }, 400);
+  const tile = await fetchTile([0, total()], [0, total()], id).catch(e => ({error: "The server did not answer. Reload the page."}));
+  clearInterval(slow); if (mine !== wanted) return;
   if (tile.error) return S.trouble(tile);
   say(null); tiles.over = tile; draw(); S.drawn(); if (V.span < total()) near();
 }
@@ -141,16 +150,18 @@ function tip(row, col, x, y) {
   maptip.style.top = Math.max(8, Math.min(innerHeight - t - 8, y + 14)) + "px";
   exact(row, col, mine);
 }
+const signed = x => (x > 0 ? "+" : x < 0 ? "−" : "") + fmt.dec(Math.abs(x), 3);
 const kept = a => a.bits === null || a.bits === undefined ? null : a.bits === 0 ? "evicted" : a.bits === 16 ? "kept exactly" : `kept at ${a.bits} bit`;
 function fill(row, col, a) {
   const tokens = S.tokens || [], tile = tiles.near || tiles.over, coarse = tile && tile.row_step > 1;
   const words = a ? a.weight === null || a.weight === undefined
     ? [({future: "not yet written: the future", window: "outside the sliding window"})[a.why] || a.why || "not visible"]
-    : ["weight ", h("b", {class: "num"}, fmt.dec(a.weight, 3)), " · rank ", h("b", {class: "num"}, fmt.int(a.rank)), " of ", h("b", {class: "num"}, fmt.int(a.of))] : ["\u2026"];
+    : S.minus ? [`${S.letter} − ${S.minus} `, h("b", {class: "num"}, signed(a.weight)), ` · ${S.minus} `, h("b", {class: "num"}, fmt.dec(a.both[0], 3)), ` · ${S.letter} `, h("b", {class: "num"}, fmt.dec(a.both[1], 3))]
+    : [S.head === "rollout" ? "share " : "weight ", h("b", {class: "num"}, fmt.dec(a.weight, 3)), " · rank ", h("b", {class: "num"}, fmt.int(a.rank)), " of ", h("b", {class: "num"}, fmt.int(a.of))] : ["\u2026"];
   const cache = a && a.weight !== null ? kept(a) : null;
   swap(maptip, h("div", {}, h("span", {class: "num soft"}, `row ${fmt.int(row)} `), h("code", {}, fmt.tok(tokens[row])), " → ",
     h("span", {class: "num soft"}, `col ${fmt.int(col)} `), h("code", {}, fmt.tok(tokens[col]))), h("div", {}, words, cache ? " · " + cache : null),
-    coarse ? h("div", {class: "soft"}, `one cell shows ${tile.row_step} × ${tile.col_step} tokens`) : null);
+    coarse ? h("div", {class: "soft"}, S.head === "rollout" ? `one cell shows its last row of ${tile.row_step} × ${tile.col_step} tokens` : `one cell shows ${tile.row_step} × ${tile.col_step} tokens`) : null);
   if (a) live.textContent = maptip.textContent;
 }
 new MutationObserver(() => { palette(); for (const t of [tiles.over, tiles.near]) if (t) paint(t); draw(); S.recolour(); })

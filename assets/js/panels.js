@@ -15,10 +15,10 @@ function buildStrip(around) {
 }
 const tokenAt = i => strip.querySelector(`[data-i="${i}"]`);
 function markStrip(answer) {
-  const top = Math.max(1e-9, ...answer.profile.filter((_, k) => answer.strip[0] + k > 0)), gone = new Set(answer.gone);
+  const top = Math.max(1e-9, ...answer.profile.filter((_, k) => S.minus || answer.strip[0] + k > 0).map(Math.abs)), gone = new Set(answer.gone);
   for (const span of strip.querySelectorAll(".tk")) {
     const i = Number(span.dataset.i), w = answer.profile[i - answer.strip[0]] || 0;
-    span.style.setProperty("--w", i > answer.row ? 0 : Math.min(1, Math.sqrt(w / top)) * .72);
+    span.style.setProperty("--w", i > answer.row ? 0 : Math.min(1, Math.sqrt(Math.abs(w) / top)) * .72); span.classList.toggle("less", w < 0);
     span.classList.toggle("gone", gone.has(i)); span.classList.toggle("later", i > answer.row); span.classList.toggle("q", i === answer.row);
   }
 }
@@ -42,11 +42,11 @@ function rowChanged(i, scroll) {
 }
 const bitClass = b => b === null || b === undefined ? "b16" : `b${b}`;
 function drawBars(a) {
-  const top = Math.max(1e-9, ...a.bars.map(b => b.weight), a.tail || 0);
-  swap(bars, h("div", {class: "h"}, "Where ", h("code", {}, fmt.tok(S.tokens[a.row])), " looks ", h("span", {class: "num"}, `row ${fmt.int(a.row)}`)),
+  const top = Math.max(1e-9, ...a.bars.map(b => Math.abs(b.weight)), a.tail || 0), text = S.minus ? signed : w => fmt.dec(w, 3);
+  swap(bars, h("div", {class: "h"}, S.minus ? `Where ${S.letter} and ${S.minus} differ: ` : S.head === "rollout" ? "What is in " : "Where ", h("code", {}, fmt.tok(S.tokens[a.row])), S.minus || S.head === "rollout" ? " " : " looks ", h("span", {class: "num"}, `row ${fmt.int(a.row)}`)),
     h("table", {}, h("caption", {class: "sr"}, "largest attention weights of this row"), h("tbody", {},
       a.bars.map(b => h("tr", {}, h("td", {}, h("button", {type: "button", class: "quiet", title: `token ${fmt.int(b.col)}`, onclick: () => S.setPin({row: a.row, col: b.col}, true)},
-        b.col === 0 ? "token 0" : fmt.tok(S.tokens[b.col]))), h("td", {}, h("i", {class: `bits ${bitClass(b.bits)}`, style: `width:${b.weight / top * 100}%`})), h("td", {class: "num"}, fmt.dec(b.weight, 3)))),
+        b.col === 0 ? "token 0" : fmt.tok(S.tokens[b.col]))), h("td", {}, h("i", {class: S.minus ? (b.weight < 0 ? "divless" : "divmore") : `bits ${bitClass(b.bits)}`, style: `width:${Math.abs(b.weight) / top * 100}%`})), h("td", {class: "num"}, text(b.weight)))),
       a.others > 0 ? h("tr", {}, h("td", {class: "soft"}, `${fmt.int(a.others)} others`), h("td", {}, h("i", {class: "tailbar", style: `width:${(a.tail || 0) / top * 100}%`})), h("td", {class: "num"}, fmt.dec(a.tail, 3))) : null)),
     a.lost ? h("p", {class: "soft lostline"}, h("s", {class: "bits b0"}), `${fmt.int(a.lost)} earlier tokens are evicted and get no weight.`) : null);
 }

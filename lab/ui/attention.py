@@ -13,6 +13,7 @@ from .components import cards
 from .controller import Lab, sentence
 from .opened import OpenRun
 from .state import Address
+from .tasks import Told, gently
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 GONE = "This run is no longer open on the server. Open it again from Runs."
@@ -32,10 +33,11 @@ def value(lab: Lab, key: str | None, address: Address | None = None) -> dict[str
         letter = v["letter"]
         variants.append({"letter": letter, "title": v.get("title") or v.get("spec"), "layers": run.layers(letter),
                          "layers_total": model.get("layers") or 1, "heads": model.get("heads") or 1,
-                         "kv_heads": model.get("kv_heads") or 1, "prompt": prompt, "tokens": fed(run, letter)})
+                         "kv_heads": model.get("kv_heads") or 1, "prompt": prompt, "tokens": fed(run, letter),
+                         "fork": None if v.get("first_divergence") is None else prompt + int(v["first_divergence"])})
     chosen = address or Address()
     return {"key": key, "rev": time.time(), "variants": variants,
-            "sel": {"letter": chosen.variant, "layer": chosen.layer, "head": chosen.head}}
+            "sel": {"letter": chosen.variant, "layer": chosen.layer, "head": chosen.head, "minus": chosen.minus}}
 
 
 def fed(run: OpenRun, letter: str) -> int:
@@ -57,16 +59,33 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
         if run is None:
             return {"error": GONE}
         try:
-            return work(run, ask)
+            with gently(lab):
+                return work(run, ask)
         except Exception as problem:
             return {"error": sentence(problem)}
 
     def tile(ask: dict[str, Any]) -> dict[str, Any]:
-        found = answer(maps.tile, ask)
+        told = Told()
+
+        def draw(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
+            run.tasks["tile", ask.get("id")] = told
+            try:
+                return maps.tile(run, ask, told.progress, told.cancelled)
+            finally:
+                run.tasks.pop(("tile", ask.get("id")), None)
+        found = answer(draw, ask)
         run = lab.shelf.get(str((ask or {}).get("key")))
         if "error" in found and run is not None and ask.get("layer") not in run.layers(str(ask.get("letter"))):
             found["replay"], found["auto"] = lab.replayable(run), lab.replays_by_itself(run)
         return found
+
+    def drawing(ask: dict[str, Any]) -> dict[str, Any]:
+        """How far a tile is; `drop` gives it up."""
+        run = lab.shelf.get(str((ask or {}).get("key")))
+        told = run.tasks.get(("tile", ask.get("id"))) if run else None
+        if told is not None and ask.get("drop"):
+            told.cancel()
+        return {"fraction": told.fraction if told else None}
 
     def cell(ask: dict[str, Any]) -> dict[str, Any]:
         return answer(maps.cell, ask)
@@ -85,7 +104,7 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
 
     def tokens(ask: dict[str, Any]) -> dict[str, Any]:
         return answer(lambda run, _: {"tokens": words(run, str(ask.get("letter")))}, ask)
-    return [tile, cell, row, stats, cache, life, tokens]
+    return [tile, drawing, cell, row, stats, cache, life, tokens]
 
 
 def words(run: OpenRun, letter: str) -> list[str]:

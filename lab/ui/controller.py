@@ -256,6 +256,10 @@ class Lab:
             job.stop()
         return job
 
+    def busy(self) -> bool:
+        """True while somebody's generation is under way."""
+        return bool(self._jobs)
+
     def end(self, visitor: str) -> None:
         """The job is over."""
         with self._jobs_lock:

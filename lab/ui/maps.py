@@ -19,7 +19,11 @@ LOG_FLOOR = 1e-5  # darkest shade of the logarithmic scale
 
 
 def _head(value: Any) -> int | str:
-    return value if value in ("mean", "max") else int(value)
+    return value if value in ("mean", "max", "rollout") else int(value)
+
+
+def _lens(run: OpenRun, ask: dict[str, Any]) -> Any:
+    return run.lens(str(ask["letter"]), int(ask["layer"]), _head(ask["head"]), str(ask.get("minus") or "") or None)
 
 
 def _pack(array: np.ndarray) -> str:
@@ -41,18 +45,25 @@ def _shade(values: np.ndarray, log: bool) -> tuple[np.ndarray, float]:
     return np.where(there, 1 + np.rint(part * 254), 0).astype(np.uint8), top
 
 
-def tile(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
+def _shade_signed(values: np.ndarray, log: bool) -> tuple[np.ndarray, float]:
+    """Differences as bytes: 0 = nothing there, 128 = none, 1 and 255 = the largest, which is returned."""
+    size, top = _shade(np.abs(values), log)
+    half = np.rint((size.astype(np.float32) - 1) / 2)
+    signed = 128 + np.where(values < 0, -half, half)
+    return np.where(size == 0, 0, np.clip(signed, 1, 255)).astype(np.uint8), top
+
+
+def tile(run: OpenRun, ask: dict[str, Any], progress: Any = None, cancel: Any = None) -> dict[str, Any]:
     """One window of the map as ≤ 512 x 512 bytes.
 
-    `ask`: letter, layer, head, rows [r0, r1), cols [c0, c1), width, height, pool 'max'|'mean', log bool.
+    `ask`: letter, minus (letter or nothing), layer, head, rows [r0, r1), cols [c0, c1), width, height, pool
+    'max'|'mean', log bool.
     """
-    from lab.inspect.view import view
-
-    capture = run.capture(str(ask["letter"]), int(ask["layer"]))
-    seen = view(capture, _head(ask["head"]), _span(ask["rows"], capture.tokens), _span(ask["cols"], capture.tokens),
-                min(int(ask.get("width") or SIDE), SIDE), min(int(ask.get("height") or SIDE), SIDE),
-                "mean" if ask.get("pool") == "mean" else "max")
-    shades, top = _shade(seen.values, bool(ask.get("log", True)))
+    lens = _lens(run, ask)
+    seen = lens.view(_span(ask["rows"], lens.tokens), _span(ask["cols"], lens.tokens),
+                     min(int(ask.get("width") or SIDE), SIDE), min(int(ask.get("height") or SIDE), SIDE),
+                     "mean" if ask.get("pool") == "mean" else "max", progress, cancel)
+    shades, top = (_shade_signed if ask.get("minus") else _shade)(seen.values, bool(ask.get("log", True)))
     answer = {"h": int(shades.shape[0]), "w": int(shades.shape[1]), "data": _pack(shades), "top": top,
               "rows": list(seen.rows), "cols": list(seen.cols), "row_step": seen.row_step, "col_step": seen.col_step}
     if seen.evicted.any():
@@ -68,30 +79,32 @@ def _span(pair: Any, tokens: int) -> tuple[int, int]:
 
 def cell(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
     """The exact weight of one row on one column, its rank, and what the cache had kept."""
-    from lab.inspect.view import cell as exact
-
-    found = exact(run.capture(str(ask["letter"]), int(ask["layer"])), _head(ask["head"]), int(ask["row"]), int(ask["col"]))
-    return {"row": int(ask["row"]), "col": int(ask["col"]), "weight": found.weight, "rank": found.rank,
+    lens = _lens(run, ask)
+    found = lens.cell(int(ask["row"]), int(ask["col"]))
+    both = [side.cell(found.row, found.col).weight for side in (lens.a, lens.b)] if ask.get("minus") else None
+    return {"both": both, "row": int(ask["row"]), "col": int(ask["col"]), "weight": found.weight, "rank": found.rank,
             "of": found.visible, "bits": found.bits, "why": found.why}
 
 
 def row(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
-    """Where one row looks: its largest weights, the mass of all others, and a profile for the token strip."""
-    from lab.inspect.view import row as exact
+    """Where one row looks: its largest weights, the mass of all others, and a profile for the token strip.
 
-    letter, layer, i = str(ask["letter"]), int(ask["layer"]), int(ask["row"])
-    capture = run.capture(letter, layer)
-    weights = exact(capture, _head(ask["head"]), i)
+    Of a difference: the largest changes, and no mass of others.
+    """
+    letter, layer, i, head = str(ask["letter"]), int(ask["layer"]), int(ask["row"]), _head(ask["head"])
+    lens, signed, rolled = _lens(run, ask), bool(ask.get("minus")), head == "rollout"
+    weights = lens.row(i)
     known = np.where(np.isfinite(weights), weights, 0.0)
     most = min(int(ask.get("top") or 12), 64)
-    best = [int(j) for j in np.argsort(-known, kind="stable")[:most] if known[j] > 0]
-    lost = run.evicted_at(letter, layer, _head(ask["head"]), i)
-    a, b = _span(ask.get("strip") or (0, capture.tokens), capture.tokens)
+    best = [int(j) for j in np.argsort(-np.abs(known), kind="stable")[:most] if known[j] != 0]
+    lost = None if rolled else run.evicted_at(letter, layer, head, i)
+    a, b = _span(ask.get("strip") or (0, lens.tokens), lens.tokens)
     b = min(b, a + 2000)
-    return {"row": i, "bars": [{"col": j, "weight": float(known[j]), "bits": run.bits_at(letter, layer, _head(ask["head"]), i, j)}
-                               for j in best],
-            "tail": float(max(0.0, 1.0 - float(known[best].sum()))) if np.isfinite(weights).any() else None,
-            "others": int(np.isfinite(weights).sum()) - len(best), "lost": None if lost is None else int(lost.sum()),
+    tail = None if signed or not np.isfinite(weights).any() else float(max(0.0, 1.0 - float(known[best].sum())))
+    return {"row": i, "bars": [{"col": j, "weight": float(known[j]),
+                                "bits": None if rolled else run.bits_at(letter, layer, head, i, j)} for j in best],
+            "tail": tail, "others": 0 if signed else int(np.isfinite(weights).sum()) - len(best),
+            "lost": None if lost is None else int(lost.sum()),
             "strip": [a, b], "profile": [round(float(x), 5) for x in known[a:b]],
             "gone": [] if lost is None else [int(j) for j in np.flatnonzero(lost[a:b]) + a]}
 

@@ -21,6 +21,8 @@ class OpenRun:
         self._captures: dict[tuple[str, int], Any] = {}
         self._stats: dict[tuple[str, int], Any] = {}
         self._maps: dict[str, Any] = {}
+        self._trimmed: dict[tuple[str, int, int], Any] = {}
+        self.tasks: dict[Any, Any] = {}  # long work under way or done, see tasks.py
         self._lock = threading.Lock()
 
     def variant(self, letter: str) -> dict[str, Any]:
@@ -45,11 +47,48 @@ class OpenRun:
                 self._captures[letter, layer] = Capture.from_arrays(self.arrays, letter, layer)
             return self._captures[letter, layer]
 
+    def lens(self, letter: str, layer: int, head: int | str, minus: str | None = None) -> Any:
+        """lab.inspect Lens: one head, "mean", "max" or "rollout" of a variant, or its difference from variant `minus`.
+
+        A difference covers the tokens that both runs have.
+        """
+        from lab.inspect.lens import Difference, Heads, Rollout
+
+        def one(name: str, tokens: int | None = None) -> Any:
+            if head != "rollout":
+                return Heads([self._cut(name, layer, tokens)], head)
+            return Rollout([self._cut(name, n, tokens) for n in self._needed(name)])
+        if not minus or minus == letter:
+            return one(letter)
+        shared = min(one(letter).tokens, one(minus).tokens)
+        return Difference(one(minus, shared), one(letter, shared))
+
+    def _needed(self, letter: str) -> list[int]:
+        found = self.layers(letter)
+        if not found:
+            raise LabError(f"This run holds no captured attention of variant {letter}",
+                           fix="Load the run's model and replay it to capture attention")
+        return found
+
+    def _cut(self, letter: str, layer: int, tokens: int | None) -> Any:
+        from lab.inspect.lens import trim
+
+        capture = self.capture(letter, layer)
+        if tokens is None or tokens >= capture.tokens:
+            return capture
+        with self._lock:  # kept, because what is derived from a capture is stored under its serial
+            key = (letter, layer, tokens)
+            if key not in self._trimmed:
+                self._trimmed[key] = trim(capture, tokens)
+            return self._trimmed[key]
+
     def add(self, arrays: dict[str, np.ndarray]) -> None:
         """Arrays that a replay brought."""
         with self._lock:
             self.arrays.update(arrays)
             self._captures.clear()
+            self._trimmed.clear()
+            self._stats.clear()
 
     def stats(self, letter: str, layer: int) -> Any:
         """lab.inspect HeadStats of one layer, computed once."""

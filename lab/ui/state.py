@@ -10,13 +10,14 @@ MAX_PROMPT_CHARS = 400_000
 
 @dataclass(frozen=True)
 class Address:
-    """The shareable part of the page: ?tab=&run=&variant=&layer=&head="""
+    """The shareable part of the page: ?tab=&run=&variant=&layer=&head=&minus="""
 
     tab: str = "compare"
     run: str | None = None
     variant: str | None = None
     layer: int | None = None
     head: int | str | None = None
+    minus: str | None = None
 
     @classmethod
     def read(cls, query: Any) -> Address:
@@ -28,7 +29,8 @@ class Address:
         run = str(query.get("run") or "")[:80]
         letter = str(query.get("variant") or "")
         return cls(tab if tab in TABS else "compare", run or None, letter if letter in ("A", "B", "C", "D") else None,
-                   number("layer"), head if head in ("mean", "max") else number("head"))
+                   number("layer"), head if head in ("mean", "max", "rollout") else number("head"),
+                   minus if (minus := str(query.get("minus") or "")) in ("A", "B", "C", "D") else None)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""Looking inside without a browser: differences, rollout, the grid, token measures, diagnostics and the exported page."""
+from __future__ import annotations
+
+import base64
+
+import numpy as np
+import pytest
+
+from lab.errors import LabError
+from lab.ui import attention, maps
+from lab.ui.opened import OpenRun
+from lab.ui.state import Address
+
+from . import fixture
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return fixture.FakeLab(step_s=0)
+
+
+@pytest.fixture
+def run():
+    return OpenRun(*fixture.record_and_arrays())
+
+
+def ask(letter="B", layer=3, head=0, **more):
+    return {"letter": letter, "layer": layer, "head": head, "rows": [0, 999], "cols": [0, 999], **more}
+
+
+def shades(tile):
+    return np.frombuffer(base64.b64decode(tile["data"]), np.uint8).reshape(tile["h"], tile["w"])
+
+
+@pytest.mark.parametrize("head", [0, "mean", "max", "rollout"])
+def test_a_difference_is_what_its_two_cells_say(run, head):
+    row = maps.row(run, ask("C", head=head, minus="A", row=120))
+    for bar in row["bars"][:3]:
+        cell = maps.cell(run, ask("C", head=head, minus="A", row=120, col=bar["col"]))
+        assert cell["weight"] == pytest.approx(bar["weight"], abs=1e-6)
+        assert cell["both"][1] - cell["both"][0] == pytest.approx(bar["weight"], abs=1e-5)
+
+
+def test_a_difference_covers_the_shorter_run_and_keeps_evicted_apart(run):
+    tile = maps.tile(run, ask("B", minus="A", log=False))
+    assert tile["h"] == min(run.capture(x, 3).tokens for x in "AB")
+    data, lost = shades(tile), np.frombuffer(base64.b64decode(tile["evicted"]), np.uint8)
+    assert (data.ravel()[lost == 255] == 0).all() and data[0, 1] == 0
+    exact = run.lens("B", 3, 0, "A").view((0, tile["h"]), (0, tile["w"]), 512, 512, "max").values
+    there = np.isfinite(exact)
+    assert (np.sign(data[there].astype(int) - 128) * np.sign(exact[there]) >= 0).all()
+    assert data[there][np.abs(exact[there]).argmax()] in (1, 255)
+
+
+def test_a_variant_minus_itself_is_the_variant(run):
+    assert run.lens("A", 3, 1, "A").tokens == run.lens("A", 3, 1).tokens
+
+
+def test_rollout_needs_captures_and_rows_sum_to_one(run):
+    assert run.lens("A", 3, "rollout").row(40)[:41].sum() == pytest.approx(1, abs=1e-4)
+    with pytest.raises(LabError, match="captured"):
+        OpenRun(run.record, {}).lens("A", 3, "rollout")
+
+
+def test_the_address_names_a_difference():
+    assert Address.read({"variant": "B", "minus": "A", "head": "rollout"}) == Address(variant="B", minus="A", head="rollout")
+    assert Address.read({"minus": "<"}).minus is None
+
+
+def test_a_dropped_drawing_says_so(lab):
+    f = {fn.__name__: fn for fn in attention.functions(lab)}
+    assert f["drawing"]({"key": "recorded", "id": "x", "drop": True}) == {"fraction": None}
+    assert "h" in f["tile"]({"key": "recorded", "id": "x", **ask("B", minus="A")})
