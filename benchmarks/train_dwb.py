@@ -138,16 +138,14 @@ def quartiles(features: torch.Tensor) -> torch.Tensor:
 
 
 def against_chance(net: dwb.Controller, scores: torch.Tensor, cost: torch.Tensor, target: float) -> str:
-    """Mean log error at a mean width, beside the same widths dealt out at random and the best widths in hindsight."""
+    """Mean error at a mean width, beside the same widths dealt out at random and the best widths in hindsight."""
     widths = torch.tensor(dwb.WIDTHS)
     chosen = torch.searchsorted(widths, net.choose(scores, net.price(scores, target)).long())
-    dealt = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(1))]
-    best = labels(cost, target)[0]
-    error = lambda c: float((cost.gather(1, c[:, None]) + 1e-6).log().mean())  # noqa: E731
-    total = lambda c: float(cost.gather(1, c[:, None]).median())  # noqa: E731
-    return (f"{target:g} bits: controller {float(widths[chosen].float().mean()):.2f} bits, median error {total(chosen):.3f}; "
-            f"same widths dealt at random {total(dealt):.3f}; in hindsight {total(best):.3f}; mean log error "
-            f"{error(chosen):.3f}, {error(dealt):.3f}, {error(best):.3f}")
+    shuffles = [torch.randperm(len(chosen), generator=torch.Generator().manual_seed(i)) for i in range(20)]
+    error = lambda c: float(cost.gather(1, c[:, None]).mean())  # noqa: E731
+    dealt = sum(error(chosen[order]) for order in shuffles) / len(shuffles)
+    return (f"{target:g} bits: controller {float(widths[chosen].float().mean()):.2f} bits, mean error {error(chosen):.1f}; "
+            f"same widths at random {dealt:.1f}; in hindsight {error(labels(cost, target)[0]):.1f}")
 
 
 def main() -> None:
@@ -157,6 +155,7 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=16)
     parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--out", type=Path, default=dwb.ASSET)
+    parser.add_argument("--keep", type=Path, help="also write features and costs here")
     options = parser.parse_args()
     from lab import models
 
@@ -169,6 +168,8 @@ def main() -> None:
     texts = texts[torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))]
     held = max(1, len(texts) // 6)
     features, cost = examples(loaded.model, texts)
+    if options.keep:
+        torch.save({"features": features, "cost": cost}, options.keep)
     label, price = labels(cost, options.target)
     cut = len(label) - held * options.length
     net = train(features[:cut], label[:cut], 0)

@@ -99,7 +99,12 @@ class Ragged:
                     self._dense(name)[:, :, n : n + count] = new
                 self.lens = [n + count] * self.lanes
                 return
-            keep = torch.ones(self.batch, self.heads, count, dtype=torch.bool, device=first.device)
+            ends = torch.tensor([s + n for s, n in zip(self.starts, self.lens)], device=first.device)
+            target = (ends[:, None] + torch.arange(count, device=first.device)).flatten()
+            for name, new in rows.items():
+                self.fields[name][target] = new.reshape(self.lanes * count, *new.shape[3:])
+            self.lens = [n + count for n in self.lens]
+            return
         if keep.dim() == 2:
             keep = keep.unsqueeze(1).expand(-1, self.heads, -1)
         flags = keep.reshape(self.lanes, count)
@@ -139,8 +144,16 @@ class Ragged:
 
     def pop_swap(self, slot: torch.Tensor) -> None:
         """Remove one entry of every lane, slot int64 [B, Hk], by moving the lane's last entry into its place: O(row)."""
+        if self.level and self.dense:
+            n = self.lens[0]
+            for name in self.fields:
+                shaped = self._dense(name)
+                at = slot.view(*slot.shape, 1, *[1] * (shaped.dim() - 3)).expand(*slot.shape, 1, *shaped.shape[3:])
+                shaped.scatter_(2, at, shaped[:, :, n - 1 : n].clone())
+            self.lens = [n - 1] * self.lanes
+            return
         starts = torch.tensor(self.starts, device=slot.device)
-        last = starts + torch.tensor(self.lens, device=slot.device) - 1
+        last = torch.tensor([s + n - 1 for s, n in zip(self.starts, self.lens)], device=slot.device)
         target = starts + slot.reshape(-1)
         for field in self.fields.values():
             field[target] = field[last]
