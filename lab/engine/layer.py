@@ -30,6 +30,10 @@ class Handle:
     def __init__(self, layer: "LabLayer", k: torch.Tensor, v: torch.Tensor) -> None:
         self.layer, self.k, self.v, self.fresh = layer, k, v, True
 
+    def to(self, *args, **kwargs) -> "Handle":
+        """Models that share a layer's cache ask for it on the reader's device; rows are read where they lie."""
+        return self
+
     def __getattr__(self, name: str):
         raise Touched(
             f"This model changes keys or values after the cache returned them (it asked for .{name})",
@@ -56,6 +60,7 @@ class LabLayer(CacheLayerMixin):
         self.window, self.slack = window, slack
         self.shared = False  # other layers read this one's rows after it
         self.tap: Tap | None = None
+        self.static = None  # its place in a captured graph, while there is one
         self.reset()
 
     def reset(self) -> None:
@@ -237,6 +242,13 @@ class LabLayer(CacheLayerMixin):
                     rows[name] = torch.zeros(self.batch, self.heads, k.shape[2], device=self.device)
             self.meta.append(rows, keep, spare)
 
+    def appended(self) -> None:
+        """Note one row per lane that a captured step has stored."""
+        for part in (self.exact_k.rows, self.exact_v.rows, *([self.meta] if self.meta is not None else [])):
+            part.lens = [n + 1 for n in part.lens]
+        self.seen += 1
+        self.last_read = sum(self.exact_k.rows.lens)
+
     def start_tracking(self) -> None:
         """Store positions from here on (padding was met, so they are no longer a plain range)."""
         if self.meta is None:
@@ -351,7 +363,7 @@ class LabLayer(CacheLayerMixin):
         if self.is_initialized:
             twin.exact_k, twin.exact_v = self.exact_k.clone(), self.exact_v.clone()
         twin.meta = self.meta.clone() if self.meta is not None else None
-        twin.tap = None
+        twin.tap = twin.static = None
         twin.history = self.history.clone() if self.history is not None else None
         twin.state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.state.items()}
         return twin

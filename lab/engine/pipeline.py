@@ -9,7 +9,7 @@ import torch
 from kernels import cpu_attention as core
 from kernels.backend import has_triton
 from kernels.merge import sink_logit
-from lab.engine import attend, fused, sparse
+from lab.engine import attend, fused, graph, sparse
 from lab.engine.context import LayerContext
 from lab.engine.history import History
 from lab.engine.layer import Handle, LabLayer
@@ -32,6 +32,8 @@ class Call:
 def run(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> torch.Tensor:
     """One layer's step. q [B,Hq,T,d]; returns [B,T,Hq,dv]. Stores the handle's rows, attends, then applies the dial."""
     store = handle.layer
+    if store.static is not None:
+        return graph.attend(policy, handle, q, call)
     ctx = _append(policy, handle, q, call)
     if store.tap is not None:
         store.tap.add(ctx, handle)

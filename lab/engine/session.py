@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Iterator
 
 import torch
 
 from lab.engine.cache import LabCache
+from lab.engine.graph import GraphedDecode, why_not
 from lab.engine.stack import Stack
 from lab.engine.tap import Tap
 from lab.errors import LabError
+
+log = logging.getLogger("lab")
 
 
 class Session:
@@ -31,6 +35,8 @@ class Session:
         self.new_tokens, self.chunk, self.seed, self.record, self.capture = new_tokens, chunk, seed, record, capture
         self.cache: LabCache | None = None
         self.last_ms = 0.0
+        self.path: str | None = None  # how decode steps run on CUDA, once known: "CUDA graph" or "step by step: why"
+        self._graph: GraphedDecode | None = None
 
     @property
     def device(self) -> torch.device:
@@ -51,6 +57,7 @@ class Session:
     def prefill_steps(self, ids: list[int], *, samples: int = 1, taps: set[int] | None = None) -> Iterator[float]:
         """As `prefill`, yielding the fraction done after each chunk; the caller may stop between chunks. `taps` names
         layers whose queries and keys to keep when not all are captured."""
+        self._graph = self.path = None
         if not ids:
             raise LabError("The prompt is empty", "A prompt has at least one token", "Type a prompt, or choose a preset")
         self.cache = LabCache(
@@ -73,11 +80,40 @@ class Session:
             return logits.expand(samples, -1)
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
-        """One decode step. ids int64 [B] -> logits float32 [B, V]; last_ms is the time of this step alone."""
+        """One decode step. ids int64 [B] -> logits float32 [B, V]; last_ms is the time of this step alone.
+
+        On CUDA the first step captures a graph where the stack allows it (not counted in last_ms).
+        """
+        if self.device.type == "cuda" and self._graph is None and self.path is None:
+            self._prepare_graph(ids.shape[0])
+        if self._graph is not None and self._graph.left == 0:
+            self._leave_graph("the reserved room is used up")
         start = self._now()
-        logits = self._forward(ids.view(-1, 1))
+        if self._graph is not None:
+            with torch.inference_mode():
+                logits = self._graph.step(ids)
+        else:
+            logits = self._forward(ids.view(-1, 1))
         self.last_ms = (self._now() - start) * 1e3
         return logits
+
+    def _prepare_graph(self, batch: int) -> None:
+        reason = why_not(self.cache)
+        if reason is None:
+            try:
+                with torch.inference_mode():
+                    self._graph = GraphedDecode(self.model, self.cache, batch, self.new_tokens + 1)
+                self.path = "CUDA graph"
+                return
+            except RuntimeError as error:  # a model whose forward cannot be captured still runs step by step
+                log.warning("capturing the decode step failed: %s", error)
+                reason = "this model's step cannot be captured"
+        self._leave_graph(reason)
+
+    def _leave_graph(self, reason: str) -> None:
+        for layer in self.cache.lab_layers:
+            layer.static = None
+        self._graph, self.path = None, f"step by step: {reason}"
 
     def fork(self) -> "Session":
         """A session whose cache continues on its own from here."""
@@ -88,7 +124,7 @@ class Session:
 
     def close(self) -> None:
         """Free the cache."""
-        self.cache = None
+        self.cache = self._graph = None
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():

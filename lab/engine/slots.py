@@ -276,6 +276,7 @@ class Technique:
         return None if budget is None else resolve_budget(self.name, budget, prompt)
 
     evicts_in_decode: ClassVar[bool] = False
+    fixed_gate: ClassVar[bool] = False  # `route` gives the same gate at every step and keeps it in ctx.shared[(name, layer)]
 
     def allocate(self, ctx: "LayerContext", total: int, scores: torch.Tensor | None) -> int | torch.Tensor:
         """Entries of this layer: one number, or int64 [B,Hk] per head, out of a mean budget of `total`."""

@@ -73,7 +73,8 @@ class Experiment:
         stacks = request.stacks()
         reference = Reference(len(stacks) - 1 if request.fidelity else 0)
         stop = stop_tokens(loaded)
-        self.replay_needed = request.capture and not self._captures_fit()
+        # Watching every step would keep a GPU from running captured graphs: there, maps are replayed when asked for.
+        self.replay_needed = request.capture and (not self._captures_fit() or loaded.facts.device.startswith("cuda"))
         for i, stack in enumerate(stacks):
             session = Session(
                 loaded.model, stack, new_tokens=request.max_new_tokens, seed=request.sampling.seed, record=True,

@@ -25,6 +25,7 @@ class HeadPruning(Technique):
         "switch off at random as a control; many heads turn out to be dispensable."
     )
     saves: ClassVar[str] = "nothing"
+    fixed_gate: ClassVar[bool] = True
     does_not_save: ClassVar[str] = "Keys and values stay stored, and the heads are still computed before their output is closed."
 
     heads: str = param("none", "Query heads to switch off in the chosen layers: none, or numbers joined by ; such as 0;3.")
