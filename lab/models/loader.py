@@ -21,6 +21,7 @@ from transformers import (
 import lab
 from lab.errors import LabError
 from lab.models import checks, devices, weights as packing
+from lab.models.fuse import fuse
 from lab.models.facts import ModelFacts, describe
 from lab.models.places import Located, Progress, nothing, part
 from lab.models.quiet import quiet
@@ -81,6 +82,8 @@ def load(
             if chosen.weights is not None:
                 held, kl = packing.hold_weights(model, tokenizer, chosen.weights, located.key, record,
                                                 part(progress, 0.8, 1.0))
+            elif chosen.device.type == "cuda" and chosen.device_map is None:
+                fuse(model)
             _own_memory(model)
         except (torch.cuda.OutOfMemoryError, MemoryError) as error:
             gc.collect()

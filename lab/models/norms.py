@@ -33,7 +33,7 @@ def replace_norms(model: nn.Module) -> int:
     for name, module in list(model.named_modules()):
         if not type(module).__name__.endswith("RMSNorm") or isinstance(module, FastRMSNorm):
             continue
-        fast = _equivalent(module)
+        fast = equivalent(module)
         if fast is not None:
             parent_name, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent_name), leaf, fast)
@@ -41,7 +41,7 @@ def replace_norms(model: nn.Module) -> int:
     return replaced
 
 
-def _equivalent(module: nn.Module) -> FastRMSNorm | None:
+def equivalent(module: nn.Module) -> FastRMSNorm | None:
     """The fast norm that gives what ``module`` gives, or None."""
     weight = getattr(module, "weight", None)
     eps = next((getattr(module, name) for name in _NAMES_OF_EPS if isinstance(getattr(module, name, None), float)), None)

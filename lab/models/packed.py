@@ -103,7 +103,7 @@ class FusedLinear(nn.Module):
         return self.siblings.take(self.index, x)
 
     def extra_repr(self) -> str:
-        mode = self.siblings.linear.store.mode
+        mode = getattr(getattr(self.siblings.linear, "store", None), "mode", "as loaded")
         return f"in_features={self.in_features}, out_features={self.out_features}, mode={mode}, fused"
 
 
