@@ -18,7 +18,9 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == layers:
             return module
-    raise LabError(f"The layers of {type(model).__name__} were not found", "Trimming and hidden states need a list of decoder layers")
+    raise LabError(
+        f"The layers of {type(model).__name__} were not found", "Trimming and hidden states need a list of decoder layers"
+    )
 
 
 def install(model: torch.nn.Module) -> None:

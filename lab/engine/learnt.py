@@ -47,7 +47,8 @@ class Calibration:
         about = {"technique": self.technique, "version": self.version, "model": self.model, "revision": self.revision,
                  "settings": self.settings, "note": self.note}
         part = path.with_suffix(".part")
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.tensors.items()}, part, {"lab": json.dumps(about, sort_keys=True)})
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.tensors.items()}
+        save_file(tensors, part, {"lab": json.dumps(about, sort_keys=True)})
         part.chmod(0o644)
         part.replace(path)
         return path
@@ -60,7 +61,9 @@ class Calibration:
                 about = json.loads(file.metadata()["lab"])
                 return cls(tensors={k: file.get_tensor(k) for k in file.keys()}, **about)
         except FileNotFoundError:
-            raise LabError(f"There is no calibration file {path}", fix="python -m lab calibrate TECHNIQUE --out FILE makes one") from None
+            raise LabError(
+                f"There is no calibration file {path}", fix="python -m lab calibrate TECHNIQUE --out FILE makes one"
+            ) from None
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             raise LabError(f"{path} is not a calibration file", "It was written by python -m lab calibrate") from None
 
@@ -70,7 +73,10 @@ class Calibration:
         if self.technique != technique.name:
             raise LabError(f"This calibration belongs to {self.technique}, not to {technique.name}", fix=again)
         if self.version != technique.version:
-            raise LabError(f"This calibration of {technique.title} was made by version {self.version}; the lab has version {technique.version}", fix=again)
+            raise LabError(
+                f"This calibration of {technique.title} was made by version {self.version}; the lab has version "
+                f"{technique.version}", fix=again,
+            )
         if self.model != model:
             raise LabError(f"This calibration of {technique.title} was learnt from {self.model}, not from {model}", fix=again)
         if self.revision not in (ANY, revision):

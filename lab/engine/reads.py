@@ -50,8 +50,8 @@ class Place:
 @dataclass(frozen=True)
 class Weighed:
     """Weights p float32 [B, Hk, G, R, n], 0 where a row may not read; lse [B, Hk, G, R]; extra [B, Hk, G, R, d] is added
-    to the output. sparse: columns whose weights are all 0 are not fetched from the values. softmax: exp(lse) is what the weights were divided by,
-    so that a model's learned sink logit can take its share."""
+    to the output. sparse: columns whose weights are all 0 are not fetched from the values. softmax: exp(lse) is what the
+    weights were divided by, so that a model's learned sink logit can take its share."""
 
     p: torch.Tensor
     lse: torch.Tensor

@@ -21,7 +21,9 @@ def calibratable() -> list[str]:
     return sorted(info.name for info in pkgutil.iter_modules(fitting.__path__) if info.name not in ("common", "prompts"))
 
 
-def calibrate(technique: Technique | str, loaded: Any, progress: Progress | None = None, *, revision: str | None = None) -> Calibration:
+def calibrate(
+    technique: Technique | str, loaded: Any, progress: Progress | None = None, *, revision: str | None = None
+) -> Calibration:
     """Learn a technique's values from a model.
 
     Args:

@@ -104,7 +104,9 @@ def predict(
     """
     f = _facts(facts)
     if prompt < 1 or total < prompt:
-        raise LabError(f"prompt={prompt}, total={total} cannot be predicted", "The prompt has at least one token and is part of the total")
+        raise LabError(
+            f"prompt={prompt}, total={total} cannot be predicted", "The prompt has at least one token and is part of the total"
+        )
     stack = Stack.parse(stack) if isinstance(stack, str) else stack
     parameters = f.get("parameters") or 0
     weights = parameters * element if weight_bytes is None else weight_bytes

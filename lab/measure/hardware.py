@@ -41,7 +41,8 @@ ACCELERATORS: tuple[Machine, ...] = (
     Machine("NVIDIA H100 SXM", 989e12, 3350e9, 80e9, "bfloat16", _NVIDIA + "h100/"),
     Machine("NVIDIA H200 SXM", 989e12, 4800e9, 141e9, "bfloat16", _NVIDIA + "h200/"),
     Machine("NVIDIA B200", 2250e12, 8000e9, 180e9, "bfloat16", _NVIDIA + "dgx-b200/"),
-    Machine("AMD Instinct MI300X", 1307e12, 5300e9, 192e9, "bfloat16", "https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html"),
+    Machine("AMD Instinct MI300X", 1307e12, 5300e9, 192e9, "bfloat16",
+            "https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html"),
     Machine("Google TPU v5e", 197e12, 819e9, 16e9, "bfloat16", "https://cloud.google.com/tpu/docs/v5e"),
 )
 

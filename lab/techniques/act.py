@@ -22,7 +22,9 @@ class ACT(Technique):
 
     name: ClassVar[str] = "act"
     title: ClassVar[str] = "ACT"
-    paper: ClassVar[Paper] = Paper("Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training through Attention Calibration", "2406.15765", 2024)
+    paper: ClassVar[Paper] = Paper(
+        "Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training through Attention Calibration", "2406.15765", 2024
+    )
     slots: ClassVar[tuple[str, ...]] = ("weigh",)
     help: ClassVar[str] = (
         "Besides the first token, some later tokens attract attention from nearly every row without meaning much. ACT finds "

@@ -26,7 +26,10 @@ class AHA(Technique):
         "own outputs with and without the window."
     )
     saves: ClassVar[str] = "reads less, stores the same"
-    does_not_save: ClassVar[str] = "The cache stays full, because the next token may want all of it. A KV head is read if any query of its group asks."
+    does_not_save: ClassVar[str] = (
+        "The cache stays full, because the next token may want all of it. A KV head is read if any query of its group "
+        "asks."
+    )
     select_phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
 
     window: int = param(256, "Recent tokens a closed gate reads.", min=1, max=65536, unit="tokens")

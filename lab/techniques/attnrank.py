@@ -18,7 +18,9 @@ class AttnRank(Technique):
 
     name: ClassVar[str] = "attnrank"
     title: ClassVar[str] = "AttnRank"
-    paper: ClassVar[Paper] = Paper("Attention Basin: Why Contextual Position Matters in Large Language Models", "2508.05128", 2025)
+    paper: ClassVar[Paper] = Paper(
+        "Attention Basin: Why Contextual Position Matters in Large Language Models", "2508.05128", 2025
+    )
     slots: ClassVar[tuple[str, ...]] = ("trim", "calibrate")
     help: ClassVar[str] = (
         "Models look more at the first and last of several documents than at those between. A profile of this habit says "
@@ -26,11 +28,19 @@ class AttnRank(Technique):
         "best place, and so on. Only for documents whose order does not matter: never for code or dialogue."
     )
     saves: ClassVar[str] = "nothing"
-    does_not_save: ClassVar[str] = "It changes the order of the prompt and nothing else; token positions shown are those before reordering."
+    does_not_save: ClassVar[str] = (
+        "It changes the order of the prompt and nothing else; token positions shown are those before "
+        "reordering."
+    )
     enters: ClassVar[bool] = True
 
-    documents: str = param("none", "Token positions of the documents, one after another, such as 10-59;60-99;100-180; the rest is the question.")
-    profile: str = param("learnt", "Attention by place: learnt from this model, or a basin (ends first) as an assumption.", choices=("learnt", "basin"))
+    documents: str = param(
+        "none", "Token positions of the documents, one after another, such as 10-59;60-99;100-180; the rest is the question."
+    )
+    profile: str = param(
+        "learnt", "Attention by place: learnt from this model, or a basin (ends first) as an assumption.",
+        choices=("learnt", "basin")
+    )
     calibration: str = param("auto", "Calibration file; auto uses the one shipped for this model.")
 
     def validate(self) -> None:

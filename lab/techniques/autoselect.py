@@ -17,7 +17,9 @@ class AutoSelect(Technique):
 
     name: ClassVar[str] = "autoselect"
     title: ClassVar[str] = "AutoSelect (text)"
-    paper: ClassVar[Paper] = Paper("AutoSelect: Automatic Token Selection by Noise-Gated Training", "2603.07135", 2026)
+    paper: ClassVar[Paper] = Paper(
+        "The Model Knows Which Tokens Matter: Automatic Token Selection via Noise Gating", "2603.07135", 2026
+    )
     slots: ClassVar[tuple[str, ...]] = ("trim", "calibrate")
     help: ClassVar[str] = (
         "A two-layer scorer reads each token's hidden state at the cut and says how much it matters. It was trained by "

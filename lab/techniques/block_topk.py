@@ -28,13 +28,19 @@ class BlockTopK(Technique):
         "controls show what ranking is worth: the oracle picks single tokens by their true scores, local picks none."
     )
     saves: ClassVar[str] = "reads less, stores the same"
-    does_not_save: ClassVar[str] = "All keys and values stay stored, and page means come on top. The oracle reads every key to choose."
+    does_not_save: ClassVar[str] = (
+        "All keys and values stay stored, and page means come on top. The oracle reads every key to "
+        "choose."
+    )
     select_phases: ClassVar[tuple[str, ...]] = ("decode",)
 
     budget: float = param(0.25, READ_HELP + " The paper reads 64 pages.", min=0.001, max=1_000_000)
     page: int = param(16, "Tokens per page.", min=1, max=256, unit="tokens")
     sinks: int = param(4, "First tokens that are always read.", min=0, max=1024, unit="tokens")
-    local: int = param(64, "Recent tokens that are always read (a little more, so that pages stay whole).", min=1, max=65536, unit="tokens")
+    local: int = param(
+        64, "Recent tokens that are always read (a little more, so that pages stay whole).",
+        min=1, max=65536, unit="tokens"
+    )
     mode: str = param("centroid", "How pages are chosen: by mean key, by true token scores (oracle), or not at all (local).",
                       choices=("centroid", "oracle", "local"))
 

@@ -27,7 +27,10 @@ class CLAA(Technique):
         "for later questions, in the deeper layers."
     )
     saves: ClassVar[str] = "memory and reads"
-    does_not_save: ClassVar[str] = "Layers before the cut see and store the whole prompt. Generated tokens pass through all layers."
+    does_not_save: ClassVar[str] = (
+        "Layers before the cut see and store the whole prompt. Generated tokens pass through all "
+        "layers."
+    )
 
     rate: float = param(0.3, "Share of the prompt that goes on.", min=0.01, max=1)
     at: float = param(0.5, "Depth of the cut, as a share of the layers.", min=0.05, max=0.99)

@@ -18,7 +18,9 @@ class DuoAttention(Technique):
 
     name: ClassVar[str] = "duo_attention"
     title: ClassVar[str] = "DuoAttention"
-    paper: ClassVar[Paper] = Paper("DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads", "2410.10819", 2024)
+    paper: ClassVar[Paper] = Paper(
+        "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads", "2410.10819", 2024
+    )
     slots: ClassVar[tuple[str, ...]] = ("select", "score", "allocate", "calibrate")
     help: ClassVar[str] = (
         "Only some heads fetch facts from far back; the others live on the first and the latest tokens. Gates learnt on "

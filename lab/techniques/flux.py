@@ -20,7 +20,9 @@ class Flux(Technique):
 
     name: ClassVar[str] = "flux"
     title: ClassVar[str] = "Flux layer routing"
-    paper: ClassVar[Paper] = Paper("Flux Attention: Context-Aware Hybrid Attention for Efficient LLM Inference", "2604.07394", 2026)
+    paper: ClassVar[Paper] = Paper(
+        "Flux Attention: Context-Aware Hybrid Attention for Efficient LLMs Inference", "2604.07394", 2026
+    )
     slots: ClassVar[tuple[str, ...]] = ("select", "calibrate")
     help: ClassVar[str] = (
         "Not every prompt needs every layer to look far. A small network in each layer looks at the queries of the first and "

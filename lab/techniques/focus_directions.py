@@ -21,7 +21,9 @@ class FocusDirections(Technique):
 
     name: ClassVar[str] = "focus_directions"
     title: ClassVar[str] = "Focus directions"
-    paper: ClassVar[Paper] = Paper("Focus Directions Make Your Language Models Pay More Attention to Relevant Contexts", "2503.23306", 2025)
+    paper: ClassVar[Paper] = Paper(
+        "Focus Directions Make Your Language Models Pay More Attention to Relevant Contexts", "2503.23306", 2025
+    )
     slots: ClassVar[tuple[str, ...]] = ("edit", "weigh", "calibrate")
     help: ClassVar[str] = (
         "A few heads decide how much of the context is read at all. For those heads a direction was learnt that, added to "
@@ -29,10 +31,16 @@ class FocusDirections(Technique):
         "distracts. The oracle mode instead raises the attention on a span that you name, to see what perfect focus buys."
     )
     saves: ClassVar[str] = "nothing"
-    does_not_save: ClassVar[str] = "It steers the model; memory and reading stay the same. A large alpha drains the sink and spoils the text."
+    does_not_save: ClassVar[str] = (
+        "It steers the model; memory and reading stay the same. A large alpha drains the sink and spoils the "
+        "text."
+    )
     moves: ClassVar[bool] = True
 
-    mode: str = param("directions", "directions: the learnt shift. oracle: split-softmax on the span.", choices=("directions", "oracle"))
+    mode: str = param(
+        "directions", "directions: the learnt shift. oracle: split-softmax on the span.",
+        choices=("directions", "oracle")
+    )
     alpha: float = param(0.3, "How far queries and keys move along the learnt directions.", min=-1, max=1)
     tau: float = param(0.5, "Oracle: the span's attention share becomes its tau-th power; 1 changes nothing.", min=0.01, max=1)
     relevant: str = param("none", "Oracle: positions of the relevant text, such as 120-180.")

@@ -18,7 +18,9 @@ class GQAConversion(Technique):
 
     name: ClassVar[str] = "gqa_conversion"
     title: ClassVar[str] = "GQA conversion"
-    paper: ClassVar[Paper] = Paper("GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints", "2305.13245", 2023)
+    paper: ClassVar[Paper] = Paper(
+        "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints", "2305.13245", 2023
+    )
     slots: ClassVar[tuple[str, ...]] = ("edit",)
     help: ClassVar[str] = (
         "Several KV heads become one, so the cache shrinks by that factor. Averaging the projections is where training of "

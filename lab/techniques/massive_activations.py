@@ -27,7 +27,10 @@ class MassiveActivations(Technique):
         "the sink's usual key and value into every softmax, so that the first token may leave the cache."
     )
     saves: ClassVar[str] = "nothing"
-    does_not_save: ClassVar[str] = "An experiment on what sinks are for; with the KV bias, an eviction technique may drop the first token."
+    does_not_save: ClassVar[str] = (
+        "An experiment on what sinks are for; with the KV bias, an eviction technique may drop the first "
+        "token."
+    )
     enters: ClassVar[bool] = True
 
     mode: str = param("zero", "zero or mean: overwrite massive values with 0 or their calibrated mean. bias: add the sink's calibrated key and value to every softmax.",

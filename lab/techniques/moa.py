@@ -21,7 +21,9 @@ class MoA(Technique):
 
     name: ClassVar[str] = "moa"
     title: ClassVar[str] = "MoA spans"
-    paper: ClassVar[Paper] = Paper("MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression", "2406.14909", 2024)
+    paper: ClassVar[Paper] = Paper(
+        "MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression", "2406.14909", 2024
+    )
     slots: ClassVar[tuple[str, ...]] = ("select", "score", "allocate", "calibrate")
     help: ClassVar[str] = (
         "Some heads need a long memory, others a short one, and some a memory that grows with the text. A profile with "
@@ -32,7 +34,10 @@ class MoA(Technique):
     does_not_save: ClassVar[str] = "Spans were planned on short sample texts; other texts may need other spans."
     evicts_in_decode: ClassVar[bool] = True
 
-    density: float = param(0.5, "Mean share of the prompt that heads keep; the nearest planned density is used.", choices=(0.25, 0.5, 0.75))
+    density: float = param(
+        0.5, "Mean share of the prompt that heads keep; the nearest planned density is used.",
+        choices=(0.25, 0.5, 0.75)
+    )
     first: int = param(64, "First tokens every head keeps.", min=0, max=1024, unit="tokens")
     calibration: str = param("auto", "Calibration file; auto uses the one shipped for this model.")
 

@@ -26,7 +26,10 @@ class MoH(Technique):
         "control that shows what the tuning has to repair."
     )
     saves: ClassVar[str] = "nothing"
-    does_not_save: ClassVar[str] = "Simulated: every head is computed before its output is closed, and all keys and values stay stored."
+    does_not_save: ClassVar[str] = (
+        "Simulated: every head is computed before its output is closed, and all keys and values stay "
+        "stored."
+    )
 
     active: float = param(0.75, "Share of all heads that work for each token.", min=0.01, max=1)
     shared: float = param(0.5, "Share of all heads that always work.", min=0, max=1)

@@ -20,7 +20,9 @@ class QAdA(Technique):
 
     name: ClassVar[str] = "qada"
     title: ClassVar[str] = "Query-adaptive heads"
-    paper: ClassVar[Paper] = Paper("Unveiling Simplicities of Attention: Adaptive Long-Context Head Identification", "2502.09647", 2025)
+    paper: ClassVar[Paper] = Paper(
+        "Unveiling Simplicities of Attention: Adaptive Long-Context Head Identification", "2502.09647", 2025
+    )
     slots: ClassVar[tuple[str, ...]] = ("select",)
     help: ClassVar[str] = (
         "Most heads, for most tokens, look only nearby. Mean and covariance of the far keys tell how much attention a query "

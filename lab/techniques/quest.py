@@ -27,12 +27,18 @@ class Quest(Technique):
         "only the most promising pages. Nothing is forgotten: another query may choose other pages."
     )
     saves: ClassVar[str] = "reads less, stores the same"
-    does_not_save: ClassVar[str] = "All keys and values stay stored, and the bounds come on top. Loose bounds on large pages waste reads."
+    does_not_save: ClassVar[str] = (
+        "All keys and values stay stored, and the bounds come on top. Loose bounds on large pages waste "
+        "reads."
+    )
     select_phases: ClassVar[tuple[str, ...]] = ("decode",)
 
     budget: float = param(0.25, READ_HELP + " The paper reads 1024 tokens.", min=0.001, max=1_000_000)
     page: int = param(16, "Tokens per page. One token per page is exact top-k.", min=1, max=256, unit="tokens")
-    dense_layers: int = param(2, "First layers that read everything, because their attention is spread out.", min=0, max=128, unit="layers")
+    dense_layers: int = param(
+        2, "First layers that read everything, because their attention is spread out.",
+        min=0, max=128, unit="layers"
+    )
 
     @property
     def label(self) -> str:

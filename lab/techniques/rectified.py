@@ -19,7 +19,9 @@ class Rectified(Technique):
 
     name: ClassVar[str] = "rectified"
     title: ClassVar[str] = "Rectified sparse prefill"
-    paper: ClassVar[Paper] = Paper("Rectified SpaAttn: Revisiting Attention Sparsity for Efficient Video Generation", "2511.19835", 2025)
+    paper: ClassVar[Paper] = Paper(
+        "Rectified SpaAttn: Revisiting Attention Sparsity for Efficient Video Generation", "2511.19835", 2025
+    )
     slots: ClassVar[tuple[str, ...]] = ("select", "combine")
     help: ClassVar[str] = (
         "A sparse softmax makes two mistakes: what it reads weighs too much, and what it skips counts nothing. Here mean "

@@ -18,7 +18,9 @@ class SFAttn(Technique):
 
     name: ClassVar[str] = "sf_attn"
     title: ClassVar[str] = "SF-Attn prefill"
-    paper: ClassVar[Paper] = Paper("SinkLoRA: Enhanced Efficiency and Chat Capabilities for Long-Context Large Language Models", "2406.05678", 2024)
+    paper: ClassVar[Paper] = Paper(
+        "SinkLoRA: Enhanced Efficiency and Chat Capabilities for Long-Context Large Language Models", "2406.05678", 2024
+    )
     slots: ClassVar[tuple[str, ...]] = ("select",)
     help: ClassVar[str] = (
         "A pattern made for cheap fine-tuning at long context: tokens attend inside their group, some heads use groups "
@@ -28,7 +30,10 @@ class SFAttn(Technique):
     saves: ClassVar[str] = "reads less, stores the same"
     does_not_save: ClassVar[str] = "Every key and value stays stored; generated tokens read everything, as in the paper."
 
-    group: float = param(0.25, "Group length: a fraction up to 1 of the prompt, or a number of tokens above 1.", min=0.001, max=1_000_000)
+    group: float = param(
+        0.25, "Group length: a fraction up to 1 of the prompt, or a number of tokens above 1.",
+        min=0.001, max=1_000_000
+    )
     shifted: float = param(0.25, "Share of the heads that use shifted groups (LongLoRA's S2-Attn: 0.5).", min=0, max=1)
     sinks: int = param(4, "First tokens every row may read (S2-Attn: 0).", min=0, max=1024, unit="tokens")
 

@@ -22,7 +22,9 @@ class TopTheta(Technique):
 
     name: ClassVar[str] = "top_theta"
     title: ClassVar[str] = "Top-theta"
-    paper: ClassVar[Paper] = Paper("Top-Theta Attention: Sparsifying Transformers by Compensated Thresholding", "2502.08363", 2025)
+    paper: ClassVar[Paper] = Paper(
+        "Top-Theta Attention: Sparsifying Transformers by Compensated Thresholding", "2502.08363", 2025
+    )
     slots: ClassVar[tuple[str, ...]] = ("select", "weigh", "calibrate")
     help: ClassVar[str] = (
         "Keeping each row's k best tokens needs a search over the row. Top-theta learns beforehand, for every head and row "
@@ -30,7 +32,10 @@ class TopTheta(Technique):
         "skipped tokens back into the denominator, and VMC adds the mean value in their place."
     )
     saves: ClassVar[str] = "reads less, stores the same"
-    does_not_save: ClassVar[str] = "All keys are read, only values are skipped, and those a group of heads shares only if none wants them."
+    does_not_save: ClassVar[str] = (
+        "All keys are read, only values are skipped, and those a group of heads shares only if none wants "
+        "them."
+    )
     select_phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
 
     k: int = param(128, "Tokens a row should keep.", choices=SIZES, unit="tokens")

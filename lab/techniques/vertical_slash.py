@@ -19,7 +19,9 @@ class VerticalSlash(Technique):
 
     name: ClassVar[str] = "vertical_slash"
     title: ClassVar[str] = "Vertical-slash prefill"
-    paper: ClassVar[Paper] = Paper("MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", "2407.02490", 2024)
+    paper: ClassVar[Paper] = Paper(
+        "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", "2407.02490", 2024
+    )
     slots: ClassVar[tuple[str, ...]] = ("select",)
     help: ClassVar[str] = (
         "In long prompts a head mostly attends along a few vertical lines (tokens everybody looks at) and a few diagonals "
@@ -27,10 +29,19 @@ class VerticalSlash(Technique):
         "It fails where the end of the prompt looks elsewhere than the rest. Generated tokens read everything."
     )
     saves: ClassVar[str] = "reads less, stores the same"
-    does_not_save: ClassVar[str] = "Every key and value stays stored. Diagonals of neighbouring rows touch most keys, so a CPU gains little time."
+    does_not_save: ClassVar[str] = (
+        "Every key and value stays stored. Diagonals of neighbouring rows touch most keys, so a CPU gains little "
+        "time."
+    )
 
-    vertical: float = param(0.0625, "Columns each head reads: a fraction below 1 of the prompt so far, or a number above 1. The paper reads 1000.", min=0.001, max=1_000_000)
-    slash: float = param(0.125, "Diagonals each head reads: a fraction below 1, or a number above 1. The paper reads 6096.", min=0.001, max=1_000_000)
+    vertical: float = param(
+        0.0625, "Columns each head reads: a fraction below 1 of the prompt so far, or a number above 1. The paper reads 1000.",
+        min=0.001, max=1_000_000
+    )
+    slash: float = param(
+        0.125, "Diagonals each head reads: a fraction below 1, or a number above 1. The paper reads 6096.",
+        min=0.001, max=1_000_000
+    )
     window: int = param(64, "How many of the last prompt rows are asked.", min=1, max=1024, unit="rows")
     sinks: int = param(4, "First columns that are always read.", min=0, max=1024, unit="tokens")
 

@@ -19,7 +19,9 @@ class ZeroTuning(Technique):
 
     name: ClassVar[str] = "zerotuning"
     title: ClassVar[str] = "ZeroTuning"
-    paper: ClassVar[Paper] = Paper("ZeroTuning: Unlocking the Initial Token's Power to Enhance LLMs Without Training", "2505.11739", 2025)
+    paper: ClassVar[Paper] = Paper(
+        "ZeroTuning: Unlocking the Initial Token's Power to Enhance LLMs Without Training", "2505.11739", 2025
+    )
     slots: ClassVar[tuple[str, ...]] = ("edit", "calibrate")
     help: ClassVar[str] = (
         "Most heads park attention on the first token. Scaling just that weight by gamma makes all other weights of the "

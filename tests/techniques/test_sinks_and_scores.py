@@ -45,9 +45,14 @@ def test_calibrated_zerotuning_uses_its_table():
     from lab.techniques.zerotuning import ZeroTuning
 
     technique = ZeroTuning(calibrated=True)
-    gamma = find(technique, loaded().model).tensors["gamma"]
-    edits = technique.edit(context(random(1, 4, 1, 16), random(1, 2, 9, 16), layer=1, layers=3, shared={"learnt/zerotuning": {"gamma": gamma}}))
-    torch.testing.assert_close(edits[0].bias, gamma[1].log())
+    gamma = find(technique, loaded().model).tensors["gamma"].clone()
+    assert gamma.shape == (3, 4) and (gamma > 0).all()
+    gamma[1] = torch.tensor([2.0, 1.0, 0.5, 1.0])
+    for layer, expected in ((1, gamma[1].log()), (2, None)):
+        gamma[2] = 1.0
+        ctx = context(random(1, 4, 1, 16), random(1, 2, 9, 16), layer=layer, layers=3, shared={"learnt/zerotuning": {"gamma": gamma}})
+        edits = technique.edit(ctx)
+        assert edits == [] if expected is None else torch.equal(edits[0].bias, expected)
 
 
 # -- ACT -------------------------------------------------------------------------------------------------------------

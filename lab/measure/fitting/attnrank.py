@@ -12,7 +12,8 @@ from lab.techniques.vertical_slash import tail_weights
 
 @torch.no_grad()
 def fit(
-    technique, model, tokenizer, progress, *, prompts: int = 6, counts: tuple[int, ...] = (3, 5, 8), length: int = 48, question: int = 16
+    technique, model, tokenizer, progress, *, prompts: int = 6,
+    counts: tuple[int, ...] = (3, 5, 8), length: int = 48, question: int = 16
 ) -> dict[str, torch.Tensor]:
     """{"profile_K": [K] attention per token by place, which sums to the attention on documents / length}.
 

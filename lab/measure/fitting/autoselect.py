@@ -24,7 +24,8 @@ def fit(
     generator = torch.Generator().manual_seed(0)
     w = {"in_weight": torch.randn(width, D, generator=generator) * D**-0.5, "in_bias": torch.zeros(width),
          "out_weight": torch.randn(1, width, generator=generator) * width**-0.5, "out_bias": torch.zeros(1)}
-    down, up, g = torch.randn(width, D, generator=generator) * D**-0.5, torch.randn(D, width, generator=generator) * width**-0.5, torch.zeros(D)
+    down, up = (torch.randn(a, b, generator=generator) * b**-0.5 for a, b in ((width, D), (D, width)))
+    g = torch.zeros(D)
     device = model.get_input_embeddings().weight.device
     w = {n: t.to(device) for n, t in w.items()}
     learnt = [*w.values(), *(helpers := [t.to(device) for t in (down, up, g)])]

@@ -19,7 +19,7 @@ TOLERANCE = 0.01  # nats
 
 
 def fit(
-    technique, model, tokenizer, progress, *, prompts: int = 8, length: int = 224, hidden: int = 16, steps: int = 200
+    technique, model, tokenizer, progress, *, prompts: int = 6, length: int = 208, hidden: int = 16, steps: int = 200
 ) -> dict[str, torch.Tensor]:
     """Router weights per layer, {"mean", "std": [L, d], "in_weight": [L, h, d], ...}, and "labels" [L, prompts]: sparse."""
     layers, _, _, d = sizes(model)

@@ -34,7 +34,8 @@ def fit(
 
             forward(model, task.ids, probe=probe)
             progress(0.3 * (n + 1) / prompts, "Looking for contextual heads")
-    out = {"query": torch.zeros(layers, heads, d), "key": torch.zeros(layers, kv_heads, d), "score": score, "gain": torch.zeros(layers, heads)}
+    out = {"query": torch.zeros(layers, heads, d), "key": torch.zeros(layers, kv_heads, d), "score": score,
+           "gain": torch.zeros(layers, heads)}
     chosen = score.flatten().argsort(descending=True, stable=True)[:HEADS]
     for layer in sorted({int(c) // heads for c in chosen}):
         own = [int(c) % heads for c in chosen if int(c) // heads == layer]

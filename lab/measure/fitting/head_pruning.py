@@ -11,13 +11,16 @@ from lab.measure.fitting.common import forward, frozen, loss, samples, sizes
 GRADIENTS = True
 
 
-def fit(technique, model, tokenizer, progress, *, sequences: int = 10, length: int = 128, ablate: bool = True) -> dict[str, torch.Tensor]:
+def fit(
+    technique, model, tokenizer, progress, *, sequences: int = 10, length: int = 128, ablate: bool = True
+) -> dict[str, torch.Tensor]:
     """{"gradient": [L, Hq] normalised importance, "raw": the same before normalising, "ablation": [L, Hq] loss increase}."""
     ids = samples(model, tokenizer, sequences, length)
     raw = gradients(model, ids, lambda f: progress(0.2 * f, "Gradients of the heads' gates"))
     out = {"raw": raw, "gradient": raw / raw.norm(dim=1, keepdim=True).clamp_min(1e-12)}
     if ablate:
-        out["ablation"] = ablation(model, ids[: max(1, sequences // 10)], lambda f: progress(0.2 + 0.8 * f, "Loss without each head"))
+        few = ids[: max(1, sequences // 10)]
+        out["ablation"] = ablation(model, few, lambda f: progress(0.2 + 0.8 * f, "Loss without each head"))
     return out
 
 

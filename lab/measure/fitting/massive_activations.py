@@ -19,8 +19,10 @@ def fit(technique, model, tokenizer, progress, *, sequences: int = 20, length: i
         cache = LabCache(model)
         out = model(input_ids=row.view(1, -1), past_key_values=cache, use_cache=True, output_hidden_states=True)
         hidden = hidden + torch.stack([h[0, 0].float() for h in out.hidden_states])
-        flagged = flagged + torch.stack([massive(h, technique.threshold, technique.ratio)[0, 0].any().float() for h in out.hidden_states])
+        found = [massive(h, technique.threshold, technique.ratio)[0, 0].any().float() for h in out.hidden_states]
+        flagged = flagged + torch.stack(found)
         keys = keys + torch.stack([layer.all_keys()[0, :, 0].float() for layer in cache.lab_layers])
         values = values + torch.stack([layer.all_values()[0, :, 0].float() for layer in cache.lab_layers])
         progress((n + 1) / len(ids), "First tokens of sample texts")
-    return {name: (x / len(ids)).cpu() for name, x in (("hidden", hidden), ("key", keys), ("value", values), ("massive", flagged))}
+    found = {"hidden": hidden, "key": keys, "value": values, "massive": flagged}
+    return {name: (x / len(ids)).cpu() for name, x in found.items()}

@@ -37,7 +37,8 @@ def passkey(model: torch.nn.Module, tokenizer, length: int, seed: int) -> Passke
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     key = str(rng.randrange(10000, 99999))
-    needle, question, answer = tokens(f"\nThe secret pass key is {key}. Remember it.\n"), tokens("\n\nQuestion: What is the secret pass key?\nAnswer: The secret pass key is"), tokens(f" {key}.")
+    needle, answer = tokens(f"\nThe secret pass key is {key}. Remember it.\n"), tokens(f" {key}.")
+    question = tokens("\n\nQuestion: What is the secret pass key?\nAnswer: The secret pass key is")
     text = prose("learn")
     start = rng.randrange(0, max(1, len(text) - 6 * length))
     body = tokens(text[start : start + 8 * length])[: max(16, length - len(needle) - len(question) - len(answer))]

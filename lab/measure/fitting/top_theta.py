@@ -20,7 +20,9 @@ EVERY = 10  # rows sampled
 
 
 @torch.no_grad()
-def fit(technique, model, tokenizer, progress, *, sequences: int = 3, length: int = 1024, sizes_k=SIZES) -> dict[str, torch.Tensor]:
+def fit(
+    technique, model, tokenizer, progress, *, sequences: int = 3, length: int = 1024, sizes_k=SIZES
+) -> dict[str, torch.Tensor]:
     """{"theta", "std", "missing": [K, L, Hq, bins], "lengths": [K, bins]} for each k of SIZES."""
     ids = samples(model, tokenizer, sequences, length)
     layers, heads = sizes(model)[:2]
