@@ -72,11 +72,12 @@ def test_prompts(spec, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("spec", SPECS + ["kivi(group=16,residual=16)", "a_shape(window=16)+delta(gamma=8)", "streaming_llm(budget=20)"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 0.3)])
-def test_on_the_gpu(spec, dtype, tolerance):
-    model = tiny_models.build("llama", head_dim=64, max_position_embeddings=2048)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 0.1)])
+def test_on_the_gpu(spec, dtype, tolerance, monkeypatch):
+    """Through Triton as through torch, on the same device in the same dtype."""
+    model = tiny_models.build("llama", head_dim=64, max_position_embeddings=2048).to("cuda", dtype)
+    got = steps(model, spec)
+    monkeypatch.setattr(pipeline, "fusable", lambda q: False)
+    monkeypatch.setattr(Session, "_prepare_graph", lambda self, batch: self._leave_graph("asked for"))
     expected = steps(model, spec)
-    got = steps(model.to("cuda", dtype), spec)
-    assert (got.cpu() - expected).abs().mean() < tolerance * expected.abs().mean()
-
-
+    assert (got - expected).abs().mean() < tolerance * expected.abs().mean()
