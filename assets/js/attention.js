@@ -1,7 +1,7 @@
 /* The Attention tab. value = {key, rev, example, variants: [{letter, title, layers, layers_total, heads, kv_heads, tokens, prompt}], sel} */
 const S = {key: null, letter: null, minus: null, limit: null, fork: null, layer: null, head: 0, pool: "max", log: true, pin: null, cursor: null, row: 0, now: null, tokens: [], seen: null, tried: new Set(), failed: new Set(),
   ask: () => ({key: S.key, letter: S.letter, minus: S.minus, layer: S.layer, head: S.head}),
-  drawn: () => { note(); }, moved: () => { note(); drawCache(); }, recolour: () => { paintCache(); },
+  drawn: () => { note(); }, moved: () => { note(); drawCache(); }, recolour: () => { paintCache(); gridRecolour(); },
   point: (row, col) => { S.cursor = {row, col}; draw(); if (row !== S.row) { S.row = row; rowChanged(row, true); } },
   setPin: (at, reveal) => { S.pin = at ? {row: at.row, col: at.col} : null; if (at) { S.cursor = null; S.row = at.row; rowChanged(at.row, true); tellLife(at.col); if (reveal) show(at.row, at.col); } draw(); note(); },
   chooseRow: (i, reveal) => { const col = (S.pin || S.cursor || {col: i}).col; S.setPin({row: i, col: Math.min(col, i)}, reveal); },

@@ -26,11 +26,12 @@ def _lens(run: OpenRun, ask: dict[str, Any]) -> Any:
     return run.lens(str(ask["letter"]), int(ask["layer"]), _head(ask["head"]), str(ask.get("minus") or "") or None)
 
 
-def _pack(array: np.ndarray) -> str:
+def pack(array: np.ndarray) -> str:
+    """An array's bytes as base64."""
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
 
 
-def _shade(values: np.ndarray, log: bool) -> tuple[np.ndarray, float]:
+def shade(values: np.ndarray, log: bool) -> tuple[np.ndarray, float]:
     """Weights as bytes 1..255 (0 = nothing there) and the weight at 255. A transfer format, not a measurement."""
     there = np.isfinite(values)
     top = float(values[there].max()) if there.any() else 0.0
@@ -47,7 +48,7 @@ def _shade(values: np.ndarray, log: bool) -> tuple[np.ndarray, float]:
 
 def _shade_signed(values: np.ndarray, log: bool) -> tuple[np.ndarray, float]:
     """Differences as bytes: 0 = nothing there, 128 = none, 1 and 255 = the largest, which is returned."""
-    size, top = _shade(np.abs(values), log)
+    size, top = shade(np.abs(values), log)
     half = np.rint((size.astype(np.float32) - 1) / 2)
     signed = 128 + np.where(values < 0, -half, half)
     return np.where(size == 0, 0, np.clip(signed, 1, 255)).astype(np.uint8), top
@@ -63,11 +64,11 @@ def tile(run: OpenRun, ask: dict[str, Any], progress: Any = None, cancel: Any = 
     seen = lens.view(_span(ask["rows"], lens.tokens), _span(ask["cols"], lens.tokens),
                      min(int(ask.get("width") or SIDE), SIDE), min(int(ask.get("height") or SIDE), SIDE),
                      "mean" if ask.get("pool") == "mean" else "max", progress, cancel)
-    shades, top = (_shade_signed if ask.get("minus") else _shade)(seen.values, bool(ask.get("log", True)))
-    answer = {"h": int(shades.shape[0]), "w": int(shades.shape[1]), "data": _pack(shades), "top": top,
+    shades, top = (_shade_signed if ask.get("minus") else shade)(seen.values, bool(ask.get("log", True)))
+    answer = {"h": int(shades.shape[0]), "w": int(shades.shape[1]), "data": pack(shades), "top": top,
               "rows": list(seen.rows), "cols": list(seen.cols), "row_step": seen.row_step, "col_step": seen.col_step}
     if seen.evicted.any():
-        answer["evicted"] = _pack(seen.evicted)
+        answer["evicted"] = pack(seen.evicted)
     return answer
 
 
@@ -136,7 +137,7 @@ def cache(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
     seen = np.stack([np.add.reduceat((entries == level).sum(axis=1), starts, axis=1) for level in levels])
     every, times = np.unique(history.entries(at), return_counts=True)
     totals = {str(bits): int(n) for bits, n in zip(every, times, strict=True) if bits != NOT_YET}
-    return {"h": int(entries.shape[0]), "w": int(width), "data": _pack(levels[seen.argmax(axis=0)]), "cols": [a, b],
+    return {"h": int(entries.shape[0]), "w": int(width), "data": pack(levels[seen.argmax(axis=0)]), "cols": [a, b],
             "row": at, "rows": n, "totals": totals, "stops": [int(x) for x in history.change_rows()[:2000]]}
 
 

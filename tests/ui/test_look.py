@@ -71,3 +71,30 @@ def test_a_dropped_drawing_says_so(lab):
     f = {fn.__name__: fn for fn in attention.functions(lab)}
     assert f["drawing"]({"key": "recorded", "id": "x", "drop": True}) == {"fraction": None}
     assert "h" in f["tile"]({"key": "recorded", "id": "x", **ask("B", minus="A")})
+
+
+def follow(lab, ask):
+    """A grid's answer once it is there."""
+    heads = {fn.__name__: fn for fn in attention.functions(lab)}["heads"]
+    found = heads({**ask, "start": True})
+    while "fraction" in found:
+        found = heads(ask)
+    return found
+
+
+def test_the_grid_holds_every_captured_head_once_and_is_kept(lab):
+    ask = {"key": "recorded", "letter": "B"}
+    heads = {fn.__name__: fn for fn in attention.functions(lab)}["heads"]
+    assert heads(ask)["idle"]
+    found = follow(lab, ask)
+    assert [(r["layer"], r["head"]) for r in found["heads"]] == [(n, h) for n in (0, 3, 7) for h in range(fixture.HEADS)]
+    assert len(base64.b64decode(found["thumbs"])) == len(found["heads"]) * found["side"] ** 2
+    assert all(0 <= r["sink_rate"] <= 1 and r["kv"] == r["head"] // 3 for r in found["heads"])
+    assert heads(ask)["thumbs"] is found["thumbs"]
+    assert "no captured attention" in heads({"key": "recorded", "letter": "D"})["error"]
+
+
+def test_a_grid_without_captures_says_what_to_do():
+    lab = fixture.FakeLab(step_s=0)
+    lab.shelf.put(OpenRun(fixture.record_and_arrays()[0], {}), "bare")
+    assert "replay" in follow(lab, {"key": "bare", "letter": "A"})["error"]

@@ -1,0 +1,69 @@
+"""Looking inside, in a real Chromium, on the synthetic lab: differences, the grid, token measures, diagnostics, export."""
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from .test_browser import canvas
+
+pytestmark = pytest.mark.browser
+
+
+def test_a_difference_names_both_sides_and_survives_a_reload(page):
+    box = canvas(page)
+    page.get_by_role("button", name="C − A").click()
+    page.wait_for_function("document.querySelector('.mapscale').innerText.includes('A more')")
+    assert "minus=A" in page.url and "variant=C" in page.url
+    assert "texts differ" in page.inner_text(".mapscale")
+    page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.6)
+    page.wait_for_function("[...document.querySelectorAll('.al-tip')].some(t => !t.hidden && /C − A .* A .* C /.test(t.innerText))")
+    page.mouse.down(), page.mouse.up()
+    page.wait_for_function("document.querySelector('.mapnote').innerText.includes('pinned')")
+    page.keyboard.press("Escape")
+    page.wait_for_function("!document.querySelector('.mapnote').innerText.includes('pinned')")
+    page.goto(page.url)
+    page.wait_for_function("document.querySelector('.bars') && document.querySelector('.bars').innerText.includes('differ')", timeout=20_000)
+
+
+def test_rollout_says_which_layers_it_saw(page):
+    canvas(page)
+    page.get_by_label("head", exact=True).select_option("rollout")
+    page.wait_for_function("document.querySelector('.mapscale').innerText.includes('captured layers 0, 3, 7')")
+    assert "head=rollout" in page.url
+
+
+def test_a_thumbnail_opens_its_head_by_click_and_by_key(page):
+    canvas(page)
+    page.click('[data-key="grid"]')
+    page.wait_for_selector(".thumb")
+    assert page.locator(".thumb").count() == 18
+    page.locator(".thumb").nth(13).click()
+    page.wait_for_function("document.querySelector('#attention select[aria-label=head]').value === '1'")
+    assert "layer=7" in page.url and page.locator(".thumb.on").count() == 1
+    page.locator(".thumb").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.wait_for_function("location.search.includes('layer=0') && location.search.includes('head=1')")
+    page.get_by_label("sort heads by").select_option("entropy")
+    page.wait_for_selector(".gridsorted")
+    page.get_by_label("least entropy").fill("99")
+    page.keyboard.press("Tab")
+    page.wait_for_function("document.querySelector('.gridbox').innerText.includes('No head reaches')")
+    page.get_by_role("button", name="table", exact=True).click()
+    page.get_by_label("sort heads by").select_option("layer")
+    assert page.locator(".gridbox tbody tr").count() == 18
+
+
+def test_the_time_slider_goes_back_to_before_the_eviction(page):
+    canvas(page)
+    page.get_by_role("button", name="B", exact=True).first.click()
+    page.wait_for_function("document.querySelector('.cachebox .key').innerText.includes('evicted')")
+    page.get_by_label("step: the row that was fed last").fill("40")
+    page.wait_for_function("!document.querySelector('.cachebox .key').innerText.includes('evicted')")
+
+
+def test_a_layer_out_of_range_is_one_sentence(page, site):
+    page.goto(site[0] + "?tab=attention&layer=99")
+    page.wait_for_selector(".al-toast")
+    assert re.search(r"Layer 99 does not exist.*0 to 7", page.inner_text(".al-toast"))
