@@ -228,8 +228,12 @@ class LayerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), way=st.sampled_from(["reorder_cache", "batch_select_indices"]))
     def reorder(self, data, way):
         index = data.draw(st.lists(st.integers(0, self.batch - 1), min_size=1, max_size=3))
+        self.layer.state["seen"] = torch.arange(self.batch)
+        self.layer.budget = torch.arange(self.batch * self.heads).view(self.batch, self.heads)
         getattr(self.layer, way)(torch.tensor(index))
         self.choose(index)
+        assert self.layer.state["seen"].tolist() == index
+        assert self.layer.budget[:, 0].tolist() == [b * self.heads for b in index]
 
     @precondition(lambda self: self.started and len(self.others) < 2)
     @rule()
@@ -337,5 +341,6 @@ def test_a_model_that_touches_the_handle_is_told_so():
     layer = LabLayer(0)
     handle, same = layer.update(*rows(3))
     assert handle is same and not hasattr(handle, "shape")
+    assert handle.to("cpu") is handle  # layers that share a cache move what it returned to their device
     with pytest.raises(LabError, match="changes keys or values after the cache returned them"):
         handle.transpose(1, 2)
