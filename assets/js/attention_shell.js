@@ -61,13 +61,13 @@ async function load() {
     slider.max = v.tokens - 1; slider.value = v.tokens - 1; lifebox.replaceChildren();
     const was = kvpick.value; swap(kvpick, h("option", {value: "all"}, "all KV heads"), ...Array.from({length: v.kv_heads}, (_, i) => h("option", {value: i, selected: String(i) === was}, `KV head ${i}`)));
   }
-  drawTools(); size(); clampView(); overview(); rowChanged(S.row, true); drawHeads(); gridShow(); drawCache(); note();
+  drawTools(); size(); clampView(); overview(); rowChanged(S.row, true); drawHeads(); gridShow(); tokShow(); drawCache(); note();
 }
 function start() {
   const value = props.value || {};
   if (!value.key || !(value.variants || []).length) { swap(element, h("div", {class: "empty"}, h("p", {}, "No run is open. Make one in Compare, or open one from Runs."),
     h("button", {type: "button", onclick: () => { const t = document.querySelector('[role=tab][data-tab-id="compare"]'); if (t) t.click(); }}, "Go to Compare"))); return; }
-  if (!element.contains(stage)) swap(element, tools, tokbox, stage, gridbox, cachebox);
+  if (!element.contains(stage)) swap(element, tools, tokbox, stage, gridbox, cachebox, tokview);
   palette(); if (value.failed) S.failed.add(value.failed);
   if (S.key !== value.key) { S.key = value.key; S.seen = null; const s = value.sel || {}; S.letter = s.letter || S.letter; if (s.layer !== null && s.layer !== undefined) S.layer = s.layer;
     if (s.head !== null && s.head !== undefined) S.head = s.head; S.minus = s.minus || null; S.pin = null;

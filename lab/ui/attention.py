@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from . import assets, grid, maps
+from . import assets, grid, maps, tokenview
 from .components import cards
 from .controller import Lab, sentence
 from .opened import OpenRun
@@ -107,9 +107,15 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
         run = lab.shelf.get(str((ask or {}).get("key")))
         return {**found, "replay": run is not None and lab.loaded and lab.replayable(run)}
 
+    def texts(ask: dict[str, Any]) -> dict[str, Any]:
+        return answer(tokenview.texts, ask)
+
+    def attended(ask: dict[str, Any]) -> dict[str, Any]:
+        return answer(lambda run, ask: tokenview.attention(lab, run, ask), ask)
+
     def tokens(ask: dict[str, Any]) -> dict[str, Any]:
         return answer(lambda run, _: {"tokens": words(run, str(ask.get("letter")))}, ask)
-    return [tile, drawing, cell, row, stats, cache, life, heads, tokens]
+    return [tile, drawing, cell, row, stats, cache, life, heads, texts, attended, tokens]
 
 
 def words(run: OpenRun, letter: str) -> list[str]:
@@ -122,7 +128,7 @@ def build(lab: Lab) -> tuple[gr.HTML, gr.HTML]:
     """The component and its status line."""
     status = gr.HTML("", apply_default_css=False, elem_id="attstatus")
     view = gr.HTML(value(lab, "recorded"), html_template="", apply_default_css=False, elem_id="attention",
-                   js_on_load=assets.script("attention", "map", "panels", "grid", "attention_shell"), server_functions=functions(lab))
+                   js_on_load=assets.script("attention", "map", "panels", "grid", "tokens", "attention_shell"), server_functions=functions(lab))
     return view, status
 
 

@@ -98,3 +98,21 @@ def test_a_grid_without_captures_says_what_to_do():
     lab = fixture.FakeLab(step_s=0)
     lab.shelf.put(OpenRun(fixture.record_and_arrays()[0], {}), "bare")
     assert "replay" in follow(lab, {"key": "bare", "letter": "A"})["error"]
+
+
+def test_token_measures_stop_at_the_divergence_and_know_the_captures(lab):
+    f = {fn.__name__: fn for fn in attention.functions(lab)}
+    found = f["texts"]({"key": "recorded"})
+    a, b = found["cols"][0], found["cols"][1]
+    assert "kl" not in a["values"] and len(b["values"]["kl"]) == len(b["text"])
+    assert all(v is None for v in b["values"]["kl"][b["fork"] + 1:]) and b["values"]["kl"][b["fork"]] is not None
+    assert b["other"][b["fork"]] and not b["other"][b["fork"] + 1] and b["own"][0][0][1] == "0.600"
+    assert b["values"]["surprisal"][0] == pytest.approx(0.4)
+    while "fraction" in (more := f["attended"]({"key": "recorded"})):
+        pass
+    masses = more["values"]["A"]["prompt_mass"]
+    assert len(masses) == len(a["text"]) and masses[-1] is None and all(0 <= x <= 1 for x in masses[:-1])
+    run = lab.shelf.get("recorded")
+    prompt = len(run.record["prompt"]["tokens"])
+    sums = [run.lens("A", layer, "mean").row(prompt)[:prompt].sum() for layer in (0, 3, 7)]
+    assert masses[0] == pytest.approx(np.mean(sums), abs=1e-4)

@@ -23,7 +23,7 @@ def test_a_difference_names_both_sides_and_survives_a_reload(page):
     page.keyboard.press("Escape")
     page.wait_for_function("!document.querySelector('.mapnote').innerText.includes('pinned')")
     page.goto(page.url)
-    page.wait_for_function("document.querySelector('.bars') && document.querySelector('.bars').innerText.includes('differ')", timeout=20_000)
+    page.wait_for_function("document.querySelector('.bars') && /differ/i.test(document.querySelector('.bars').innerText)", timeout=20_000)
 
 
 def test_rollout_says_which_layers_it_saw(page):
@@ -67,3 +67,16 @@ def test_a_layer_out_of_range_is_one_sentence(page, site):
     page.goto(site[0] + "?tab=attention&layer=99")
     page.wait_for_selector(".al-toast")
     assert re.search(r"Layer 99 does not exist.*0 to 7", page.inner_text(".al-toast"))
+
+
+def test_text_is_coloured_by_any_measure_and_tells_both_sides(page):
+    canvas(page)
+    page.wait_for_selector(".toktext .tv")
+    page.locator(".tokview .vB .tv").nth(2).focus()
+    tip = page.locator(".al-tip:not([hidden])").first
+    assert all(word in tip.inner_text() for word in ("KL", "B's choices", "A's choices", "<i>door</i>"))
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.dataset.i") == "3"
+    page.get_by_label("colour the text by").select_option("prompt_mass")
+    page.wait_for_function("document.querySelectorAll('.tokview .vA .tv').length > 5")
+    assert "Captured layers only: 0, 3, 7" in page.inner_text(".tokview .note")
