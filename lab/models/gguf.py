@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lab.errors import LabError
-from lab.models.places import Progress, nothing, part
+from lab.models.places import Progress, disk_error, nothing, part
 from lab.models.quiet import bars_to, quiet
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -72,6 +72,7 @@ def convert(path: Path, folder: Path, progress: Progress = nothing) -> None:
         LabError: the architecture is one transformers cannot read from GGUF, or the gguf package is missing.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -88,7 +89,7 @@ def convert(path: Path, folder: Path, progress: Progress = nothing) -> None:
                 model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except ImportError as error:
         raise _no_gguf(error) from error
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError) as error:
         raise LabError(
             f"{path.name} could not be decoded: {error}",
             f"Its architecture, {header.architecture or 'unnamed'}, must be one that transformers reads from GGUF",
@@ -100,7 +101,10 @@ def convert(path: Path, folder: Path, progress: Progress = nothing) -> None:
     skip = {name for name, module in model.named_modules() if module is head} if tied else set()
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()
              if key.rpartition(".")[0] not in skip}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise disk_error(OSError(str(error)), folder.parent) from error
     config = json.loads(model.config.to_json_string())
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(name, None)

@@ -183,6 +183,20 @@ def test_a_failed_conversion_leaves_nothing_behind(
     assert (locate(str(gguf_file)).folder / "config.json").is_file()
 
 
+def test_a_disk_that_fills_up_is_one_sentence(
+    gguf_file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from safetensors import SafetensorError
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(LabError, match="No space left on device.*LAB_CACHE"):
+        locate(str(gguf_file))
+    assert list((own_cache / "models").iterdir()) == []
+
+
 def test_an_architecture_transformers_cannot_decode_is_named(tmp_path: Path, own_cache: Path) -> None:
     path = tmp_path / "odd.gguf"
     out = writer_package.GGUFWriter(path, "wavenet")
