@@ -29,7 +29,7 @@ def test_ci_finds_the_readmes_test_command():
     script = (ROOT / ".ci" / "run").read_text()
     program = re.search(r"awk '(.*?)' README", script).group(1)
     found = subprocess.run(["awk", program, "README.md"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    assert found.startswith("python3 -m venv .venv") and found.endswith("-m pytest")
+    assert found.startswith("python3 -m venv .venv") and "-m pytest" in found
     assert found in README
 
 
