@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from . import assets, attention, compare, memory, runs
+from . import assets, attention, compare, diagnostics, memory, runs
 from .components import cards, charts, columns
 from .controller import Lab, on_space, sentence
 from .state import Address
@@ -45,6 +45,7 @@ def build(lab: Lab | None = None) -> gr.Blocks:
                 c = compare.build(lab)
             with gr.Tab("Attention", id="attention") as tab_attention:
                 att, att_status = attention.build(lab)
+                probe, probed = diagnostics.build(lab)
             with gr.Tab("Memory & speed", id="memory") as tab_memory:
                 mem = memory.build(lab)
             with gr.Tab("Runs", id="runs") as tab_runs:
@@ -55,12 +56,17 @@ def build(lab: Lab | None = None) -> gr.Blocks:
         shown = [c.prompt, c.setup, c.settings, c.columns, c.charts, c.saved, c.banner, c.status, c.model]
         att.replay(attention.replayer(lab), None, [att, att_status], concurrency_id="model", show_progress="hidden",
                    trigger_mode="multiple", **PRIVATE)
+        # What reads the run alone may go on beside a generation; what feeds the model waits for its turn.
+        work = diagnostics.runner(lab)
+        probe.compute(work, None, probed, show_progress="hidden", trigger_mode="once", concurrency_limit=2, **PRIVATE)
+        probe.probe(work, None, probed, show_progress="hidden", trigger_mode="once", concurrency_id="model", **PRIVATE)
         opened = table.open(opener(lab), c.settings, [view, tabs, *shown], **QUIET)
         arrived = demo.load(None, None, owner, js=OWNER, **PRIVATE)
         looked = arrived.then(arrival(lab), owner, [view, tabs, att, *shown], **QUIET)
         looked.then(None, None, None, js=ARRIVED, **PRIVATE)
         for event in (ran, opened, looked):
-            event.then(follow(lab), [view, followed], [followed, header, att, *mem, table], **QUIET)
+            event.then(follow(lab), [view, followed],
+                       [followed, header, att, *mem, table, *probed], **QUIET)
     demo.queue(default_concurrency_limit=4, max_size=32)
     return demo
 
@@ -81,10 +87,10 @@ def follow(lab: Lab) -> Any:
     """When another run is opened: header, map, figures and the marked line of the table follow."""
     def moved(key: str, before: str) -> tuple[Any, ...]:
         if key == before:
-            return tuple(gr.skip() for _ in range(8))
+            return tuple(gr.skip() for _ in range(9 + len(diagnostics.empty())))
         run = lab.shelf.get(key)
         return (key, header_of(lab, key), attention.value(lab, key), *memory.draw(lab, key),
-                {"current": run.record.get("run_id") if run else None})
+                {"current": run.record.get("run_id") if run else None}, diagnostics.value(lab, key), *diagnostics.empty())
     return moved
 
 

@@ -16,7 +16,8 @@ MIB = 1024 * 1024
 Growth = dict[str, tuple[list[int], list[float]]]
 
 
-def _layout(figure: go.Figure, x: str, y: str, height: int = 340) -> go.Figure:
+def layout(figure: go.Figure, x: str, y: str, height: int = 340) -> go.Figure:
+    """Axes, fonts and transparent backgrounds that every figure shares."""
     axis = {"gridcolor": "#8884", "zeroline": False, "linecolor": "#8888", "tickformat": ",", "automargin": True}
     figure.update_layout(
         height=height, margin={"l": 8, "r": 12, "t": 8, "b": 8}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
@@ -53,7 +54,7 @@ def kv_growth(record: dict[str, Any], growth: Growth) -> go.Figure:
                 customdata=[size(y) for y in ys],
                 hovertemplate=f"{letter} · token %{{x:,}}<br>%{{customdata}} predicted<extra></extra>")
     # Logarithmic, so that a cache of a fiftieth is a line of its own and not the axis.
-    return _layout(figure, "tokens in the sequence", "KV cache, MiB").update_yaxes(type="log", dtick=1, rangemode="normal")
+    return layout(figure, "tokens in the sequence", "KV cache, MiB").update_yaxes(type="log", dtick=1, rangemode="normal")
 
 
 def step_latency(record: dict[str, Any]) -> go.Figure:
@@ -69,4 +70,4 @@ def step_latency(record: dict[str, Any]) -> go.Figure:
                 marker={"symbol": MARKERS.get(letter, "circle"), "size": 5},
                 customdata=[duration(y) for _, y in points],
                 hovertemplate=f"{letter} · step %{{x}}<br>%{{customdata}} measured<extra></extra>")
-    return _layout(figure, "generated token", "step time, ms")
+    return layout(figure, "generated token", "step time, ms")

@@ -116,3 +116,51 @@ def test_token_measures_stop_at_the_divergence_and_know_the_captures(lab):
     prompt = len(run.record["prompt"]["tokens"])
     sums = [run.lens("A", layer, "mean").row(prompt)[:prompt].sum() for layer in (0, 3, 7)]
     assert masses[0] == pytest.approx(np.mean(sums), abs=1e-4)
+
+
+def test_every_declared_figure_of_the_run_alone_is_drawn_with_its_table(run):
+    from lab.inspect.diagnostics import registry
+    from lab.inspect.diagnostics import run as compute
+    from lab.ui import probes
+    from lab.ui.sessions import of_model, session
+
+    lab, drawn = fixture.FakeLab(step_s=0), 0
+    for name, declared in registry().items():
+        found = session(lab, run, "A", (), "amber key")
+        if of_model(declared.needs) or declared.missing(found) or not declared.needs:
+            continue
+        arrays = compute(name, found)
+        for figure in declared.figures:
+            plot, table = probes.draw(figure, arrays, run.layers("A")), probes.table(figure, arrays, run.layers("A"))
+            assert plot.layout.paper_bgcolor == "rgba(0,0,0,0)" and plot.data and "<table" in table
+            drawn += 1
+    assert drawn > 15
+
+
+def last(lab, **ask):
+    """What the panel shows when a diagnostic has ended."""
+    from types import SimpleNamespace
+
+    from lab.ui import diagnostics
+
+    return list(diagnostics.runner(lab)(SimpleNamespace(_data={"key": "recorded", "letter": "A", **ask})))[-1]
+
+
+def test_a_diagnostic_is_computed_once_and_what_is_missing_is_one_sentence(lab):
+    out = last(lab, name="sinks")
+    assert out[0]["done"] == "sinks" and out[1]["visible"] and "<table" in out[4]
+    tasks = lab.shelf.get("recorded").tasks
+    kept = tasks["diagnostic"].result
+    last(lab, name="sinks")
+    assert tasks["diagnostic"].result is kept
+    for name, word in (("iou", "Highlight"), ("basin", "documents"), ("nonsense", "no diagnostic")):
+        assert word in last(lab, name=name)[0]["problem"]
+    assert "no longer open" in last(lab, key="gone", name="sinks")[0]["problem"]
+    lab.shelf.put(OpenRun(lab.shelf.get("recorded").record, {}), "bare")
+    assert "Replay" in last(lab, key="bare", name="shapes")[0]["problem"]
+
+
+def test_a_diagnostic_of_the_model_says_what_to_load(monkeypatch):
+    lab = fixture.FakeLab(step_s=0)
+    monkeypatch.setattr(type(lab), "loaded", property(lambda self: False))
+    assert "Load tests/Synthetic-1M" in last(lab, name="massive")[0]["problem"]

@@ -80,3 +80,17 @@ def test_text_is_coloured_by_any_measure_and_tells_both_sides(page):
     page.get_by_label("colour the text by").select_option("prompt_mass")
     page.wait_for_function("document.querySelectorAll('.tokview .vA .tv').length > 5")
     assert "Captured layers only: 0, 3, 7" in page.inner_text(".tokview .note")
+
+
+def test_a_diagnostic_runs_and_shows_figures_with_tables(page):
+    canvas(page)
+    page.click('[data-key="p-sinks"]')
+    page.click('[data-key="d-run"]')
+    page.wait_for_selector("#probe0 .js-plotly-plot")
+    assert page.locator(".figbox:visible h4").count() == 3
+    page.locator(".figtable summary").first.click()
+    assert "threshold" in page.inner_text(".figtable >> nth=0")
+    page.click('[data-key="p-basin"]')
+    page.click('[data-key="d-run"]')
+    page.wait_for_selector("#diagnostics .why")
+    assert "documents" in page.inner_text("#diagnostics .why")
