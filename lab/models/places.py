@@ -6,8 +6,6 @@ import hashlib
 import os
 import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,24 +92,34 @@ def locked(name: str, progress: Progress = nothing) -> Iterator[None]:
 def building(target: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes ``target`` when the block ends well and vanishes when it does not.
 
-    The rename is atomic, so a reader sees the finished folder or none. Leftovers of processes killed more than
-    a day ago are swept.
+    Call it while holding the target's lock: what a killed process left of an earlier attempt is swept first. The
+    rename is atomic, so a reader sees the finished folder or none.
     """
     parent = writable(target.parent)
     for stale in parent.glob(f".{target.name}-*"):
-        if time.time() - stale.stat().st_mtime > 86_400:
-            shutil.rmtree(stale, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=parent))
+        shutil.rmtree(stale, ignore_errors=True)
+    work = parent / f".{target.name}-{os.getpid()}"
     try:
+        work.mkdir()
         yield work
         if target.exists():
-            # Somebody else finished first, or an unusable older folder is being replaced.
-            shutil.rmtree(target)
+            shutil.rmtree(target)  # an unusable older folder
         os.replace(work, target)
     except OSError as error:
         raise disk_error(error, target) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder inside ``folder`` for what is needed only while building; gone when the block ends."""
+    inner = folder / "scratch"
+    inner.mkdir()
+    try:
+        yield inner
+    finally:
+        shutil.rmtree(inner, ignore_errors=True)
 
 
 def writable(folder: Path) -> Path:

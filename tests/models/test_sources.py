@@ -133,6 +133,19 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(own_cache: Path) -> None
     assert list(target.parent.iterdir()) == []
 
 
+def test_what_a_killed_process_left_is_swept(own_cache: Path) -> None:
+    target = own_cache / "models" / "x"
+    left = target.parent / ".x-12345"
+    (left / "scratch").mkdir(parents=True)
+    (left / "scratch" / "half.whl").write_bytes(b"1" * 100)
+    with places.locked("x"), places.building(target) as folder:
+        with places.scratch(folder) as spare:
+            (spare / "wheel").write_text("x")
+        (folder / "kept").write_text("x")
+    assert [item.name for item in target.parent.iterdir()] == ["x"]
+    assert [item.name for item in target.iterdir()] == ["kept"]
+
+
 def test_a_cache_that_cannot_be_made_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("LAB_CACHE", str(tmp_path / "file" / "below"))
