@@ -290,17 +290,21 @@ class LabLayer(CacheLayerMixin):
                 start = start + lens
         self.meta.keep(mask, spare=self.slack)
 
-    def drop_one(self, slot: torch.Tensor, row: int) -> None:
-        """Drop entry slot int64 [B, Hk] of every lane: O(row) when all rows are exact."""
+    def drop_one(self, slot: torch.Tensor, row: int, lanes: list[int] | None = None) -> None:
+        """Drop entry slot int64 [B, Hk] of every lane, or of `lanes` only: O(row) when all rows are exact."""
+        which = torch.ones(self.batch * self.heads, 1, dtype=torch.bool, device=self.device)
+        if lanes is not None:
+            which = ~which
+            which[lanes] = True
+        which = which.view(self.batch, self.heads, 1)
         if self.coded_k or self.coded_v:
             mask = torch.ones(self.batch, self.heads, self.longest, dtype=torch.bool, device=self.device)
-            self.keep(mask.scatter_(2, slot.unsqueeze(-1), False), row)
+            self.keep(mask.scatter_(2, slot.unsqueeze(-1), ~which), row)
             return
         if self.history is not None:
-            pos = self.positions().gather(2, slot.unsqueeze(-1))
-            self.history.dropped(pos, torch.ones_like(pos, dtype=torch.bool), row)
+            self.history.dropped(self.positions().gather(2, slot.unsqueeze(-1)), which, row)
         for part in (self.exact_k.rows, self.exact_v.rows, self.meta):
-            part.pop_swap(slot)
+            part.pop_swap(slot, lanes)
 
     def trim_window(self) -> None:
         """Drop entries no later query can see in a sliding-window layer, a block at a time."""

@@ -244,7 +244,8 @@ class Policy:
         leave = budget
         if self.allocator is not None and isinstance(budget, int):
             leave = self.allocator.leave(ctx, max(counts), budget)
-        if leave is not budget and leave != budget or self.tiered or min(over) != 1 or max(over) != 1:
+        uneven = min(over) != 1  # heads without a budget, or not yet full
+        if leave is not budget and leave != budget or self.tiered or max(over) != 1 or uneven and self.reducer is not None:
             self._drop(ctx, self._chosen(ctx, scores, leave), scores)
             return
         guarded = scores.masked_fill(self._protected(ctx, min(wanted)), torch.inf)
@@ -255,7 +256,7 @@ class Policy:
         if self.reducer is not None:
             keep = torch.ones_like(guarded, dtype=torch.bool) if valid is None else valid.clone()
             self.reducer.reduce(ctx, keep.scatter_(2, slot.unsqueeze(-1), False), scores)
-        store.drop_one(slot, ctx.row)
+        store.drop_one(slot, ctx.row, [i for i, n in enumerate(over) if n == 1] if uneven else None)
 
     def _protected(self, ctx: LayerContext, budget: int) -> torch.Tensor:
         """bool [B, Hk, N] of the entries that always stay (rule R5)."""

@@ -142,8 +142,17 @@ class Ragged:
         lane = torch.repeat_interleave(torch.tensor(self.lens, device=index.device))
         self._rebuild(torch.cat(source), lane, list(self.lens), 0)
 
-    def pop_swap(self, slot: torch.Tensor) -> None:
-        """Remove one entry of every lane, slot int64 [B, Hk], by moving the lane's last entry into its place: O(row)."""
+    def pop_swap(self, slot: torch.Tensor, lanes: list[int] | None = None) -> None:
+        """Remove one entry of every lane (or of `lanes` only), slot int64 [B, Hk], by moving the lane's last entry into its
+        place: O(row)."""
+        if lanes is not None:
+            last = [self.starts[i] + self.lens[i] - 1 for i in lanes]
+            target = [self.starts[i] + s for i, s in zip(lanes, slot.flatten()[lanes].tolist())]
+            for field in self.fields.values():
+                field[target] = field[last]
+            for i in lanes:
+                self.lens[i] -= 1
+            return
         if self.level and self.dense:
             n = self.lens[0]
             for name in self.fields:
