@@ -29,9 +29,16 @@ function drawTools() {
       heads.map(x => h("option", {value: x, selected: x === S.head}, typeof x === "number" ? `Q head ${x} → KV head ${Math.floor(x / per)}` : x === "rollout" ? "all heads, rollout" : `all heads, ${x}`))), h1),
     seg("pooling", [["max", "max", "the largest weight under a cell"], ["mean", "mean", "the mean weight under a cell"]], S.pool, pool => { S.pool = pool; redraw(); }),
     seg("scale", [[true, "log"], [false, "linear"]], S.log, log => { S.log = log; redraw(); }),
-    h("span", {class: "sp"}), h("span", {class: "seg", role: "group", "aria-label": "zoom"}, h("button", {type: "button", "data-zoom": "out", "data-key": "out", "aria-label": "zoom out", onclick: () => zoom(1.6)}, "−"),
+    h("span", {class: "sp"}), h("button", {type: "button", class: "plain", "data-key": "page", title: "One HTML file of this view that opens without the lab", onclick: exportPage}, "Export page"),
+    h("span", {class: "seg", role: "group", "aria-label": "zoom"}, h("button", {type: "button", "data-zoom": "out", "data-key": "out", "aria-label": "zoom out", onclick: () => zoom(1.6)}, "−"),
       h("button", {type: "button", "data-zoom": "in", "data-key": "in", "aria-label": "zoom in", onclick: () => zoom(.6)}, "+"), h("button", {type: "button", "data-key": "whole", onclick: reset}, "Whole run")));
   if (focus) { const node = tools.querySelector(`[data-key="${CSS.escape(focus)}"]`); if (node) node.focus(); }
+}
+async function exportPage(e) {
+  const b = e.currentTarget; b.disabled = true; toast("Making the page…");
+  const a = await server.exported({...S.ask(), pool: S.pool, log: S.log}).catch(() => ({error: "The server did not answer. Reload the page."}));
+  b.disabled = false; if (a.error) { toast(a.error); return; }
+  download(a); toast(`Saved ${a.name}, ${fmt.dec(a.data.length * .75 / 1048576, 1)} MB.`);
 }
 function redraw() { drawTools(); overview(); }
 const promptnote = h("span", {class: "num"});

@@ -1,6 +1,7 @@
 """The Attention tab: the map, the token strip, where a row looks, the heads of a layer, and the cache map."""
 from __future__ import annotations
 
+import base64
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from . import assets, grid, maps, tokenview
+from . import assets, export, grid, maps, tokenview
 from .components import cards
 from .controller import Lab, sentence
 from .opened import OpenRun
@@ -113,9 +114,15 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
     def attended(ask: dict[str, Any]) -> dict[str, Any]:
         return answer(lambda run, ask: tokenview.attention(lab, run, ask), ask)
 
+    def exported(ask: dict[str, Any]) -> dict[str, Any]:
+        def made(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
+            name, text = export.page(run, ask)
+            return {"name": name, "type": "text/html", "data": base64.b64encode(text.encode("utf-8")).decode("ascii")}
+        return answer(made, ask)
+
     def tokens(ask: dict[str, Any]) -> dict[str, Any]:
         return answer(lambda run, _: {"tokens": words(run, str(ask.get("letter")))}, ask)
-    return [tile, drawing, cell, row, stats, cache, life, heads, texts, attended, tokens]
+    return [tile, drawing, cell, row, stats, cache, life, heads, texts, attended, exported, tokens]
 
 
 def words(run: OpenRun, letter: str) -> list[str]:

@@ -18,12 +18,13 @@ HEAD_FIGURES = ("entropy", "sink_rate", "mean_distance", "local_mass", "far_mass
 LOG_FLOOR = 1e-5  # darkest shade of the logarithmic scale
 
 
-def _head(value: Any) -> int | str:
+def head_of(value: Any) -> int | str:
+    """A head as the browser names it: a number or a reduction."""
     return value if value in ("mean", "max", "rollout") else int(value)
 
 
 def _lens(run: OpenRun, ask: dict[str, Any]) -> Any:
-    return run.lens(str(ask["letter"]), int(ask["layer"]), _head(ask["head"]), str(ask.get("minus") or "") or None)
+    return run.lens(str(ask["letter"]), int(ask["layer"]), head_of(ask["head"]), str(ask.get("minus") or "") or None)
 
 
 def pack(array: np.ndarray) -> str:
@@ -92,7 +93,7 @@ def row(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
 
     Of a difference: the largest changes, and no mass of others.
     """
-    letter, layer, i, head = str(ask["letter"]), int(ask["layer"]), int(ask["row"]), _head(ask["head"])
+    letter, layer, i, head = str(ask["letter"]), int(ask["layer"]), int(ask["row"]), head_of(ask["head"])
     lens, signed, rolled = _lens(run, ask), bool(ask.get("minus")), head == "rollout"
     weights = lens.row(i)
     known = np.where(np.isfinite(weights), weights, 0.0)

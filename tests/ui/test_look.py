@@ -164,3 +164,34 @@ def test_a_diagnostic_of_the_model_says_what_to_load(monkeypatch):
     lab = fixture.FakeLab(step_s=0)
     monkeypatch.setattr(type(lab), "loaded", property(lambda self: False))
     assert "Load tests/Synthetic-1M" in last(lab, name="massive")[0]["problem"]
+
+
+def test_an_exported_page_escapes_everything_and_reaches_nowhere(run):
+    from lab.ui import export
+
+    run.record["name"] = '</script><img src=x onerror="alert(1)">@@DATA@@'
+    for more in ({}, {"minus": "A"}, {"head": "rollout"}):
+        name, page = export.page(run, {**ask("B"), "pool": "max", "log": True, **more})
+        assert name.endswith(".html") and not set('/\\<>"') & set(name)
+        assert page.count("</script>") == 2 and "<img" not in page and "<script>alert" not in page
+        assert "http" not in page.replace("http-equiv", "") and len(page) < 3_000_000
+        assert "&lt;script&gt;alert(1)" in page
+
+
+def test_a_long_run_is_exported_with_finer_levels_that_are_exact_where_they_say(monkeypatch):
+    from lab.ui import export
+
+    rng, n = np.random.default_rng(0), 700
+    arrays = {"qk/A/0/q": rng.standard_normal((2, n, 8)).astype(np.float16), "qk/A/0/k": rng.standard_normal((1, n, 8)).astype(np.float16)}
+    record, _ = fixture.record_and_arrays()
+    long = OpenRun(record, arrays)
+    tiles, finest = export._levels(long, {**ask("A", 0), "pool": "max", "log": True}, n, None)
+    assert tiles[0]["row_step"] == 2 and finest == 1 and tiles[-1]["rows"] == [512, 700]
+    monkeypatch.setattr(export, "MOST_BYTES", 10)
+    assert export._levels(long, {**ask("A", 0), "pool": "max", "log": True}, n, None)[1] == 2
+
+
+def test_an_export_of_what_is_not_there_is_one_sentence(lab):
+    page = {fn.__name__: fn for fn in attention.functions(lab)}["exported"]
+    assert "Captured layers are 0, 3, 7" in page({"key": "recorded", **ask("A", 5)})["error"]
+    assert "no longer open" in page({"key": "gone"})["error"]

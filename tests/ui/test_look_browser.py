@@ -94,3 +94,34 @@ def test_a_diagnostic_runs_and_shows_figures_with_tables(page):
     page.click('[data-key="d-run"]')
     page.wait_for_selector("#diagnostics .why")
     assert "documents" in page.inner_text("#diagnostics .why")
+
+
+def test_an_exported_page_opens_from_a_file_without_network(page, browser, tmp_path):
+    canvas(page)
+    page.get_by_role("button", name="B", exact=True).first.click()
+    page.wait_for_function("document.querySelector('.cachebox .key').innerText.includes('evicted')")
+    with page.expect_download() as got:
+        page.get_by_role("button", name="Export page").click()
+    file = tmp_path / "view.html"
+    got.value.save_as(file)
+    context = browser.new_context(offline=True)
+    alone, wrong = context.new_page(), []
+    alone.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+    alone.on("pageerror", lambda e: wrong.append(str(e)))
+    alone.goto(file.as_uri())
+    alone.wait_for_selector("body[data-ready]")
+    shades = alone.evaluate("""() => { const c = document.querySelector('#map'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+                               return new Set(d.filter((_, i) => i % 4 === 0)).size; }""")
+    assert shades > 10
+    alone.hover("#map", position={"x": 40, "y": 300})
+    assert "weight" in alone.inner_text("#read")
+    alone.click("#map", position={"x": 40, "y": 300})
+    assert "pinned" in alone.inner_text("#where")
+    alone.keyboard.press("Escape")
+    assert "pinned" not in alone.inner_text("#where")
+    assert "evicted" in alone.inner_text("#key")
+    alone.locator("#time").fill("0")
+    assert "evicted" not in alone.inner_text("#key")
+    assert "<script>alert(1)</script>" in alone.inner_text(".cols") and "per token" in alone.inner_text("table")
+    context.close()
+    assert wrong == []
