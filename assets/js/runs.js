@@ -1,4 +1,4 @@
-/* Saved runs. server: listing, rename, tag, delete, restore, compare, export, take. Triggers 'open' {run_id}. */
+/* Saved runs. server: listing, rename, tag, share, delete, restore, compare, export, take. Triggers 'open' {run_id}. */
 let rows = [], query = "", marked = new Set(), table = null, onlyDiff = true, editing = null, notice = "", loaded = false, find = "";
 const ask = extra => ({owner: owner(), ...extra});
 const search = h("input", {type: "search", placeholder: "Search name, prompt, technique, model or #tag", "aria-label": "search runs", oninput: e => { query = e.target.value; list(); }});
@@ -41,18 +41,26 @@ function row(r) {
     h("td", {}, h("input", {type: "checkbox", "aria-label": `choose ${r.name || r.run_id} for comparison`, checked: marked.has(r.run_id), onchange: e => mark(r.run_id, e.target.checked)})),
     h("td", {class: "runname"}, is("name") ? field(r, "name", r.name, name => server.rename(ask({run_id: r.run_id, name})))
       : h("button", {type: "button", class: "link", onclick: () => open(r.run_id)}, r.name || r.run_id),
-      h("small", {class: "soft"}, [r.when, r.model, r.status === "complete" ? "" : r.status].filter(Boolean).join(" · "))),
+      h("small", {class: "soft"}, [r.when, r.model, r.status === "complete" ? "" : r.status].filter(Boolean).join(" · "), r.shared ? [" · shared ", h("button", {type: "button", class: "quiet", "aria-label": `stop sharing ${r.name || r.run_id}`, onclick: () => unshare(r)}, "stop")] : null)),
     h("td", {class: "variants"}, r.titles.map((t, i) => h("span", {title: r.specs[i]}, h("span", {class: `dot v${"ABCDEFGH"[i]}`}), t))),
     h("td", {class: "prompt"}, h("div", {title: r.prompt}, r.prompt)), h("td", {class: "num", "data-name": "worst KL"}, r.kl_text), h("td", {class: "num", "data-name": "smallest KV"}, r.kv_text),
     h("td", {class: "tags"}, is("tags") ? field(r, "tags", r.tags.join(", "), text => server.tag(ask({run_id: r.run_id, tags: text.split(",").map(t => t.trim()).filter(Boolean)})))
       : [r.tags.map(t => h("button", {type: "button", class: "chip pick", onclick: () => { query = search.value = "#" + t; list(); }}, t)), h("button", {type: "button", class: "quiet", "aria-label": `edit tags of ${r.name || r.run_id}`, onclick: () => edit("tags")}, r.tags.length ? "edit" : "+ tag")]),
     h("td", {class: "acts"}, h("button", {type: "button", class: "quiet", onclick: () => open(r.run_id)}, "Open"), h("button", {type: "button", class: "quiet", onclick: () => edit("name")}, "Rename"),
+      h("button", {type: "button", class: "quiet", title: "Copy a link to this run", "aria-label": `share ${r.name || r.run_id}`, onclick: e => share(r, e.target)}, "Share"),
       h("select", {"aria-label": `export ${r.name || r.run_id}`, onchange: async e => { const format = e.target.value; e.target.selectedIndex = 0; if (!format) return;
         const a = await server.export(ask({run_id: r.run_id, format})); a.error ? toast(a.error) : download(a); }},
         h("option", {value: ""}, "Export"), h("option", {value: "json"}, "JSON"), h("option", {value: "csv"}, "CSV"), h("option", {value: "parquet"}, "Parquet")),
       h("button", {type: "button", class: "quiet", "aria-label": `delete ${r.name || r.run_id}`, onclick: async () => { const a = await server.delete(ask({run_id: r.run_id})); if (a.error) { toast(a.error); return; }
         await load(); toast(`Deleted ${r.name || r.run_id}.`, "Undo", async () => { const b = await server.restore(ask({run_id: r.run_id})); if (b.error) toast(b.error); load(); }); }}, "Delete")));
 }
+const linkTo = r => { const u = new URL(location.origin + location.pathname); u.searchParams.set("run", r.run_id); return u.href; };
+async function share(r, button) {
+  const a = await server.share(ask({run_id: r.run_id, shared: true})); if (a.error) { toast(a.error); return; }
+  await copy(linkTo(r), button); toast(a.public ? "Link copied. Whoever has it can open this run." : "Link copied. It opens this run for whoever can reach this machine.");
+  load();
+}
+async function unshare(r) { const a = await server.share(ask({run_id: r.run_id, shared: false})); if (a.error) toast(a.error); else toast("No longer shared."); load(); }
 const show = v => v === null || v === undefined ? "–" : typeof v === "number" ? (Number.isInteger(v) ? v.toLocaleString("en-US") : String(Number(v.toPrecision(4)))) : String(v);
 async function compare() {
   const a = await server.compare(ask({ids: [...marked], only: onlyDiff})); if (a.error) { toast(a.error); return; }

@@ -49,7 +49,8 @@ class StoreLibrary:
         return [{"run_id": row["run_id"], "name": row["name"] or "", "tags": list(row["tags"] or []),
                  "created": str(row["created"]), "status": row["status"], "model": str(row["model"] or "").split("/")[-1],
                  "prompt": " ".join(str(row["prompt"] or "").split())[:160], "titles": list(row["titles"] or []),
-                 "specs": list(row["specs"] or []), "kl": row["kl_worst"], "kv": row["kv_smallest"], "tokens": row["tokens"]}
+                 "specs": list(row["specs"] or []), "kl": row["kl_worst"], "kv": row["kv_smallest"], "tokens": row["tokens"],
+                 "shared": bool(row["shared"])}
                 for row in self.store.list(limit=500, owner=owner or None)]
 
     def rename(self, run_id: str, name: str, owner: str = "") -> None:
@@ -59,6 +60,10 @@ class StoreLibrary:
     def tag(self, run_id: str, tags: list[str], owner: str = "") -> None:
         """Replace a run's tags."""
         self.store.tag(run_id, tags, owner or None)
+
+    def share(self, run_id: str, shared: bool, owner: str = "") -> None:
+        """Let anyone who knows the run's id read it, or no longer."""
+        self.store.share(run_id, shared, owner or None)
 
     def delete(self, run_id: str, owner: str = "") -> None:
         """Delete a run so that `restore` can bring it back."""

@@ -43,6 +43,12 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
             return {"ok": True}
         return guarded(work, ask)
 
+    def share(ask: dict[str, Any]) -> dict[str, Any]:
+        def work(a: dict[str, Any], who: str) -> dict[str, Any]:
+            lab.library.share(str(a["run_id"]), bool(a.get("shared", True)), who)
+            return {"public": lab.public}
+        return guarded(work, ask)
+
     def delete(ask: dict[str, Any]) -> dict[str, Any]:
         return guarded(lambda a, who: lab.library.delete(str(a["run_id"]), who) or {"ok": True}, ask)
 
@@ -69,7 +75,7 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
                 raise LabError("The file did not arrive whole", fix="Try again") from None
             return {"run_id": lab.library.take(str(a["name"]), data, who)}
         return guarded(work, ask)
-    return [listing, rename, tag, delete, restore, compare, export, take]
+    return [listing, rename, tag, share, delete, restore, compare, export, take]
 
 
 def build(lab: Lab) -> gr.HTML:

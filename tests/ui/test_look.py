@@ -195,3 +195,19 @@ def test_an_export_of_what_is_not_there_is_one_sentence(lab):
     page = {fn.__name__: fn for fn in attention.functions(lab)}["exported"]
     assert "Captured layers are 0, 3, 7" in page({"key": "recorded", **ask("A", 5)})["error"]
     assert "no longer open" in page({"key": "gone"})["error"]
+
+
+def test_a_shared_run_opens_for_whoever_has_its_id_and_is_listed_for_its_owner_only():
+    from lab.ui import runs
+
+    lab = fixture.FakeLab(step_s=0)
+    lab.public = True
+    record, arrays = fixture.record_and_arrays("20260104-000000-shar")
+    lab.keep(fixture.Outcome(record, arrays), "visitor-1")
+    f, mine = {fn.__name__: fn for fn in runs.functions(lab)}, {"run_id": "20260104-000000-shar", "owner": "visitor-1"}
+    assert "error" in f["share"]({**mine, "owner": "visitor-2"})
+    assert f["share"](mine) == {"public": True} and f["listing"](mine)["rows"][0]["shared"]
+    assert lab.shelf.get(lab.open(mine["run_id"], "visitor-2")) and f["listing"]({"owner": "visitor-2"})["rows"] == []
+    f["share"]({**mine, "shared": False})
+    with pytest.raises(Exception, match="no run"):
+        lab.open(mine["run_id"], "visitor-2")

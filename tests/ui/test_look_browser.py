@@ -125,3 +125,17 @@ def test_an_exported_page_opens_from_a_file_without_network(page, browser, tmp_p
     assert "<script>alert(1)</script>" in alone.inner_text(".cols") and "per token" in alone.inner_text("table")
     context.close()
     assert wrong == []
+
+
+def test_share_copies_a_link_that_opens_the_run(page, site):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("tab", name="Runs").click()
+    page.get_by_role("button", name="share older run").click()
+    page.wait_for_function("document.querySelector('#runs').innerText.includes('shared')")
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert link == site[0] + "?run=20251231-230000-aaaa"
+    page.goto(link)
+    page.wait_for_function("(document.querySelectorAll('#header .chip')[1] || {}).innerText === 'older run'")
+    page.get_by_role("tab", name="Runs").click()
+    page.get_by_role("button", name="stop sharing older run").click()
+    page.wait_for_function("!document.querySelector('#runs table').innerText.includes('shared')")
