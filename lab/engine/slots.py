@@ -327,6 +327,10 @@ class Technique:
         """
         return None
 
+    def planned_codes(self, entries: int, head_dim: int, element: int, encoder: "Technique") -> int:
+        """Predicted bytes of `entries` keys and values of one KV head under `tiers`; as if all stayed exact by default."""
+        return 2 * entries * head_dim * element
+
     def at(self, bits: int) -> "Technique":
         """This `encode` technique at another width, for policies that hold several.
 

@@ -237,6 +237,8 @@ class _Plan:
         d, encoder = self.f["head_dim"], self.policy.encoder
         if encoder is None:
             return 2 * entries * d * self.element
+        if self.policy.tiered:
+            return self.policy.allocator.planned_codes(entries, d, self.element, encoder)
         return sum(encoder.coded_bytes(side, entries, d, self.element) for side in ("key", "value"))
 
     def _bytes(self, entries: int, layer: int) -> int:

@@ -37,6 +37,9 @@ class D2OMerge(Technique):
     keys: bool = param(False, "Average keys too; keys at different positions are turned differently, so this blurs both.")
     multiplicity: bool = param(False, "Add the logarithm of the number of merged tokens to an entry's logit.")
 
+    def table_bytes(self, entries: int, head_dim: int, element: int, layer: int, layers: int, groups: int) -> int:
+        return (0 if self.threshold else 4) + (4 * entries if self.multiplicity else 0)
+
     def edit(self, ctx: LayerContext) -> list[EntryBias]:
         if not self.multiplicity or "merged" not in ctx.store.meta.fields:
             return []

@@ -99,6 +99,16 @@ class Dwb(Technique):
     def label(self) -> str:
         return f"DWB {self.target:g}-bit" if self.target else "DWB"
 
+    def planned_codes(self, entries: int, head_dim: int, element: int, encoder: Technique) -> int:
+        """As if every token had the target's mean width (4 bits where there is no target); what really comes depends on the text."""
+        target = self.target or 4.0
+        low = max(b for b in WIDTHS if b <= target)
+        high = min((b for b in WIDTHS if b > target), default=low)
+        share = (target - low) / (high - low) if high > low else 0.0
+        size = lambda b: 2 * head_dim * element if b == 16 else sum(  # noqa: E731
+            encoder.at(b).coded_bytes(side, 4096, head_dim, element) for side in ("key", "value")) / 4096
+        return round(entries * ((1 - share) * size(low) + share * size(high)))
+
     def default_scorer(self) -> Technique | None:
         return None
 

@@ -52,6 +52,9 @@ class Vatp(Technique):
         last = 10 if self.mode == "scissorhands" else max(1, round(self.recent * entries))
         return first, max(1, min(last, entries - first))
 
+    def table_bytes(self, entries: int, head_dim: int, element: int, layer: int, layers: int, groups: int) -> int:
+        return 4 * entries if self.wo else 0
+
     def observe(self, ctx: LayerContext) -> None:
         """With `wo`, measure each value once, when it arrives: the projection is too dear to repeat every step."""
         if not self.wo:
