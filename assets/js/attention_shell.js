@@ -35,9 +35,9 @@ function drawTools() {
   if (focus) { const node = tools.querySelector(`[data-key="${CSS.escape(focus)}"]`); if (node) node.focus(); }
 }
 async function exportPage(e) {
-  const b = e.currentTarget; b.disabled = true; toast("Making the page…");
+  const b = e.currentTarget; b.disabled = true; b.textContent = "Exporting…";
   const a = await server.exported({...S.ask(), pool: S.pool, log: S.log}).catch(() => ({error: "The server did not answer. Reload the page."}));
-  b.disabled = false; if (a.error) { toast(a.error); return; }
+  b.disabled = false; b.textContent = "Export page"; if (a.error) { toast(a.error); return; }
   download(a); toast(`Saved ${a.name}, ${fmt.dec(a.data.length * .75 / 1048576, 1)} MB.`);
 }
 function redraw() { drawTools(); overview(); }

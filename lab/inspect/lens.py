@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from lab.errors import LabError
+from lab.inspect import store
 from lab.inspect import view as views
 from lab.inspect.capture import Capture
 from lab.inspect.rollout import rollout_rows, rollout_view
@@ -84,7 +85,10 @@ class Rollout:
 
     def row(self, i: int) -> np.ndarray:
         """Shares of every token at or before row i; the future is NaN."""
-        values = rollout_rows(self.captures, [i])[0].cpu().numpy().copy()
+        self.captures[0].check_row(i)
+        whole = store.get((tuple(sorted(c.serial for c in self.captures)), "rollout", 0, self.tokens, 1))  # rollout_view's
+        found = rollout_rows(self.captures, [i])[0] if whole is None else whole[i]
+        values = found.cpu().numpy().copy()
         values[i + 1:] = math.nan
         return values
 

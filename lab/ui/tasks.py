@@ -43,7 +43,7 @@ class Task(Told):
             with gently(lab):
                 self.result = work(self)
         except Exception as problem:
-            self.problem = sentence(problem)
+            self.problem = "Cancelled." if self.cancelled() else sentence(problem)
 
     @property
     def running(self) -> bool:
