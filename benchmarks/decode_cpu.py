@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import lab  # noqa: F401  sets how OpenMP threads wait, before torch starts them; the baseline runs under the same setting
 import torch
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer

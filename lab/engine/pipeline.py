@@ -34,6 +34,10 @@ def run(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> torch.Te
     store = handle.layer
     if store.static is not None:
         return graph.attend(policy, handle, q, call)
+    if policy.bare and policy.probe is None and q.shape[2] == 1:
+        out = _dense_row(handle, q, call)
+        if out is not None:
+            return out
     ctx = _append(policy, handle, q, call)
     if store.tap is not None:
         store.tap.add(ctx, handle)
@@ -54,6 +58,30 @@ def run(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> torch.Te
         if store.window and not store.shared:
             store.trim_window()
     return out.transpose(1, 2)
+
+
+def _dense_row(handle: Handle, q: torch.Tensor, call: Call) -> torch.Tensor | None:
+    """A decode step of the dense model on a CPU, [B,1,Hq,d], or None where something needs the whole pipeline.
+
+    Dense steps are what everything is compared with, and at this size their bookkeeping is a tenth of a token's time.
+    """
+    store, batch = handle.layer, q.shape[0]
+    if not (handle.fresh and store.prompt_done and q.device.type == "cpu") or store.tap is not None or store.meta is not None:
+        return None
+    if call.mask is not None or call.softcap or call.sink is not None or store.window or q.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    k, v = store.exact_k.rows, store.exact_v.rows
+    n = k.lens[0]
+    if n >= k.caps[0] or k.fields["x"].shape != v.fields["x"].shape:
+        return None
+    keys, values = k.whole("x"), v.whole("x")
+    keys[:, :, n : n + 1] = handle.k
+    values[:, :, n : n + 1] = handle.v
+    store.appended()
+    handle.fresh = False
+    rows = q.reshape(batch, store.heads, -1, q.shape[-1])
+    out, _ = core.plain(rows, keys[:, :, : n + 1], values[:, :, : n + 1], call.scale)
+    return out.reshape(batch, 1, q.shape[1], -1)
 
 
 def _append(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> LayerContext:

@@ -58,6 +58,7 @@ class Policy:
         self.want_mass, self.want_last, self.want_queries = "mass" in needs, "last" in needs, "queries" in needs
         self.want_rope = "rope" in needs
         self.window_rows = max([t.observation_window for t in self.members], default=0)
+        self.bare = not stack.techniques  # dense attention: nothing to ask, nothing to change
         self._ropes: dict[int, Rope] = {}
 
     @classmethod

@@ -82,6 +82,11 @@ class Ragged:
             out[lane, :n] = self.lane(name, lane)
         return out.view(self.batch, self.heads, *out.shape[1:])
 
+    def whole(self, name: str) -> torch.Tensor:
+        """[B, Hk, cap, ...], slack included: a view, only where capacities agree."""
+        field = self.fields[name]
+        return field.view(self.batch, self.heads, self.caps[0], *field.shape[1:])
+
     # -- writing -------------------------------------------------------------------------------------------------
     def append(self, rows: Fields, keep: torch.Tensor | None = None, spare: int = 0) -> None:
         """Append rows {name: [B, Hk, T, ...]} to every lane; keep bool [B, T] or [B, Hk, T] drops some of them.
@@ -96,7 +101,7 @@ class Ragged:
             if self.dense and self.level:
                 n = self.lens[0]
                 for name, new in rows.items():
-                    self._dense(name)[:, :, n : n + count] = new
+                    self.whole(name)[:, :, n : n + count] = new
                 self.lens = [n + count] * self.lanes
                 return
             ends = torch.tensor([s + n for s, n in zip(self.starts, self.lens)], device=first.device)
@@ -156,7 +161,7 @@ class Ragged:
         if self.level and self.dense:
             n = self.lens[0]
             for name in self.fields:
-                shaped = self._dense(name)
+                shaped = self.whole(name)
                 at = slot.view(*slot.shape, 1, *[1] * (shaped.dim() - 3)).expand(*slot.shape, 1, *shaped.shape[3:])
                 shaped.scatter_(2, at, shaped[:, :, n - 1 : n].clone())
             self.lens = [n - 1] * self.lanes
@@ -199,7 +204,7 @@ class Ragged:
             n = self.lens[0]
             for name in self.fields:
                 if skip + count < n:
-                    shaped = self._dense(name)
+                    shaped = self.whole(name)
                     shaped[:, :, skip : n - count] = shaped[:, :, skip + count : n].clone()
             self.lens = [n - count] * self.lanes
             return taken
@@ -245,10 +250,6 @@ class Ragged:
             self._grow(self.lens, spare, {})
 
     # -- inside --------------------------------------------------------------------------------------------------
-    def _dense(self, name: str) -> torch.Tensor:
-        field = self.fields[name]
-        return field.view(self.batch, self.heads, self.caps[0], *field.shape[1:])
-
     def _fits(self, added: list[int]) -> bool:
         return bool(self.fields) and all(n + a <= c for n, a, c in zip(self.lens, added, self.caps))
 
