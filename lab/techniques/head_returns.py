@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from dataclasses import dataclass
+from typing import Callable, ClassVar
 
 import torch
 
 from lab.engine.context import LayerContext
-from lab.engine.slots import Forward
-from lab.techniques.shares import split
+from lab.engine.slots import Forward, Technique, param
+from lab.techniques.shares import SHARED_BUDGET_HELP, share_budget, split
+from lab.techniques.snapkv import SnapKV
 
 SHRINK = 0.1
 
@@ -61,3 +63,47 @@ def spread_budget(
         for ctx in members:
             ctx.state[name] = counts[:, at : at + ctx.kv_heads].clone()
             at += ctx.kv_heads
+
+
+@dataclass(frozen=True)
+class Portfolio(Technique):
+    """What every budget over heads as return series has in common; a subclass names itself and gives `weights`."""
+
+    slots: ClassVar[tuple[str, ...]] = ("observe", "allocate")
+    does_not_save: ClassVar[str] = "The total stays the same as with equal budgets; the whole cache is held until the prompt ends."
+    whole_cache: ClassVar[bool] = True
+    watches: ClassVar[bool] = True
+
+    budget: float = param(0, SHARED_BUDGET_HELP, min=0, max=1_000_000)
+    rows: int = param(128, "Last prompt rows that make up the series.", min=2, max=4096, unit="tokens")
+    scope: str = param("all", "One portfolio of the heads of all layers, or one per layer.", choices=("all", "layer"))
+
+    @staticmethod
+    def weights(s: torch.Tensor) -> torch.Tensor:
+        """Weights [H], at least 0 and summing to 1, of a covariance s [H,H]."""
+        return torch.full((len(s),), 1 / len(s), dtype=s.dtype)
+
+    def budget_entries(self, prompt: int) -> int | None:
+        return share_budget(self, prompt)
+
+    def default_scorer(self) -> Technique:
+        return SnapKV(budget=self.budget or 0.25)
+
+    def observe(self, ctx: LayerContext) -> None:
+        observe_returns(ctx, self.rows)
+
+    def forget(self, ctx: LayerContext) -> None:
+        ctx.state.pop("returns", None)
+
+    def watch(self, step: Forward) -> None:
+        if not step.complete:
+            return
+        first = step.contexts[0]
+        own = self.budget_entries(first.prompt)
+        total = own if own is not None else first.scorer.budget_entries(first.prompt)
+        if total is None or total >= max(ctx.store.longest for ctx in step.contexts):
+            return
+        spread_budget(step, total, self.weights, self.scope, self.name)
+
+    def allocate(self, ctx: LayerContext, total: int, scores: torch.Tensor | None) -> int | torch.Tensor:
+        return ctx.state.pop(self.name, total)

@@ -7,58 +7,26 @@ from typing import ClassVar
 
 import torch
 
-from lab.engine.context import LayerContext
-from lab.engine.slots import Forward, Paper, Technique, param
-from lab.techniques.head_returns import observe_returns, spread_budget
-from lab.techniques.shares import SHARED_BUDGET_HELP, share_budget
-from lab.techniques.snapkv import SnapKV
+from lab.engine.slots import Paper
+from lab.techniques.head_returns import Portfolio
 
 
 @dataclass(frozen=True)
-class HRP(Technique):
+class HRP(Portfolio):
     """Entries per head in proportion to hierarchical-risk-parity weights (an experiment of the lab; Lopez de Prado 2016)."""
 
     name: ClassVar[str] = "hrp"
     title: ClassVar[str] = "Risk-parity budgets"
     paper: ClassVar[Paper] = Paper("Building Diversified Portfolios that Outperform Out of Sample", "Journal of Portfolio Management 42(4)", 2016)
-    slots: ClassVar[tuple[str, ...]] = ("observe", "allocate")
     help: ClassVar[str] = (
         "Groups heads whose contributions to the output rise and fall together, then halves the budget from group to group, "
         "the calmer half getting more. It avoids inverting a noisy matrix, which is where minimum-variance weights go wrong. "
         "Whether heads deserve entries that way is an open question: compare with equal budgets."
     )
-    does_not_save: ClassVar[str] = "The total stays the same as with equal budgets; the whole cache is held until the prompt ends."
-    whole_cache: ClassVar[bool] = True
-    watches: ClassVar[bool] = True
 
-    budget: float = param(0, SHARED_BUDGET_HELP, min=0, max=1_000_000)
-    rows: int = param(128, "Last prompt rows that make up the series.", min=2, max=4096, unit="tokens")
-    scope: str = param("all", "One portfolio of the heads of all layers, or one per layer.", choices=("all", "layer"))
-
-    def budget_entries(self, prompt: int) -> int | None:
-        return share_budget(self, prompt)
-
-    def default_scorer(self) -> Technique:
-        return SnapKV(budget=self.budget or 0.25)
-
-    def observe(self, ctx: LayerContext) -> None:
-        observe_returns(ctx, self.rows)
-
-    def forget(self, ctx: LayerContext) -> None:
-        ctx.state.pop("returns", None)
-
-    def watch(self, step: Forward) -> None:
-        if not step.complete:
-            return
-        first = step.contexts[0]
-        own = self.budget_entries(first.prompt)
-        total = own if own is not None else first.scorer.budget_entries(first.prompt)
-        if total is None or total >= max(ctx.store.longest for ctx in step.contexts):
-            return
-        spread_budget(step, total, weights, self.scope, "hrp")
-
-    def allocate(self, ctx: LayerContext, total: int, scores: torch.Tensor | None) -> int | torch.Tensor:
-        return ctx.state.pop("hrp", total)
+    @staticmethod
+    def weights(s: torch.Tensor) -> torch.Tensor:
+        return weights(s)
 
 
 def weights(s: torch.Tensor) -> torch.Tensor:
