@@ -1,7 +1,7 @@
 """Every cache policy at the same stored bytes: prose, needles, and fidelity on the default model.
 
     python benchmarks/catalogue.py [--model default] [--shares 0.25,0.125,0.06] [--seeds 5] [--prompt 768] [--next 48]
-                                   [--text FILE] [--only SUBSTRING,...] [--html]
+                                   [--text FILE] [--only SUBSTRING,...] [--html] [--resume]
 
 For each share of a dense 16-bit cache and each policy, the budget is set so that the bytes stored after the prompt (codes,
 scales, positions, running sums) are that share; exact numbers count two bytes whatever the model's precision, as they would
@@ -22,6 +22,7 @@ and with --html an interactive page beside it.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import statistics
@@ -259,6 +260,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--only", default="")
     parser.add_argument("--html", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="go on after the seeds in results/catalogue.json")
     options = parser.parse_args()
     from lab import models
 
@@ -269,7 +271,16 @@ def main() -> None:
     wanted = {n: s for n, s in POLICIES.items() if not options.only or any(o.lower() in n.lower() for o in options.only.split(","))}
     found: dict[tuple[str, float | None], list[dict]] = {}
     specs: dict[tuple[str, float | None], str] = {}
-    for seed in range(options.seeds):
+    if options.resume:
+        earlier = json.loads((Path(__file__).parent / "results" / "catalogue.json").read_text())
+        same = all(earlier["settings"][k] == str(v) if isinstance(v, Path) else earlier["settings"][k] == v
+                   for k, v in vars(options).items() if k in ("model", "shares", "prompt", "next", "text"))
+        if not same:
+            parser.error("the saved run has other settings; run without --resume")
+        for row in earlier["rows"]:
+            key = (row["policy"], row["target"])
+            found[key], specs[key] = row["values"], row["spec"]
+    for seed in range(len(found.get(("Dense", None), [])), options.seeds):
         scene = scenes(tokenizer, text, options, seed)
         prompt, dense = read(model, scene["prose"][0])
         needles = [(kind, d, *read(model, ids), answer) for kind, d, ids, answer in scene["needles"]]

@@ -26,7 +26,8 @@ class CaM(Technique):
     help: ClassVar[str] = (
         "Instead of losing an evicted token's value, CaM adds it to the kept tokens that follow, split evenly among them. "
         "It does so with a probability that grows with the attention the token used to get. Keys stay as they are. Values "
-        "grow with every merge, and a merged value is read with its neighbour's weight, not with its own."
+        "grow with every merge: when most of a prompt is cut at once they grow several times over and the model breaks (on "
+        "the default model it does). It was made for one eviction per step."
     )
     does_not_save: ClassVar[str] = "It changes what eviction loses, not how much memory it frees; attention sums must be kept."
     needs: ClassVar[frozenset[str]] = frozenset({"mass"})

@@ -77,8 +77,8 @@ class Dwb(Technique):
     help: ClassVar[str] = (
         "A small trained network looks at how uncertain the model was at a token, how rare the token is and how its attention "
         "varies, and gives it 2, 4, 8 or 16 bits in every layer. Treat it as an experiment: an independent check did not "
-        "reach the published accuracy, found plain 4-bit codes nearly lossless, and saw rarity carry little. Always compare "
-        "with integer codes at the same bytes."
+        "reach the published accuracy, found plain 4-bit codes nearly lossless, and saw rarity carry little; here, too, it does "
+        "much worse than 4-bit integers at the same bytes, because 2-bit tokens spoil what 8-bit tokens save."
     )
     does_not_save: ClassVar[str] = (
         "Reading the prompt computes the next-token distribution of every token, a quarter more work on a small model."

@@ -21,7 +21,7 @@ class HRP(Portfolio):
     help: ClassVar[str] = (
         "Groups heads whose contributions to the output rise and fall together, then halves the budget from group to group, "
         "the calmer half getting more. It avoids inverting a noisy matrix, which is where minimum-variance weights go wrong. "
-        "Whether heads deserve entries that way is an open question: compare with equal budgets."
+        "On the default model equal budgets are clearly better: it is an experiment."
     )
 
     @staticmethod

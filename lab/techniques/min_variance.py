@@ -21,7 +21,7 @@ class MinVariance(Portfolio):
     help: ClassVar[str] = (
         "Treats each head like a share on a market: its contribution to the output, row by row, is its return. The weights "
         "that make the sum vary least decide how many entries a head keeps, so steady heads get more. Nothing says that a "
-        "steady head needs many entries: this is an experiment, and equal budgets are the comparison to make."
+        "steady head needs many entries, and on the default model equal budgets are clearly better: it is an experiment."
     )
 
     @staticmethod
