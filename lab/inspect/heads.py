@@ -14,6 +14,7 @@ from lab.inspect.capture import Capture
 from lab.inspect.pooled import Frame, Source
 from lab.inspect.scores import Cancel, Cancelled, Progress, cells, log_weights
 
+ONE = pooled.Reduce("mean", "mean")
 RUN = 16
 """Rows read together when rows are sampled."""
 
@@ -203,7 +204,7 @@ def grid(
                 end = t if y is None else min((y + 1) * step, t)
                 start = 0 if y is None else max(y * step, end - rows_per_cell)
                 frame = Frame((start, end), (0, t), step, step)
-                values = pooled.draw([Source(capture, head)], "mean", frame, ("max",))["max"]
+                values = pooled.draw([Source(capture, head)], ONE, frame, ("max",))["max"]
                 out[n, head, slice(None) if y is None else y] = values.cpu().numpy()
             if progress:
                 progress((n * capture.heads + head + 1) / (len(captures) * capture.heads))

@@ -45,10 +45,11 @@ def trim(capture: Capture, tokens: int) -> Capture:
 
 @dataclass(frozen=True)
 class Heads:
-    """One head, or "mean" or "max" over heads, of one layer (or of several layers of one run)."""
+    """One head, or "mean" or "max" over heads, of one layer, or of several layers combined by ``layers`` "mean" or "max"."""
 
     captures: Sequence[Capture]
     head: int | str
+    layers: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -57,15 +58,16 @@ class Heads:
 
     def view(self, rows, cols, width, height, pool, progress=None, cancel=None) -> View:
         """See ``view.view``."""
-        return views.view(self.captures, self.head, rows, cols, width, height, pool, progress=progress, cancel=cancel)
+        return views.view(self.captures, self.head, rows, cols, width, height, pool, layers=self.layers, progress=progress,
+                          cancel=cancel)
 
     def row(self, i: int) -> np.ndarray:
         """See ``view.row``."""
-        return views.row(self.captures, self.head, i)
+        return views.row(self.captures, self.head, i, self.layers)
 
     def cell(self, i: int, j: int) -> Cell:
         """See ``view.cell``."""
-        return views.cell(self.captures, self.head, i, j)
+        return views.cell(self.captures, self.head, i, j, self.layers)
 
 
 @dataclass(frozen=True)

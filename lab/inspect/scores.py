@@ -96,8 +96,12 @@ def column_blocks(
 
 
 def lse_rows(capture: Capture, head: int, rows: tuple[int, int]) -> torch.Tensor:
-    """float32 [rows] log-sum-exp of the visible logits; computed once per row, -inf where nothing is
-    visible."""
+    """float32 [rows] log-sum-exp of the visible logits; computed once per row, -inf where nothing is visible."""
+    return lse_whole(capture, head, rows)[rows[0] : rows[1]]
+
+
+def lse_whole(capture: Capture, head: int, rows: tuple[int, int]) -> torch.Tensor:
+    """float32 [T] the log-sum-exp of every row, of which only ``rows`` are sure to be known; the others may be NaN."""
     r0, r1 = rows
     key = ((capture.serial,), "lse", head)
     lse = store.get(key)
@@ -111,7 +115,7 @@ def lse_rows(capture: Capture, head: int, rows: tuple[int, int]) -> torch.Tensor
         for start in range(a, b, size):
             block = (start, min(start + size, b))
             lse[block[0] : block[1]] = _lse_block(capture, head, block)
-    return lse[r0:r1]
+    return lse
 
 
 def _lse_block(capture: Capture, head: int, rows: tuple[int, int]) -> torch.Tensor:

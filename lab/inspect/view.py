@@ -12,7 +12,7 @@ import numpy as np
 from lab.errors import LabError
 from lab.inspect import counts, pooled
 from lab.inspect.capture import Capture
-from lab.inspect.pooled import Frame, Source
+from lab.inspect.pooled import Frame, Reduce, Source
 from lab.inspect.scores import Cancel, Progress, row_lse
 
 __all__ = ["Cell", "View", "cell", "difference", "overview", "row", "row_lse", "view"]
@@ -99,25 +99,29 @@ class Cell:
     why: str | None
 
 
-def sources_of(captures: Capture | Sequence[Capture], head: int | str) -> tuple[list[Source], str]:
-    """The heads that ``head`` means and how they combine ("mean" or "max"; "mean" of one head is that head).
+def sources_of(
+    captures: Capture | Sequence[Capture], head: int | str, layers: str | None = None
+) -> tuple[list[Source], Reduce]:
+    """The heads that ``head`` means in every capture, and how heads and then layers combine.
 
-    Several captures are several layers of one run: a numbered head is averaged over them.
+    ``layers`` None: as the heads do ("max" with head "max", else "mean").
     """
-    layers = [captures] if isinstance(captures, Capture) else list(captures)
-    if not layers:
+    chosen = [captures] if isinstance(captures, Capture) else list(captures)
+    if not chosen:
         raise LabError("No layer was chosen", "A view needs at least one captured layer", "Choose a layer")
-    if len({c.tokens for c in layers}) > 1:
+    if len({c.tokens for c in chosen}) > 1:
         raise LabError(
             "The chosen layers belong to runs of different length",
             "Layers can only be combined within one run and variant",
             "Choose layers of one variant",
         )
+    if layers not in (None, "mean", "max"):
+        raise LabError(f'Layers cannot be combined by "{layers}"', 'Give "mean" or "max"')
     if isinstance(head, str):
         if head not in ("mean", "max"):
             raise LabError(f'There is no head "{head}"', 'Give a head number, "mean" or "max"')
-        return [Source(c, h) for c in layers for h in range(c.heads)], head
-    return [Source(c, c.check_head(head)) for c in layers], "mean"
+        return [Source(c, h) for c in chosen for h in range(c.heads)], Reduce(head, layers or head)
+    return [Source(c, c.check_head(head)) for c in chosen], Reduce("mean", layers or "mean")
 
 
 def view(
@@ -129,34 +133,32 @@ def view(
     height: int = 512,
     pool: str = "max",
     *,
+    layers: str | None = None,
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> View:
     """Attention weights of rows x cols in at most height x width cells.
 
     Args:
-        capture: one layer, or several layers of one run to combine (a numbered head is averaged over layers).
-        head: a query head, or "mean" or "max" over all heads, taken weight by weight before pooling; a head
-            that
-            does not see an entry gives it no weight.
+        capture: one layer, or several layers of one run to combine.
+        head: a query head, or "mean" or "max" over all heads, taken weight by weight before pooling; a head that does
+            not see an entry gives it no weight.
         rows, cols: half-open token ranges; None means all.
-        pool: "max" or "mean" of the weights under a cell. The mean is over the weights that exist: entries
-            some row
-            of the cell sees (in any of the heads), never future or evicted ones.
+        pool: "max" or "mean" of the weights under a cell. The mean is over the weights that exist: entries some row of
+            the cell sees (in any of the heads), never future or evicted ones.
+        layers: "mean" or "max" over the layers, after the heads of each were combined; None: as the heads are.
         progress: called with 0..1 while something long is computed.
         cancel: asked between blocks; True raises ``scores.Cancelled``.
 
     Returns:
-        A View. Cells are equal squares of tokens; when a window is both large and far out its origin moves
-        to the grid
-        of the stored level and steps become multiples of that level's, so read ``rows``, ``cols`` and the
-        steps of the
+        A View. Cells are equal squares of tokens; when a window is both large and far out its origin moves to the grid
+        of the stored level and steps become multiples of that level's, so read ``rows``, ``cols`` and the steps of the
         answer. Memory is bounded by the blocks of ``scores`` and the stored level, never by tokens squared.
 
     Raises:
-        LabError: head, rows or columns out of range, unknown pool, or cancelled.
+        LabError: head, rows or columns out of range, unknown pool or reduction, or cancelled.
     """
-    sources, reduce = sources_of(capture, head)
+    sources, reduce = sources_of(capture, head, layers)
     t = sources[0].capture.tokens
     if pool not in ("max", "mean"):
         raise LabError(f'There is no pooling "{pool}"', 'Give "max" or "mean"')
@@ -171,9 +173,7 @@ def view(
         cell_values = pooled.draw(sources, reduce, frame, (kind,), progress, cancel)[kind]
     else:
         frame, step = stored, pooled.fine_step(t)
-        cell_values = pooled.from_fine(
-            pooled.fine(sources, reduce, progress, cancel)[kind], step, frame, kind
-        )
+        cell_values = pooled.from_fine(pooled.fine(sources, reduce, progress, cancel)[kind], step, frame, kind)
     shown = counts.visible(sources, frame)
     values = cell_values / shown.clamp(min=1) if pool == "mean" else cell_values.clone()
     values[shown == 0] = math.nan
@@ -197,15 +197,16 @@ def overview(
     size: int = 512,
     pool: str = "max",
     *,
+    layers: str | None = None,
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> View:
     """The whole run in at most size x size cells, and the stored level that makes later zooms quick."""
-    sources, reduce = sources_of(capture, head)
+    sources, reduce = sources_of(capture, head, layers)
     t = sources[0].capture.tokens
     if _ceil(t, size) >= pooled.fine_step(t):
         pooled.fine(sources, reduce, progress, cancel)
-    return view(capture, head, None, None, size, size, pool, progress=progress, cancel=cancel)
+    return view(capture, head, None, None, size, size, pool, layers=layers, progress=progress, cancel=cancel)
 
 
 def _range(span: tuple[int, int] | None, t: int, what: str) -> tuple[int, int]:
@@ -245,9 +246,9 @@ def _stored_frame(sources: Sequence[Source], frame: Frame, t: int, width: int, h
     return Frame((r0, r1), (c0, c1), row_step, col_step)
 
 
-def row(capture: Capture | Sequence[Capture], head: int | str, i: int) -> np.ndarray:
+def row(capture: Capture | Sequence[Capture], head: int | str, i: int, layers: str | None = None) -> np.ndarray:
     """float32 [T] exact weights of row i; NaN where it cannot see the entry (future, window, evicted)."""
-    sources, reduce = sources_of(capture, head)
+    sources, reduce = sources_of(capture, head, layers)
     i = sources[0].capture.check_row(i)
     frame = Frame((i, i + 1), (0, sources[0].capture.tokens), 1, 1)
     values = pooled.draw(sources, reduce, frame, ("sum",))["sum"]
@@ -255,11 +256,13 @@ def row(capture: Capture | Sequence[Capture], head: int | str, i: int) -> np.nda
     return values[0].cpu().numpy()
 
 
-def cell(capture: Capture | Sequence[Capture], head: int | str, i: int, j: int) -> Cell:
+def cell(
+    capture: Capture | Sequence[Capture], head: int | str, i: int, j: int, layers: str | None = None
+) -> Cell:
     """The exact weight of row i on entry j with its rank in the row, or why there is none."""
-    sources, _ = sources_of(capture, head)
+    sources, _ = sources_of(capture, head, layers)
     sources[0].capture.check_row(j)
-    w = row(capture, head, i)
+    w = row(capture, head, i, layers)
     seen = np.sort(w[np.isfinite(w)])[::-1]
     weight = None if np.isnan(w[j]) else float(w[j])
     rank = None if weight is None else int((seen > w[j]).sum()) + 1

@@ -33,12 +33,18 @@ def full(capture: Capture, head: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def check(
-    v: View, captures: list[Capture], heads: list[tuple[int, int]], reduce: str, atol: float = 3e-5
+    v: View, captures: list[Capture], heads: list[tuple[int, int]], reduce: str, atol: float = 3e-5,
+    layers: str | None = None,
 ) -> None:
-    """Assert that every cell of ``v`` is what pooling the combined full matrices gives."""
+    """Assert that every cell of ``v`` is what pooling the combined full matrices gives: heads first, then layers."""
     parts = [full(captures[c], h) for c, h in heads]
     w = np.stack([p[0] for p in parts])
-    w = w.max(0) if reduce == "max" else w.mean(0)
+    if layers is None:
+        w = w.max(0) if reduce == "max" else w.mean(0)
+    else:
+        per = [np.stack([p[0] for p, (n, _) in zip(parts, heads) if n == c]) for c in range(len(captures))]
+        per = np.stack([x.max(0) if reduce == "max" else x.mean(0) for x in per])
+        w = per.max(0) if layers == "max" else per.mean(0)
     seen = np.stack([p[1] for p in parts]).any(0)
     groups = {(c, h // (captures[c].heads // captures[c].kv_heads)): p[2] for (c, h), p in zip(heads, parts)}
     count = {}

@@ -49,6 +49,15 @@ def test_views(monkeypatch, head, pool, stored):
     assert cell(device, head, 30, 2).why == cell(host, head, 30, 2).why
 
 
+@pytest.mark.parametrize("over", ["mean", "max"])
+@pytest.mark.parametrize("head", [1, "mean", "max"])
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_layers_on_both(pool, head, over):
+    (h1, d1), (h2, d2) = pair(), pair()
+    a, b = view([h1, h2], head, (3, 39), (1, 38), 6, 7, pool, layers=over), view([d1, d2], head, (3, 39), (1, 38), 6, 7, pool, layers=over)
+    np.testing.assert_allclose(a.values, b.values, atol=1e-5)
+
+
 def test_heads():
     host, device = pair()
     a, b = stats(host, range(40)), stats(device, range(40))

@@ -120,6 +120,37 @@ def test_layers_combine_before_pooling(route, head):
     check(v, layers, *heads_of(head, layers))
 
 
+@pytest.mark.parametrize("pool", ["max", "mean"])
+@pytest.mark.parametrize("over", ["mean", "max"])
+@pytest.mark.parametrize("head", [1, "mean", "max"])
+@pytest.mark.parametrize("window", [((0, 37), (0, 37), 37), ((4, 33), (0, 30), 6), ((0, 37), (0, 37), 9)])
+def test_heads_and_layers_reduce_in_that_order(route, head, over, pool, window):
+    layers = [make(1, death=True), make(2, window=9), make(3)]
+    rows, cols, size = window
+    v = view(layers, head, rows, cols, size, size, pool, layers=over)
+    every, reduce = heads_of(head, layers)
+    check(v, layers, every, reduce, layers=over)
+    got = row(layers, head, 30, over)
+    seen = np.isfinite(got)
+    exact = view(layers, head, (30, 31), None, 512, 512, layers=over).values[0]
+    np.testing.assert_allclose(got[seen], exact[seen], atol=1e-6)
+    assert cell(layers, head, 30, 30, over).weight == pytest.approx(float(got[30]), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["max", "sum"])
+@pytest.mark.parametrize("heads, over, step", [("max", "max", 5), ("mean", "mean", 5), ("mean", "max", 1), ("max", "mean", 1)])
+def test_what_the_kernel_pools_head_by_head_is_what_is_drawn(heads, over, step, kind):
+    layers = [make(1, death=True, bias=True), make(2, window=9, softcap=4.0)]
+    sources = [pooled.Source(c, h) for c in layers for h in range(c.heads)]
+    frame, reduce = pooled.Frame((3, 33), (0, 30), step, step), pooled.Reduce(heads, over)
+    commutes = step == 1 or heads == over == ("max" if kind == "max" else "mean")
+    assert (step == 1 or pooled._only(sources, reduce, "max" if kind == "max" else "mean")) == commutes
+    if commutes:
+        got = pooled._kernel(sources, reduce, frame, kind, None, None, impl="torch")
+        want = pooled.draw(sources, reduce, frame, (kind,))[kind]
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
 def test_grouped_heads_read_their_kv_head():
     capture = make(5, heads=6, kv=2)
     assert [capture.kv_head(h) for h in range(6)] == [0, 0, 0, 1, 1, 1]
@@ -238,6 +269,7 @@ def test_cells_and_tokens_name_each_other():
         (lambda c: view(c, 0, None, (5, 5)), "no columns 5 to 5"),
         (lambda c: view(c, 0, width=0), "width 0"),
         (lambda c: view(c, 0, pool="sum"), 'no pooling "sum"'),
+        (lambda c: view([c, c], 0, layers="sum"), 'combined by "sum"'),
         (lambda c: view([], 0), "No layer"),
         (lambda c: view([c, make(1, t=5)], 0), "different length"),
         (lambda c: row(c, 0, 37), "Position 37"),
