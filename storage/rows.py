@@ -11,7 +11,9 @@ from .codec import Packed
 from .connection import Cursor
 from .layout import CHILD_TABLES, LEVELS, RUNS, Table
 
-__all__ = ["array_names", "insert", "insert_arrays", "now", "read", "read_array", "read_arrays", "remove"]
+__all__ = [
+    "array_names", "insert", "insert_arrays", "now", "read", "read_array", "read_arrays", "remove", "remove_arrays",
+]
 
 _TABLES = (*(table.name for table in LEVELS), "maps")
 
@@ -71,6 +73,11 @@ def remove(cursor: Cursor, run_id: str) -> None:
     """Take a run out of every table."""
     for name in _TABLES:
         cursor.execute(f"DELETE FROM {name} WHERE run_id = ?", [run_id])
+
+
+def remove_arrays(cursor: Cursor, run_id: str, prefix: str) -> None:
+    """Take out a run's arrays whose name begins with ``prefix``."""
+    cursor.execute("DELETE FROM maps WHERE run_id = ? AND starts_with(name, ?)", [run_id, prefix])
 
 
 def read(cursor: Cursor, run_id: str, tokens: bool = True) -> dict[str, Any]:

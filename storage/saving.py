@@ -12,7 +12,10 @@ from .codec import Packed, same
 from .connection import Cursor
 from .errors import StorageError
 
-__all__ = ["add", "new_run_id", "put", "start"]
+__all__ = ["DERIVED", "add", "attach", "new_run_id", "put", "start"]
+
+DERIVED = "look/"
+"""Arrays whose name begins so were computed from a run after it was saved; they do not make it another run."""
 
 Record = dict[str, Any]
 
@@ -54,7 +57,7 @@ def put(
         )
     before = rows.read(cursor, run_id)
     if old.whole and not replace:
-        if whole and _alike(before, record) and rows.read_arrays(cursor, run_id) == list(arrays):
+        if whole and _alike(before, record) and _own(rows.read_arrays(cursor, run_id)) == _own(arrays):
             return run_id
         raise StorageError(
             f"The run {run_id} is saved already, with other content",
@@ -76,7 +79,7 @@ def add(cursor: Cursor, record: Record, arrays: Sequence[Packed], owner: str | N
     old = catalog.peek(cursor, run_id)
     if old is not None:
         mine = owner is None or old.owner == owner
-        if mine and _alike(rows.read(cursor, run_id), record) and rows.read_arrays(cursor, run_id) == arrays:
+        if mine and _alike(rows.read(cursor, run_id), record) and _own(rows.read_arrays(cursor, run_id)) == _own(arrays):
             cursor.execute("UPDATE runs SET deleted_at = NULL WHERE run_id = ?", [run_id])
             return run_id
         while catalog.peek(cursor, run_id) is not None:
@@ -84,6 +87,24 @@ def add(cursor: Cursor, record: Record, arrays: Sequence[Packed], owner: str | N
     rows.insert(cursor, {**record, "run_id": run_id}, owner, whole=True)
     rows.insert_arrays(cursor, run_id, arrays)
     return run_id
+
+
+def attach(cursor: Cursor, run_id: str, prefix: str, arrays: Sequence[Packed], owner: str | None) -> None:
+    """Put derived arrays in the place of those of the same prefix; see `Store.attach`."""
+    for name in [prefix, *(array.name for array in arrays)]:
+        if not name.startswith(DERIVED) or not name.startswith(prefix):
+            raise StorageError(
+                f"{name!r} is no name for an array that was derived from a run",
+                f"Expected {DERIVED}… and one prefix for all of them",
+                reason="invalid",
+            )
+    catalog.find(cursor, run_id, owner, change=True)
+    rows.remove_arrays(cursor, run_id, prefix)
+    rows.insert_arrays(cursor, run_id, arrays)
+
+
+def _own(arrays: Sequence[Packed]) -> list[Packed]:
+    return [array for array in arrays if not array.name.startswith(DERIVED)]
 
 
 def _alike(a: Record, b: Record) -> bool:

@@ -124,6 +124,17 @@ class Store:
             lambda cursor: saving.put(cursor, record, packed, owner_key(owner), whole=True, replace=replace)
         )
 
+    def attach(
+        self, run_id: str, prefix: str, arrays: Mapping[str, Any], owner: str | None = None
+    ) -> None:
+        """Keep what was computed from a saved run with it, in the place of what was kept under `prefix` before.
+
+        Names begin with `prefix`, which begins with "look/". The record and its other arrays stay as they are; the run
+        counts as the same run. Only its owner may; raises StorageError for anybody else, as if it were not there.
+        """
+        packed = [pack(name, array) for name, array in sorted(arrays.items())]
+        self._write(lambda cursor: saving.attach(cursor, run_id, prefix, packed, owner_key(owner)))
+
     # Reading
 
     def get(self, run_id: str, owner: str | None = None) -> tuple[Record, builtins.list[str]]:
