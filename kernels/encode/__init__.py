@@ -1,5 +1,6 @@
-"""Writing the cache: packing to 8, 4 and 2 bits, moving entries between tiers, compaction in place."""
+"""Writing the cache: packing to 8, 4 and 2 bits, moving entries between tiers, compaction and eviction in place."""
 
 from kernels.encode.api import append, compact, demote, encode_tokens
+from kernels.encode.evict import evict
 
-__all__ = ["append", "compact", "demote", "encode_tokens"]
+__all__ = ["append", "compact", "demote", "encode_tokens", "evict"]

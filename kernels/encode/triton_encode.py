@@ -108,3 +108,57 @@ def compact_kernel(
         tl.store(x_ptr + (base + to)[:, None] * W + w[None, :], x, mask=(keep > 0)[:, None] & (w < W)[None, :])
         tl.debug_barrier()
         done += tl.sum(keep, 0)
+
+
+@triton.jit
+def _move(x_ptr, stride, source, target, D: tl.constexpr, P: tl.constexpr):
+    """Row `source` of a lane's rows to row `target`."""
+    d = tl.arange(0, P)
+    row = tl.load(x_ptr + stride + source * D + d, mask=d < D)
+    tl.store(x_ptr + stride + target * D + d, row, mask=d < D)
+
+
+@triton.jit
+def evict_kernel(
+    tag_ptr, score_ptr, stat_ptr, one_ptr, two_ptr, log_ptr, step_ptr, slot_ptr, n, first, last,
+    tag_stride, score_stride, stat_stride, one_stride, two_stride, lanes,
+    BN: tl.constexpr, D1: tl.constexpr, P1: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
+    SCORE: tl.constexpr, STAT: tl.constexpr, ROWS: tl.constexpr, LOG: tl.constexpr,
+):
+    """One lane: the unprotected entry with the lowest score leaves, the newest (n-1) takes its place; see `evict`."""
+    lane = tl.program_id(0).to(tl.int64)
+    tags = tag_ptr + lane * tag_stride
+    newest = tl.load(tags + n - 1)
+    i = tl.arange(0, BN)
+    best = float("inf")
+    at = n - 1
+    for t in range(0, n, BN):
+        j = t + i
+        inside = j < n
+        pos = tl.load(tags + j, mask=inside, other=0)
+        if SCORE:
+            s = tl.load(score_ptr + lane * score_stride + j, mask=inside, other=float("inf")).to(tl.float32)
+        else:
+            s = pos.to(tl.float32)
+        s = tl.where(inside & (pos >= first) & (pos <= newest - last), s, float("inf"))
+        low = tl.min(s, 0)
+        where = tl.max(tl.where((s == low) & inside, j, -1), 0)
+        at = tl.where(low <= best, where, at)  # of equals the later
+        best = tl.minimum(low, best)
+    gone = tl.load(tags + at)
+    if LOG:
+        tl.store(log_ptr + tl.load(step_ptr) * lanes + lane, gone)
+    if STAT:
+        stats = stat_ptr + lane * stat_stride
+        moved = tl.load(stats + n - 1)
+    tl.debug_barrier()  # every read of the old contents before the first write
+    tl.store(tags + at, newest)
+    tl.store(tags + n - 1, newest + 1)
+    if STAT:
+        tl.store(stats + at, moved)
+        tl.store(stats + n - 1, 0.0)
+    if ROWS > 0:
+        _move(one_ptr, lane * one_stride, n - 1, at, D1, P1)
+    if ROWS > 1:
+        _move(two_ptr, lane * two_stride, n - 1, at, D2, P2)
+    tl.store(slot_ptr + lane, at.to(tl.int64))
