@@ -10,7 +10,8 @@ NEVER = 2**31 - 1
 class History:
     """Per layer: death and demoted int32 [B, Hk, seen], bits uint8 [B, Hk, seen]; NEVER where nothing happened.
 
-    Row i still saw position j iff i < death[j].
+    Row i still saw position j iff i < death[j]. into int32 [B, Hk, seen], or None while nothing was merged: the position
+    that a dropped entry joined, -1 if none (the first of them where it was shared out).
     """
 
     def __init__(self, batch: int, heads: int, room: int) -> None:
@@ -18,6 +19,18 @@ class History:
         self.death = torch.full(shape, NEVER, dtype=torch.int32)
         self.demoted = torch.full(shape, NEVER, dtype=torch.int32)
         self.bits = torch.full(shape, 16, dtype=torch.uint8)
+        self.into: torch.Tensor | None = None
+
+    def joined(self, pos: torch.Tensor, into: torch.Tensor, flags: torch.Tensor) -> None:
+        """Entries at pos int [B,Hk,m] that are about to be dropped were merged into positions into [B,Hk,m], where flagged."""
+        b, h, slot = flags.cpu().nonzero(as_tuple=True)
+        if not b.numel():
+            return
+        where, target = pos.cpu()[b, h, slot], into.cpu()[b, h, slot]
+        self._room(int(where.max()) + 1)
+        if self.into is None:
+            self.into = torch.full_like(self.death, -1)
+        self.into[b, h, where] = target.to(torch.int32)
 
     def dropped(self, pos: torch.Tensor, gone: torch.Tensor, row: int) -> None:
         """Entries at pos int [B,Hk,N] flagged by gone bool [B,Hk,N] were dropped after row `row` had attended."""
@@ -54,15 +67,23 @@ class History:
         self._room(seen)
         return self.bits[..., :seen], self.death[..., :seen], self.demoted[..., :seen]
 
+    def targets(self, seen: int) -> torch.Tensor | None:
+        """`into` of the first `seen` positions, or None while nothing was merged."""
+        self._room(seen)
+        return None if self.into is None else self.into[..., :seen]
+
     def repeat(self, times: int) -> None:
         self.death, self.demoted, self.bits = (t.repeat(times, 1, 1) for t in (self.death, self.demoted, self.bits))
+        self.into = None if self.into is None else self.into.repeat(times, 1, 1)
 
     def select(self, index: list[int]) -> None:
         self.death, self.demoted, self.bits = (t[index] for t in (self.death, self.demoted, self.bits))
+        self.into = None if self.into is None else self.into[index]
 
     def clone(self) -> "History":
         twin = History.__new__(History)
         twin.death, twin.demoted, twin.bits = self.death.clone(), self.demoted.clone(), self.bits.clone()
+        twin.into = None if self.into is None else self.into.clone()
         return twin
 
     def _room(self, needed: int) -> None:
@@ -73,3 +94,4 @@ class History:
             self.death = pad(self.death, (0, extra), value=NEVER)
             self.demoted = pad(self.demoted, (0, extra), value=NEVER)
             self.bits = pad(self.bits, (0, extra), value=16)
+            self.into = None if self.into is None else pad(self.into, (0, extra), value=-1)

@@ -12,7 +12,7 @@ from lab.inspect.capture import NEVER
 
 NOT_YET = 255
 """State of a token that the run has not reached at this row."""
-LEVELS = (16, 8, 4, 2, 0)
+LEVELS = (16, 8, 4, 3, 2, 0)
 
 
 @dataclass(frozen=True)

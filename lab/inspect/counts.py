@@ -1,5 +1,4 @@
-"""How many entries a cell holds, shows and has lost: counted per column, without looking at single
-weights."""
+"""How many entries a cell holds, shows and has lost: counted per column, without looking at single weights."""
 
 from __future__ import annotations
 
@@ -112,7 +111,7 @@ def lowest_bits(sources: Sequence[Source], frame: Frame) -> torch.Tensor | None:
         first = columns if c.demoted is None else torch.maximum(columns, c.demoted[kv])
         end = visible_until(c, s.head)
         end = torch.full_like(columns, 2**31 - 1) if end is None else end
-        for bits in (8, 4, 2):
+        for bits in sorted({int(b) for b in c.bits.unique()} - {0, 16}, reverse=True):
             which = torch.nonzero(c.bits[kv, c0:c1] == bits).flatten() + c0
             if which.numel():
                 read = _columns(frame, first, end, which) > 0

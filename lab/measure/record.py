@@ -158,12 +158,21 @@ def layer_row(layer) -> dict[str, Any]:
 
 
 def cache_arrays(letter: str, cache: LabCache) -> dict[str, np.ndarray]:
-    """The life of every position: bits, death and demoted, [L, Hk, seen], for the first sequence."""
-    parts = [layer.history.upto(layer.seen) for layer in cache.lab_layers if layer.history is not None]
+    """The life of every position: bits, death and demoted, [L, Hk, seen], for the first sequence.
+
+    Where entries were merged there is `merged` too: int32, the position that each joined, -1 for none.
+    """
+    layers = [layer for layer in cache.lab_layers if layer.history is not None]
+    parts = [layer.history.upto(layer.seen) for layer in layers]
     if not parts or len({p[0].shape[1] for p in parts}) > 1:
         return {}
     names = ("bits", "death", "demoted")
-    return {f"cache/{letter}/{name}": torch.stack([p[i][0] for p in parts]).numpy() for i, name in enumerate(names)}
+    out = {f"cache/{letter}/{name}": torch.stack([p[i][0] for p in parts]).numpy() for i, name in enumerate(names)}
+    into = [layer.history.targets(layer.seen) for layer in layers]
+    if any(t is not None for t in into):
+        none = torch.full_like(parts[0][1][0], -1)
+        out[f"cache/{letter}/merged"] = torch.stack([none if t is None else t[0] for t in into]).numpy()
+    return out
 
 
 def capture_arrays(letter: str, cache: LabCache) -> dict[str, np.ndarray]:

@@ -41,16 +41,21 @@ class CaM(Technique):
         pos = ctx.positions() if valid is None else ctx.positions().masked_fill(~valid, torch.iinfo(torch.int64).max)
         values = store.all_values().float()
         gone = ~keep if valid is None else ~keep & valid
-        added, changed = self.gifts(values, ctx.mass(), pos, keep, gone, self._generator(ctx))
+        told: list = []
+        added, changed = self.gifts(values, ctx.mass(), pos, keep, gone, self._generator(ctx), told)
+        if store.history is not None:
+            for slots, first, given in told:
+                store.history.joined(pos.gather(2, slots), pos.gather(2, first), given)
         tiers.replace(store, "value", changed, values + added)
 
     def gifts(
         self, values: torch.Tensor, mass: torch.Tensor, pos: torch.Tensor, keep: torch.Tensor, gone: torch.Tensor,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | None = None, told: list | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(what each entry's value gains [B,Hk,N,d], which entries gain bool [B,Hk,N]).
 
-        mass, pos, keep, gone [B,Hk,N] in storage order, which need not be the order of positions.
+        mass, pos, keep, gone [B,Hk,N] in storage order, which need not be the order of positions. To `told` are added
+        (slots that leave, the first slot that each gave to, whether it gave) [B,Hk,E].
         """
         order = pos.argsort(dim=-1)
         kept = keep.gather(2, order)
@@ -75,6 +80,8 @@ class CaM(Technique):
             gift = (share.unsqueeze(-1) * values.gather(2, source).unsqueeze(3)).flatten(2, 3)
             added.scatter_add_(2, target.unsqueeze(-1).expand_as(gift), gift)
             gains.scatter_add_(2, target, share.flatten(2))
+            if told is not None:
+                told.append((leave[:, :, part], target.view(inside.shape)[..., 0], share[..., 0] > 0))
         return added, gains > 0
 
     def _generator(self, ctx: LayerContext) -> torch.Generator:

@@ -56,6 +56,9 @@ class D2OMerge(Technique):
         weight = torch.where(best >= self._threshold(ctx, best, inside), best.exp(), 0.0) * inside
         if not bool((weight > 0).any()):
             return
+        if store.history is not None:
+            pos = ctx.positions()
+            store.history.joined(pos.gather(2, slots), pos.gather(2, where), weight > 0)
         changed = torch.zeros(keep.shape, device=keep.device).scatter_add(2, where, weight).gt(0) & keep
         tiers.replace(store, "value", changed, merged(values, slots, where, weight))
         if self.keys:

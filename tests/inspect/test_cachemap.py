@@ -36,7 +36,7 @@ def test_state_through_time():
 
 def test_counts_and_kept():
     m = history()
-    assert {k: v.tolist() for k, v in m.counts(5).items()} == {16: [10], 8: [0], 4: [1], 2: [0], 0: [1]}
+    assert {k: v.tolist() for k, v in m.counts(5).items()} == {16: [10], 8: [0], 4: [1], 3: [0], 2: [0], 0: [1]}
     np.testing.assert_allclose(m.kept(), [[1, 1, 1, 1, 0.9, 11 / 12]], rtol=1e-6)
 
 

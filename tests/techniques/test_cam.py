@@ -76,3 +76,15 @@ def test_merging_into_coded_values():
         drive.feed(n), plain.feed(n)
     assert drive.layer.bits_count()[8] == 24 and drive.layer.counts == [12, 12]
     assert not torch.allclose(drive.stored(0)[2], plain.stored(0)[2])
+
+
+def test_the_history_names_the_next_kept_token_as_the_first_to_receive():
+    drive = Drive("h2o(budget=12)+cam(expected=true,targets=4)", 42, prompt=40, record=True)
+    drive.feed(40)
+    into = drive.layer.history.targets(40)[0]
+    for h in range(2):
+        kept = sorted(drive.stored(h)[0])
+        for i in range(40):
+            later = [j for j in kept if j > i]
+            assert int(into[h, i]) == (-1 if i in kept or not later else later[0])
+    assert drive.layer.clone().history.targets(45).shape[-1] == 45

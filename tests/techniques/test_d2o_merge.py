@@ -66,3 +66,23 @@ def test_keys_merge_only_when_asked():
         d.feed(40)
     assert torch.equal(drives[0].stored(0)[1], plain.stored(0)[1])
     assert not torch.equal(drives[1].stored(0)[1], plain.stored(0)[1])
+
+
+def test_the_history_says_what_each_entry_joined():
+    drive = Drive("h2o(budget=12)+d2o_merge(threshold=0.01)", 44, prompt=40, record=True)
+    drive.feed(40)
+    layer = drive.layer
+    into, death = layer.history.targets(40)[0], layer.history.upto(40)[1][0]
+    unit = torch.nn.functional.normalize(drive.k[0, :, :40], dim=-1)
+    merged_any = 0
+    for h in range(2):
+        kept = sorted(drive.stored(h)[0])
+        for i in range(40):
+            if i in kept:
+                assert into[h, i] == -1 and death[h, i] == 2**31 - 1
+                continue
+            likeness = unit[h, i] @ unit[h, kept].mT
+            if float(likeness.max()) >= 0.011:
+                assert int(into[h, i]) == kept[int(likeness.argmax())]
+                merged_any += 1
+    assert merged_any > 5
