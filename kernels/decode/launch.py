@@ -71,6 +71,7 @@ def plan(t: TierView, group: int, dtype: torch.dtype) -> config.Split:
 def run(
     q: torch.Tensor, tiers: list[TierView], scale: float, softcap: float | None, sink: torch.Tensor | None,
     threshold: torch.Tensor | None, want_mass: bool, want_entropy: bool, plans: list[config.Split] | None = None,
+    early: bool = False,
 ) -> Decoded:
     """The Triton path of `kernels.decode.attend`; arguments are checked there."""
     batch, heads, dim = q.shape
@@ -101,7 +102,8 @@ def run(
         tops = torch.empty(lanes, tiles, group, dtype=torch.float32, device=device) if want_mass else part_lse
         locals_[n] = (weights, tops, tiles, p.tile)
         options = {} if p.registers is None or interpreting() else {"maxnreg": p.registers}
-        if chained:
+        first_early = early and overlap and not chained
+        if chained or first_early:
             options["launch_pdl"] = True  # tiers do not depend on each other: let their launches overlap
         split_kernel[(count, lanes)](
             q, *pointers, t.start, t.length, part_lse if t.bias is None else t.bias, bounds,
@@ -111,7 +113,7 @@ def run(
             0 if t.bias is None or t.bias.dim() == 1 else t.bias.stride(0), 0 if t.pages is None else t.pages.shape[1],
             G=group, NQ=columns, D=dim, DP=max(16, triton.next_power_of_2(dim)), BITS=t.bits, **sizes,
             BN=p.tile, DT=dot, ASM=not interpreting(), STAGES=p.stages,
-            AHEAD=t.bits < 16 and p.ahead and t.pages is None, PDL=overlap, CHAIN=chained, SOFTCAP=softcap is not None,
+            AHEAD=t.bits < 16 and p.ahead and t.pages is None, PDL=overlap, CHAIN=chained, EARLY=first_early, SOFTCAP=softcap is not None,
             BIAS=t.bias is not None, THETA=threshold is not None,
             PAGE=0 if t.pages is None else t.page, MASS=want_mass, ENTROPY=want_entropy,
             num_warps=p.warps, num_stages=p.stages, **options,

@@ -119,7 +119,8 @@ def split_kernel(
     BN: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
     AHEAD: tl.constexpr,  # load scales one tile ahead into registers (2-byte loads cannot be asynchronous)
     PDL: tl.constexpr,  # let the next launch start early
-    CHAIN: tl.constexpr,  # this launch started early itself
+    CHAIN: tl.constexpr,  # this launch started early itself, beside one that it does not depend on
+    EARLY: tl.constexpr,  # this launch started early itself, and the query may not be there yet
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, THETA: tl.constexpr, PAGE: tl.constexpr,
     MASS: tl.constexpr, ENTROPY: tl.constexpr,
 ):
@@ -141,6 +142,8 @@ def split_kernel(
     n = tl.load(len_ptr + lane).to(tl.int32)
     lo = c * chunk
     extent = n_pages * PAGE if PAGE else n  # entries to visit
+    if EARLY:
+        gdc_wait()  # before letting others start: later tiers read the same query and do not wait for it
     if PDL:
         gdc_launch_dependents()
     g = tl.arange(0, NQ)

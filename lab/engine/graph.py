@@ -3,25 +3,31 @@
 A stack qualifies when its decode steps only append exact rows: dense attention, one-shot prompt compression (SnapKV, PyramidKV,
 AdaKV, ...), sparse prefill, head pruning. Lengths, slots and the position live in device tensors that the graph itself advances, so
 nothing is sized or chosen on the host between tokens. Everything else runs step by step, and the session says which.
+
+Inside a graph a step is the model's own forward, or `lean`'s few launches where those give the same numbers.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from kernels import decode
 from kernels.decode import TierView
+from lab.engine import lean
 from lab.engine.cache import LabCache
 from lab.engine.layer import Handle, LabLayer
 from lab.engine.policy import Policy
+
+log = logging.getLogger("lab")
 
 
 @dataclass
 class Static:
     """One layer's place in a graph. slot int64 [lanes]: the flat row the new key and value go to; tag the same in `meta`
-    (or None); length int32 [lanes] counts the new row; position int64 [1, 1]."""
+    (or None); length int32 [lanes] counts the new row; position int64 [1, 1]; seen collects the step's q, k, v or is None."""
 
     slot: torch.Tensor
     tag: torch.Tensor | None
@@ -29,6 +35,7 @@ class Static:
     length: torch.Tensor
     position: torch.Tensor
     capacity: int
+    seen: lean.Seen | None = None
 
 
 def why_not(cache: LabCache) -> str | None:
@@ -65,12 +72,20 @@ def attend(policy: Policy, handle: Handle, q: torch.Tensor, call) -> torch.Tenso
     if place.tag is not None:
         tags = store.meta.fields["pos"]
         tags.index_copy_(0, place.tag, place.position.view(1).expand(place.tag.shape).to(tags.dtype))
+    if place.seen is not None:
+        place.seen.q, place.seen.k, place.seen.v = q.clone(), handle.k.clone(), handle.v.clone()
+    handle.fresh = False
+    return read(policy, store, q[:, :, 0].contiguous(), call.scale, softcap=call.softcap, sink=call.sink)
+
+
+def read(policy: Policy, store: LabLayer, q: torch.Tensor, scale: float, early: bool = False, **options) -> torch.Tensor:
+    """Attention of q [B,Hq,d] over a layer's rows, the newest included, gated: [B,1,Hq,d]. early: see `kernels.decode`."""
+    place: Static = store.static
+    k, v = store.exact_k.rows.fields["x"], store.exact_v.rows.fields["x"]
     tier = TierView(16, k, v, place.start, place.length, place.capacity)
-    got = decode.attend(q[:, :, 0].contiguous(), [tier], call.scale, softcap=call.softcap, sink=call.sink)
-    out = got.out.unsqueeze(1)
+    out = decode.attend(q, [tier], scale, early=early, **options).out.unsqueeze(1)
     for gate in place_gates(policy, store):
         out = out * gate.to(out.dtype).transpose(1, 2)
-    handle.fresh = False
     return out
 
 
@@ -81,9 +96,14 @@ def place_gates(policy: Policy, store: LabLayer) -> list[torch.Tensor]:
 
 
 class GraphedDecode:
-    """Captured decode steps of one cache. `capture=False` runs the same body eagerly (tests on a CPU)."""
+    """Captured decode steps of one cache. `capture=False` runs the same body eagerly (tests on a CPU).
 
-    def __init__(self, model: torch.nn.Module, cache: LabCache, batch: int, room: int, capture: bool = True) -> None:
+    shorten: do the step in a few launches where the model allows it; `own` then says why it does not, or is None.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, cache: LabCache, batch: int, room: int, capture: bool = True, shorten: bool = True
+    ) -> None:
         self.model, self.cache, self.left = model, cache, room
         layers = cache.lab_layers
         device = layers[0].device
@@ -105,6 +125,10 @@ class GraphedDecode:
             layer.static = Static(self.slots[i], self.tags[i] if tagged else None, starts[i], self.lengths[i], self.position, capacity)
         assert self.slots.shape == (len(layers), lanes)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.lean: lean.Lean | None = None
+        self.own: str | None = "asked for"
+        if shorten:
+            self._shorten(batch, room)
         if capture:
             self._capture()
 
@@ -129,6 +153,23 @@ class GraphedDecode:
             layer.static = None
         self.graph = None
 
+    def _shorten(self, batch: int, room: int) -> None:
+        policy = self.cache.policy
+        try:
+            if policy.enterers:
+                raise lean.NotLean("the stack changes what enters a layer")
+            found = lean.prepare(
+                self.model, self.cache.lab_layers, self.position, room, batch,
+                lambda store, q, scale: read(policy, store, q, scale, early=True),
+            )
+            found.check(self.model, self._forward, self.ids)
+            self.lean, self.own = found, None
+        except lean.NotLean as reason:
+            self.own = str(reason)
+        except Exception as error:  # whatever this card or this Triton cannot take: each raises its own kind
+            log.warning("the short decode step failed, the model's modules run instead: %s", error)
+            self.own = "its kernels failed here"
+
     def _capture(self) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -142,6 +183,8 @@ class GraphedDecode:
             self._advance()
 
     def _forward(self) -> torch.Tensor:
+        if self.lean is not None:
+            return self.lean.run(self.ids)
         out = self.model(
             input_ids=self.ids, position_ids=self.position.expand(self.ids.shape[0], 1), past_key_values=self.cache, use_cache=True,
             logits_to_keep=1,

@@ -24,7 +24,11 @@ class Session:
         model: a causal LM `attach` accepts. stack: what to do with attention and cache.
         new_tokens: decode steps to make room for. chunk: prompt rows per forward; None feeds the prompt at once.
         record: keep the life of every position for the cache map. capture: keep queries and keys for the attention map.
+
+    shorten: whether captured steps may use `lean`'s few launches; own: why the model's modules run instead, or None.
     """
+
+    shorten = True
 
     def __init__(
         self, model: torch.nn.Module, stack: Stack | str = "", *, new_tokens: int = 64, chunk: int | None = 512,
@@ -36,6 +40,7 @@ class Session:
         self.cache: LabCache | None = None
         self.last_ms = 0.0
         self.path: str | None = None  # how decode steps run on CUDA, once known: "CUDA graph" or "step by step: why"
+        self.own: str | None = None
         self._graph: GraphedDecode | None = None
 
     @property
@@ -102,8 +107,8 @@ class Session:
         if reason is None:
             try:
                 with torch.inference_mode():
-                    self._graph = GraphedDecode(self.model, self.cache, batch, self.new_tokens + 1)
-                self.path = "CUDA graph"
+                    self._graph = GraphedDecode(self.model, self.cache, batch, self.new_tokens + 1, shorten=self.shorten)
+                self.path, self.own = "CUDA graph", self._graph.own
                 return
             except RuntimeError as error:  # a model whose forward cannot be captured still runs step by step
                 log.warning("capturing the decode step failed: %s", error)
