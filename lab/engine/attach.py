@@ -25,6 +25,8 @@ def attention(
     mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
     call = Call(scale, softcap, sliding_window, s_aux, mask)
     if isinstance(key, Handle):
+        if key.layer.witness is not None:
+            key.layer.witness.note(query, key.k, key.v)
         return run(key.layer.policy, key, query, call), None
     return run_without_cache(query, key, value, call), None
 

@@ -27,7 +27,7 @@ log = logging.getLogger("lab")
 @dataclass
 class Static:
     """One layer's place in a graph. slot int64 [lanes]: the flat row the new key and value go to; tag the same in `meta`
-    (or None); length int32 [lanes] counts the new row; position int64 [1, 1]; seen collects the step's q, k, v or is None."""
+    (or None); length int32 [lanes] counts the new row; position int64 [1, 1]."""
 
     slot: torch.Tensor
     tag: torch.Tensor | None
@@ -35,7 +35,6 @@ class Static:
     length: torch.Tensor
     position: torch.Tensor
     capacity: int
-    seen: lean.Seen | None = None
 
 
 def why_not(cache: LabCache) -> str | None:
@@ -72,8 +71,6 @@ def attend(policy: Policy, handle: Handle, q: torch.Tensor, call) -> torch.Tenso
     if place.tag is not None:
         tags = store.meta.fields["pos"]
         tags.index_copy_(0, place.tag, place.position.view(1).expand(place.tag.shape).to(tags.dtype))
-    if place.seen is not None:
-        place.seen.q, place.seen.k, place.seen.v = q.clone(), handle.k.clone(), handle.v.clone()
     handle.fresh = False
     return read(policy, store, q[:, :, 0].contiguous(), call.scale, softcap=call.softcap, sink=call.sink)
 
@@ -87,6 +84,13 @@ def read(policy: Policy, store: LabLayer, q: torch.Tensor, scale: float, early: 
     for gate in place_gates(policy, store):
         out = out * gate.to(out.dtype).transpose(1, 2)
     return out
+
+
+def _place(store: LabLayer) -> lean.Place:
+    """Where a layer's new key, value and position go."""
+    place: Static = store.static
+    k, v = store.exact_k.rows.fields["x"], store.exact_v.rows.fields["x"]
+    return lean.Place(k, v, place.slot, None if place.tag is None else store.meta.fields["pos"], place.tag)
 
 
 def place_gates(policy: Policy, store: LabLayer) -> list[torch.Tensor]:
@@ -160,7 +164,7 @@ class GraphedDecode:
                 raise lean.NotLean("the stack changes what enters a layer")
             found = lean.prepare(
                 self.model, self.cache.lab_layers, self.position, room, batch,
-                lambda store, q, scale: read(policy, store, q, scale, early=True),
+                _place, lambda store, q, scale: read(policy, store, q, scale, early=True),
             )
             found.check(self.model, self._forward, self.ids)
             self.lean, self.own = found, None

@@ -61,6 +61,7 @@ class LabLayer(CacheLayerMixin):
         self.shared = False  # other layers read this one's rows after it
         self.tap: Tap | None = None
         self.static = None  # its place in a captured graph, while there is one
+        self.witness = None  # is told the queries, keys and values the model brings, while two ways of a step are compared
         self.reset()
 
     def reset(self) -> None:

@@ -54,8 +54,19 @@ class _Layer:
 
 
 @dataclass
+class Place:
+    """Where a step's new rows go: row slot[b*Hk + h] of k, v [slots,d], and the position to tag[tag_slot] where positions are kept."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    slot: torch.Tensor
+    tag: torch.Tensor | None = None
+    tag_slot: torch.Tensor | None = None
+
+
+@dataclass
 class Seen:
-    """What the model's own step did in one layer, for comparison."""
+    """What the model's own step did in one layer, for comparison. `note` is called by the attention function."""
 
     q: torch.Tensor | None = None
     k: torch.Tensor | None = None
@@ -65,12 +76,15 @@ class Seen:
     mlp: torch.Tensor | None = None
     leave: torch.Tensor | None = None
 
+    def note(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.q, self.k, self.v = q.clone(), k.clone(), v.clone()
+
 
 @dataclass
 class Lean:
     """The parts of a model and the buffers of one captured step.
 
-    read(store, q, scale) -> [B,1,Hq,d] attends with a layer's stored rows, the newest included.
+    place(store) says where a layer's new rows go; read(store, q, scale) -> [B,1,Hq,d] attends with a layer's stored rows, the newest included.
     """
 
     layers: list[_Layer]
@@ -86,6 +100,7 @@ class Lean:
     h: torch.Tensor
     q: torch.Tensor
     act: torch.Tensor
+    place: Callable[["LabLayer"], Place]
     read: Callable[["LabLayer", torch.Tensor, float], torch.Tensor]
     impl: str = "auto"
     errors: dict[str, float] = field(default_factory=dict)
@@ -100,11 +115,11 @@ class Lean:
         return self._logits()
 
     def _project(self, layer: _Layer, store: "LabLayer") -> None:
-        place = store.static
-        tags = store.meta.fields["pos"] if place.tag is not None else None
+        at = self.place(store)
         norms = None if layer.heads is None else (layer.heads[0].weight, layer.heads[1].weight, layer.heads[0].eps)
-        k, v = store.exact_k.rows.fields["x"], store.exact_v.rows.fields["x"]
-        target = step.Heads(self.q, k, v, place.slot, self.cos, self.sin, self.position, self.first, self.kv_heads, norms, tags, place.tag)
+        target = step.Heads(
+            self.q, at.k, at.v, at.slot, self.cos, self.sin, self.position, self.first, self.kv_heads, norms, at.tag, at.tag_slot
+        )
         step.project(self.h, layer.enter.weight, layer.enter.eps, layer.qkv.weight, layer.qkv.bias, target, self.impl)
 
     def _attended(self, layer: _Layer, store: "LabLayer") -> None:
@@ -131,10 +146,10 @@ class Lean:
             enter, attention = _flat(own.enter), _flat(own.attention)
             self.h.copy_(enter)
             self._project(layer, store)
-            slot = store.static.slot
+            at = self.place(store)
             found.append((f"queries of layer {i}", _off(self.q, own.q)))
-            found.append((f"keys of layer {i}", _off(store.exact_k.rows.fields["x"][slot], own.k)))
-            found.append((f"values of layer {i}", _off(store.exact_v.rows.fields["x"][slot], own.v)))
+            found.append((f"keys of layer {i}", _off(at.k[at.slot], own.k)))
+            found.append((f"values of layer {i}", _off(at.v[at.slot], own.v)))
             self.h.zero_()
             self._attended(layer, store)
             found.append((f"attention of layer {i}", _off(self.h, attention)))
@@ -153,7 +168,7 @@ class Lean:
 
 def prepare(
     model: torch.nn.Module, stores: list["LabLayer"], position: torch.Tensor, room: int, batch: int,
-    read: Callable[["LabLayer", torch.Tensor, float], torch.Tensor],
+    place: Callable[["LabLayer"], Place], read: Callable[["LabLayer", torch.Tensor, float], torch.Tensor],
 ) -> Lean:
     """The lean step of a model over `stores` (each with its place in the graph), for positions from `position` on.
 
@@ -181,7 +196,7 @@ def prepare(
     made = lambda *shape, kind=dtype: torch.empty(shape, dtype=kind, device=device)  # noqa: E731
     return Lean(
         layers, base.embed_tokens.weight, _norm(base.norm), _Linear(head.weight, head.bias), kv, stores, position, first, cos, sin,
-        made(batch, width, kind=torch.float32), made(batch, heads, dim), made(batch, layers[0].gate_up.weight.shape[0] // 2), read,
+        made(batch, width, kind=torch.float32), made(batch, heads, dim), made(batch, layers[0].gate_up.weight.shape[0] // 2), place, read,
     )
 
 
@@ -265,7 +280,7 @@ class _watched:
 
     def __enter__(self) -> list[Seen]:
         for layer, store, seen in zip(self.lean.layers, self.lean.stores, self.seen):
-            store.static.seen = seen
+            store.witness = seen
             module = layer.module
             self.hooks.append(module.register_forward_hook(_layer_hook(seen), with_kwargs=True))
             self.hooks.append(module.self_attn.register_forward_hook(_part_hook(seen, "attention")))
@@ -274,7 +289,7 @@ class _watched:
 
     def __exit__(self, *_) -> None:
         for store in self.lean.stores:
-            store.static.seen = None
+            store.witness = None
         for hook in self.hooks:
             hook.remove()
 
