@@ -72,9 +72,13 @@ class Heads:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Attention multiplied through all captured layers (2005.00928); cells of several rows show their last row."""
+    """Attention multiplied through all captured layers (2005.00928); cells of several rows show their last row.
+
+    ``exact``: a window's own rows, however long they take, see ``rollout.rollout_view``.
+    """
 
     captures: Sequence[Capture]
+    exact: bool = False
 
     @property
     def tokens(self) -> int:
@@ -83,7 +87,7 @@ class Rollout:
 
     def view(self, rows, cols, width, height, pool, progress=None, cancel=None) -> View:
         """See ``rollout.rollout_view``."""
-        return rollout_view(self.captures, rows, cols, width, height, pool, progress=progress, cancel=cancel)
+        return rollout_view(self.captures, rows, cols, width, height, pool, exact=self.exact, progress=progress, cancel=cancel)
 
     def row(self, i: int) -> np.ndarray:
         """Shares of every token at or before row i; the future is NaN."""

@@ -35,10 +35,8 @@ def rollout_rows(
 ) -> torch.Tensor:
     """float32 [len(rows), T] how much of each input token a position holds after all layers; rows sum to 1.
 
-    Each layer is half its head-mean attention and half the identity. Multiplies from the last layer down,
-    block by
-    block, so no T x T matrix exists however long the run. What a row does not spend, because every entry it
-    knew was
+    Each layer is half its head-mean attention and half the identity. Multiplies from the last layer down, block by
+    block, so no T x T matrix exists however long the run. What a row does not spend, because every entry it knew was
     evicted, stays with itself.
     """
     if not captures:
@@ -64,6 +62,10 @@ def rollout_rows(
     return x
 
 
+QUICK = 1_000_000_000
+"""Weights that rows of a window may cost afresh once the whole run was drawn; beyond it the drawn rows answer."""
+
+
 def rollout_view(
     captures: Sequence[Capture],
     rows: tuple[int, int] | None = None,
@@ -72,15 +74,15 @@ def rollout_view(
     height: int = 512,
     pool: str = "max",
     *,
+    exact: bool = False,
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> View:
     """The rollout as a map: like ``view.view`` with head "rollout", of all captured layers of one run.
 
-    A cell of several rows shows its last row only, since all rows at once would need a T x T matrix; its
-    columns are
-    pooled exactly. The first drawing costs about one overview per layer and head, the same rows again
-    nothing.
+    A cell of several rows shows its last row only, since all rows at once would need a T x T matrix; its columns are
+    pooled exactly. The first drawing costs about one overview per layer and head. After it, a window of a long run shows
+    the rows that were drawn (so its ``row_step`` may be larger than it needs to be) unless ``exact`` asks for its own.
     Nothing is ever evicted here: what a layer lost can still have come through another.
     """
     if not captures:
@@ -92,12 +94,15 @@ def rollout_view(
     if pool not in ("max", "mean"):
         raise LabError(f'There is no pooling "{pool}"', 'Give "max" or "mean"')
     row_step, col_step = -(-(r1 - r0) // height), -(-(c1 - c0) // width)
+    work = sum(c.heads for c in captures) * r1 * r1 // 2
+    whole = None if exact or work <= QUICK else _drawn(captures, t)
+    if whole is not None and whole[0] > row_step:
+        row_step, x = whole
+        r0, r1 = r0 // row_step * row_step, min(t, -(-r1 // row_step) * row_step)
+        x = x[r0 // row_step : -(-r1 // row_step)]
+    else:
+        x = _rows(captures, (r0, r1), row_step, progress, cancel)
     last = [min(a + row_step, r1) - 1 for a in range(r0, r1, row_step)]
-    key = (tuple(sorted(c.serial for c in captures)), "rollout", r0, r1, row_step)
-    x = store.get(key)
-    if x is None:
-        x = rollout_rows(captures, last, progress, cancel)
-        store.put(key, x, x.nbytes)
     part = x[:, c0:c1]
     seen = torch.arange(c0, c1, device=x.device) <= torch.tensor(last, device=x.device)[:, None]
     count = pool_cells(seen.float(), 1, col_step, "sum")
@@ -106,6 +111,26 @@ def rollout_view(
     else:
         values = pool_cells(part, 1, col_step, "sum") / count.clamp(min=1)
     values[count == 0] = math.nan
-    shape = tuple(values.shape)
-    evicted = np.zeros(shape, dtype=np.uint8)
+    evicted = np.zeros(tuple(values.shape), dtype=np.uint8)
     return View(values.cpu().numpy(), evicted, None, (r0, r1), (c0, c1), row_step, col_step, "rollout", pool)
+
+
+def _rows(captures, rows, step, progress, cancel) -> torch.Tensor:
+    """float32 [cells, T] the last row of each cell; kept."""
+    r0, r1 = rows
+    key = (tuple(sorted(c.serial for c in captures)), "rollout", r0, r1, step)
+    x = store.get(key)
+    if x is None:
+        x = rollout_rows(captures, [min(a + step, r1) - 1 for a in range(r0, r1, step)], progress, cancel)
+        store.put(key, x, x.nbytes)
+        if rows == (0, captures[0].tokens):
+            store.put((key[0], "rollout whole"), step, 0)
+    return x
+
+
+def _drawn(captures: Sequence[Capture], t: int) -> tuple[int, torch.Tensor] | None:
+    """(tokens per row, rows) of the whole run as it was drawn last, or None."""
+    key = tuple(sorted(c.serial for c in captures))
+    step = store.get((key, "rollout whole"))
+    x = None if step is None else store.get((key, "rollout", 0, t, step))
+    return None if x is None else (step, x)

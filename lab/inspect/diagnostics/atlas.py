@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from lab.errors import LabError
+from lab.inspect.capture import Capture
 from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic
-from lab.inspect.heads import grid
-from lab.inspect.scores import Progress
+from lab.inspect.heads import grid, sampled_blocks
+from lab.inspect.scores import Progress, weights
 
 DIMENSIONS = 16
 
@@ -89,6 +91,22 @@ def exemplars(x: np.ndarray, labels: np.ndarray, each: int = 4) -> np.ndarray:
     return out
 
 
+EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+def strength(capture: Capture, rows: int = 256) -> np.ndarray:
+    """float64 [len(EDGES)] share of attention by distance, mean over heads and sampled rows: [0], [1], [2, 3], [4, 7] ..."""
+    out, count = np.zeros(len(EDGES)), 0
+    for block in sampled_blocks(capture.tokens, rows, first=min(1, capture.tokens - 1)):
+        far = torch.arange(*block)[:, None] - torch.arange(block[1])
+        bins = torch.bucketize(far.clamp(min=0), torch.tensor(EDGES), right=True) - 1
+        for head in range(capture.heads):
+            w = weights(capture, head, block, (0, block[1])).double().cpu()
+            out += torch.zeros(len(EDGES), dtype=torch.float64).index_add_(0, bins.flatten(), w.flatten()).numpy()
+        count += (block[1] - block[0]) * capture.heads
+    return out / max(1, count)
+
+
 @diagnostic(
     name="atlas",
     title="Atlas of head patterns",
@@ -106,11 +124,16 @@ def exemplars(x: np.ndarray, labels: np.ndarray, each: int = 4) -> np.ndarray:
         Figure("cluster", "matrix", ("layer", "head"), "Pattern of each head"),
         Figure("position", "scatter", ("first component", "second component"), "Heads by likeness"),
         Figure("silhouette", "bars", ("number of groups",), "How well groups separate"),
+        Figure("strength", "matrix", ("layer", "distance"), "Share of attention by distance in each layer"),
+        Figure("importance", "bars", ("pattern",), "Mean importance of the heads of each pattern"),
     ),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
-    """Exemplars index heads as layer * Hq + head."""
-    thumbnails = grid(session.captures, progress=progress).values
+    """Exemplars index heads as layer * Hq + head.
+
+    ``options["importance"]`` [layers, heads] gives each pattern's mean importance; NaN where it is not known.
+    """
+    thumbnails = grid(session.captures, progress=lambda f: progress(0.8 * f)).values
     layers, heads = thumbnails.shape[:2]
     if layers * heads < 5:
         raise LabError(
@@ -120,7 +143,16 @@ def compute(session: Session, progress: Progress) -> Arrays:
         )
     x = features(thumbnails.reshape(layers * heads, *thumbnails.shape[2:]))
     labels, scores = cluster(x)
+    weigh = np.asarray(session.options.get("importance", np.full((layers, heads), np.nan)), dtype=np.float64)
+    if weigh.shape != (layers, heads):
+        weigh = np.full((layers, heads), np.nan)
+    by_distance = np.stack([strength(c) for c in session.captures])
+    seen = max(1, int(np.searchsorted(EDGES, session.captures[0].tokens)))
+    progress(1.0)
     return {
+        "strength": by_distance[:, :seen],
+        "distances": np.array([f"{a}" if b - a == 1 else f"{a} to {b - 1}" for a, b in zip(EDGES, (*EDGES[1:], 16384))][:seen]),
+        "importance": np.array([weigh.flatten()[labels == c].mean() for c in range(labels.max() + 1)]),
         "cluster": labels.reshape(layers, heads),
         "position": x[:, :2],
         "silhouette": scores,

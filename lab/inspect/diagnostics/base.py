@@ -41,6 +41,34 @@ class Figure:
     title: str
 
 
+@dataclass(frozen=True)
+class Input:
+    """Something a person may give before a diagnostic runs.
+
+    Attributes:
+        name: the option it becomes (``Session.options``), or the session field of the kinds that are one.
+        kind: "position" (a token of the run), "number", "words" (of the prompt), "text", "documents" (separated by
+            blank lines) or "prompts" (one a line).
+        label, help: for the person.
+        default: what is taken when nothing is given; None for the last token, or nothing.
+        low, high: bounds of a number.
+        example: a text to start from.
+    """
+
+    name: str
+    kind: str
+    label: str
+    help: str
+    default: float | str | None = None
+    low: float | None = None
+    high: float | None = None
+    example: str = ""
+
+
+OUTPUT = Input("output", "position", "token to look from", "Its position, counted from 0; empty: the last one.")
+MARKED = Input("marked", "words", "words that matter", "Words of the prompt, as they stand there.")
+
+
 @dataclass
 class Session:
     """What is known of one run; a diagnostic says in ``needs`` which of these it cannot do without.
@@ -58,6 +86,9 @@ class Session:
         documents: token ranges of equal documents in the prompt, half-open, ascending.
         marked: token positions the user highlighted.
         groups: {"name": [metrics of each prompt: dict[str, float]]} for comparisons between sets of prompts.
+        prompts: {"name": [token ids of each prompt]}, two sets to be measured with the probe.
+        lists: token ids of documents to be put in every order.
+        question: token ids that follow the documents.
         options: settings of single diagnostics by name, such as {"output": 12}.
     """
 
@@ -74,6 +105,9 @@ class Session:
     documents: Sequence[tuple[int, int]] | None = None
     marked: Sequence[int] | None = None
     groups: dict[str, list[dict[str, float]]] | None = None
+    prompts: dict[str, list[list[int]]] | None = None
+    lists: Sequence[Sequence[int]] | None = None
+    question: Sequence[int] | None = None
     options: dict = field(default_factory=dict)
 
 
@@ -88,9 +122,12 @@ _GET = {
     "mlp_out": ("what the MLP adds to each layer", "Load the run's model"),
     "embedding": ("the model's embedding", "Load the run's model"),
     "probe": ("the model itself", "Load the run's model"),
-    "documents": ("documents in the prompt", "Mark at least three documents of equal length"),
+    "documents": ("documents in the prompt", "Give a prompt with at least three documents, a blank line between them"),
     "marked": ("highlighted words", "Highlight the words that you think matter"),
-    "groups": ("two sets of prompts", "Choose prompts for each set and measure them"),
+    "groups": ("two sets of prompts", "Give prompts for each set, one a line"),
+    "prompts": ("two sets of prompts", "Give prompts for each set, one a line"),
+    "lists": ("documents", "Paste at least three documents, a blank line between them"),
+    "question": ("a question", "Give the question that follows the documents"),
 }
 
 
@@ -106,6 +143,8 @@ class Diagnostic:
         explanation: two sentences beside the figure: how to read it, and what not to conclude.
         figures: how to draw the arrays; the first is the main one.
         compute: the function from session to named arrays.
+        inputs: what a person may give first.
+        instead: a session field that, when it is there, makes the needs unnecessary.
     """
 
     name: str
@@ -116,9 +155,13 @@ class Diagnostic:
     explanation: str
     figures: tuple[Figure, ...]
     compute: Callable[[Session, Progress], Arrays]
+    inputs: tuple[Input, ...] = ()
+    instead: str | None = None
 
     def missing(self, session: Session) -> list[str]:
         """Needed session fields that are absent or empty."""
+        if self.instead and getattr(session, self.instead):
+            return []
         return [n for n in self.needs if getattr(session, n) is None or _empty(getattr(session, n))]
 
 
@@ -134,13 +177,15 @@ def diagnostic(
     help: str,
     explanation: str,
     figures: tuple[Figure, ...],
+    inputs: tuple[Input, ...] = (),
+    instead: str | None = None,
 ):
     """Declare the decorated ``compute(session, progress) -> arrays`` as a diagnostic."""
 
     def register(compute: Callable[[Session, Progress], Arrays]) -> Callable[[Session, Progress], Arrays]:
         if name in _registry:
             raise ValueError(f"two diagnostics are called {name}")
-        _registry[name] = Diagnostic(name, title, paper, needs, help, explanation, figures, compute)
+        _registry[name] = Diagnostic(name, title, paper, needs, help, explanation, figures, compute, inputs, instead)
         return compute
 
     return register

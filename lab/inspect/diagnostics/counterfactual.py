@@ -1,12 +1,11 @@
-"""Other attention, same answer? Permuted and adversarial rows that leave a head's output nearly where it
-was."""
+"""Other attention, same answer? Permuted and adversarial rows that leave a head's output nearly where it was."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, head_values
+from lab.inspect.diagnostics.base import OUTPUT, Arrays, Figure, Paper, Session, diagnostic, head_values
 from lab.inspect.diagnostics.measures import jensen_shannon, total_variation
 from lab.inspect.scores import Progress, weights
 
@@ -100,14 +99,17 @@ def adversary(
             "scatter", "scatter", ("largest weight", "median change"), "Peaked rows should react to shuffling"
         ),
     ),
+    inputs=(OUTPUT,),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
-    """The last row of every head over at most its ``TOKENS`` newest entries. ``options``: "permutations",
-    "steps"."""
+    """One row of every head over at most its ``TOKENS`` newest entries.
+
+    ``options``: "output" (the row, default the last), "permutations", "steps".
+    """
     captures = session.captures
     shape = (len(captures), captures[0].heads)
     jsd, tvd, permuted, peak = (np.zeros(shape) for _ in range(4))
-    t = captures[0].tokens
+    t = captures[0].check_row(int(session.options.get("output", captures[0].tokens - 1))) + 1
     a0 = max(0, t - TOKENS)
     for n, capture in enumerate(captures):
         a = torch.cat([weights(capture, h, (t - 1, t), (a0, t)) for h in range(capture.heads)]).cpu()
@@ -126,4 +128,5 @@ def compute(session: Session, progress: Progress) -> Arrays:
         "permuted": permuted,
         "peak": peak,
         "scatter": np.stack([peak.ravel(), permuted.ravel()], axis=1),
+        "output": np.array(t - 1),
     }

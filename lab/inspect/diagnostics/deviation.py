@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from lab.errors import LabError
 from lab.inspect.capture import Capture
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, head_values
+from lab.inspect.diagnostics import own_kernels
+from lab.inspect.diagnostics.base import Arrays, Figure, Input, Paper, Session, diagnostic, head_values
 from lab.inspect.diagnostics.measures import wasserstein
 from lab.inspect.scores import Progress
 
@@ -171,47 +173,70 @@ def inputs(
     needs=("captures",),
     help="Flash attention computes the same sums in another order, block by block, rescaling as it "
     "goes. In exact arithmetic nothing changes; in 16-bit arithmetic each rescale rounds. "
-    "This measures how much, against float64.",
-    explanation="Each line is the error of one precision as blocks get smaller and rescales more; the "
-    "dotted naive value is the same precision without blocks. Real kernels keep partial "
-    "results in float32 and so do better than the worst case here, where everything is "
-    "rounded.",
+    "This measures how much, against float64, and puts the lab's own kernels beside it.",
+    explanation="Each line is the error of one precision as blocks get smaller and rescales more, with every step rounded "
+    "to that precision. The lab's kernels keep partial results in float32 and so lie far below that worst case, and the "
+    "last figure counts how often each way to attend must walk along the keys.",
     figures=(
         Figure("rms", "lines", ("precision", "block"), "RMS error by block size"),
-        Figure(
-            "wasserstein", "lines", ("precision", "block"), "Wasserstein-1 between outputs and exact outputs"
-        ),
+        Figure("wasserstein", "lines", ("precision", "block"), "Wasserstein-1 between outputs and exact outputs"),
         Figure("relative", "lines", ("precision", "block"), "RMS error over naive bfloat16's"),
+        Figure("kernel_rms", "matrix", ("kernel", "precision"), "The lab's kernels: RMS error over naive bfloat16's"),
+        Figure("kernel_wasserstein", "matrix", ("kernel", "precision"), "The lab's kernels: Wasserstein-1 to exact outputs"),
+        Figure("passes", "bars", ("cascade",), "How often each way walks along the keys"),
+    ),
+    inputs=(
+        Input("layer", "number", "layer", "A captured layer; empty: the middle one.", low=0),
+        Input("head", "number", "query head", "Empty: the first one.", low=0),
     ),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
-    """The middle captured layer's head ``options["head"]`` (default 0). ``options["ways"]`` adds kernels
-    {name: (dtype, f)}."""
-    n = len(session.captures) // 2
+    """One head of one captured layer.
+
+    ``options``: "layer" (its number, default the middle capture), "head" (default 0), "ways" {name: (dtype, f)} to be
+    compared as well. On the capture's device the lab's own kernels always are.
+    """
+    n = _chosen(session)
     capture = session.captures[n]
-    head = capture.check_head(session.options.get("head", 0))
+    head = capture.check_head(int(session.options.get("head") or 0))
     q, k, v = inputs(capture, head_values(session, n, head) if session.values else None, head)
     blocks = [b for b in BLOCKS if b <= q.shape[0]] or [q.shape[0]]
-    ways = standard_ways(blocks) | session.options.get("ways", {})
+    more, own = session.options.get("ways", {}), own_kernels.ways(q.device)
+    ways = standard_ways(blocks) | own | more
     found = {}
     for m, (name, way) in enumerate(ways.items()):
         found |= compare(q, k, v, capture.scale, {name: way})
         progress((m + 1) / len(ways))
-    labels = ("float32", "bfloat16", "float16")
+    labels = tuple(own_kernels.DTYPES)
     out = {}
     for column, measure in enumerate(("max", "rms", "wasserstein")):
         out[measure] = np.array([[found[f"{p} tiled {b}"][column] for b in blocks] for p in labels])
-        out[f"{measure}_early"] = np.array(
-            [[found[f"{p} tiled {b} early"][column] for b in blocks] for p in labels]
-        )
+        out[f"{measure}_early"] = np.array([[found[f"{p} tiled {b} early"][column] for b in blocks] for p in labels])
         out[f"{measure}_naive"] = np.array([found[f"{p} naive"][column] for p in labels])
-    extra = [name for name in session.options.get("ways", {})]
-    out["relative"] = out["rms"] / max(out["rms_naive"][1], 1e-300)
+    base = max(out["rms_naive"][1], 1e-300)
+    names = list(own_kernels.kernels(q.device))
+    errors = np.array([[found[f"{name} | {p}"] for p in labels] for name in names])
     return out | {
+        "relative": out["rms"] / base,
+        "kernel_rms": errors[:, :, 1] / base,
+        "kernel_wasserstein": errors[:, :, 2],
+        "kernels": np.array(names),
         "precisions": np.array(labels),
         "blocks": np.array(blocks),
-        "ways": np.array(extra, dtype=np.str_),
-        "ways_errors": np.array([found[name] for name in extra]).reshape(-1, 3),
+        "ways": np.array(list(more), dtype=np.str_),
+        "ways_errors": np.array([found[name] for name in more]).reshape(-1, 3),
         "passes": np.array([passes(c) for c in CASCADES.values()]),
         "cascades": np.array(list(CASCADES)),
+        "where": np.array([-1 if capture.layer is None else capture.layer, head]),
     }
+
+
+def _chosen(session: Session) -> int:
+    wanted = session.options.get("layer")
+    if wanted is None:
+        return len(session.captures) // 2
+    have = [c.layer for c in session.captures]
+    if int(wanted) not in have:
+        raise LabError(f"Layer {int(wanted)} is not captured", f"Captured layers are {', '.join(map(str, have))}",
+                       "Choose one of them, or replay the run")
+    return have.index(int(wanted))

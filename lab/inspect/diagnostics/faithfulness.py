@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lab.errors import LabError
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, to_numpy
+from lab.inspect.diagnostics.base import MARKED, OUTPUT, Arrays, Figure, Paper, Session, diagnostic, to_numpy
 from lab.inspect.diagnostics.measures import kendall, overlap, spearman
 from lab.inspect.scores import Progress, weights
 
@@ -127,7 +127,7 @@ def marked_overlap(scores: dict[str, np.ndarray], marked: Sequence[int]) -> tupl
     help="Twelve ways to say which words a prediction came from: attention of the first, last or "
     "all layers, gradients, and replacing words. They are compared with leaving one word out, "
     "the plainest test of what mattered.",
-    explanation="Each bar is the rank agreement of one method with leaving words out; attention usually "
+    explanation="Each line of the first figure is the rank agreement of one method with leaving words out; attention usually "
     "agrees less than replacing words does. Agreement is no proof of faithfulness: leaving "
     "out one word misses words that stand in for each other, and its own bar is 1 by "
     "definition.",
@@ -136,11 +136,12 @@ def marked_overlap(scores: dict[str, np.ndarray], marked: Sequence[int]) -> tupl
             "agreement",
             "matrix",
             ("method", "measure"),
-            "Agreement with leaving one out: tau, Spearman, top 5",
+            "Agreement with leaving one out",
         ),
         Figure("scores", "matrix", ("method", "token"), "Importance of each token, each method scaled to 1"),
         Figure("overlap", "bars", ("method",), "Share of your highlighted words among the top"),
     ),
+    inputs=(OUTPUT, MARKED),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """``options``: "output" position whose token is explained (default the last), "permutations" for
@@ -178,6 +179,7 @@ def compute(session: Session, progress: Progress) -> Arrays:
     out = {
         "scores": stacked / np.maximum(np.nanmax(stacked, axis=1, keepdims=True), 1e-30),
         "methods": np.array(METHODS),
+        "measures": np.array(("Kendall's tau", "Spearman", "top 5")),
         "agreement": agreement({m: scores[m] for m in METHODS}, loo),
         "leave_one_out": loo,
         "permutations": np.array(permutations),

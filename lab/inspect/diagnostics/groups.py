@@ -1,5 +1,4 @@
-"""Comparing sets of prompts: effect sizes, Welch's test with false-discovery control, and a cross-validated
-classifier."""
+"""Comparing sets of prompts: effect sizes, Welch's test with false-discovery control, and a cross-validated classifier."""
 
 from __future__ import annotations
 
@@ -7,10 +6,13 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from lab.errors import LabError
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic
+from lab.inspect.diagnostics.base import Arrays, Figure, Input, Paper, Session, diagnostic
 from lab.inspect.diagnostics.measures import auroc
+from lab.inspect.diagnostics.probe import ModelProbe
+from lab.inspect.diagnostics.shapes import describe, without_first
 from lab.inspect.scores import Progress
 
 
@@ -84,6 +86,73 @@ def _logit(x: np.ndarray, y: np.ndarray, new: np.ndarray, ridge: float) -> np.nd
     return new @ w
 
 
+METRICS = ("entropy", "effective_rank", "variance", "kurtosis", "mean_distance", "focus_1")
+LONGEST, MOST = 128, 60
+"""Tokens of a prompt that are read, and prompts of a set."""
+
+
+@torch.no_grad()
+def measure(probe: ModelProbe, ids: Sequence[int]) -> dict[str, float]:
+    """Head metrics of one prompt, means over all heads: with token 0, without it (``no_sink_``), and of hidden states.
+
+    ``sink`` is the mean weight on token 0, ``hidden_variance`` the log of the median token variance of each state, averaged
+    over states, ``hidden_kurtosis`` its channels' excess kurtosis; token 0 is left out of both.
+    """
+    batch = torch.as_tensor(list(ids)[:LONGEST], device=probe.device)
+    a = probe.attention(batch)
+    found: dict[str, list[float]] = {}
+    for one in a.flatten(0, 1):
+        for prefix, matrix in (("", one), ("no_sink_", without_first(one))):
+            told = describe(matrix)
+            for name in METRICS:
+                found.setdefault(prefix + name, []).append(told[name])
+    out = {name: float(np.nanmean(values)) if np.isfinite(values).any() else float("nan") for name, values in found.items()}
+    states = [h[0, 1:].float() for h in probe.states(probe.embed(batch[None]))]
+    centred = [h - h.mean(1, keepdim=True) for h in states]
+    variance = [c.pow(2).mean(1) for c in centred]
+    out["sink"] = float(a[..., 1:, 0].mean())
+    out["hidden_variance"] = float(np.mean([float(v.median().clamp(min=1e-12).log()) for v in variance]))
+    out["hidden_kurtosis"] = float(np.mean([float((c.pow(4).mean(1) / v.pow(2).clamp(min=1e-24) - 3).median())
+                                            for c, v in zip(centred, variance)]))
+    out["tokens"] = float(len(batch))
+    return out
+
+
+def measured(session: Session, progress: Progress) -> dict[str, list[dict[str, float]]]:
+    """The metrics of ``session.prompts``; prompts on the same line of the two sets are a pair."""
+    total = sum(len(p) for p in session.prompts.values())
+    if any(len(ids) < 4 for p in session.prompts.values() for ids in p):
+        raise LabError("One of the prompts has fewer than four tokens", "Attention needs a few", "Write it out")
+    if any(len(p) > MOST for p in session.prompts.values()):
+        raise LabError(f"A set holds more than {MOST} prompts", None, "Leave some out")
+    out: dict[str, list[dict[str, float]]] = {}
+    done = 0
+    for name, prompts in session.prompts.items():
+        for n, ids in enumerate(prompts):
+            out.setdefault(name, []).append({**measure(session.probe, ids), "pair": n})
+            done += 1
+            progress(0.9 * done / total)
+    return out
+
+
+SELF = """This sentence is about itself and says that it is written in English.
+You are reading the answer that you are writing while you write it.
+The next word that you choose will change what this request means.
+Describe the thought that you have while you describe this thought.
+The statement that you are now reading denies what it says.
+If you answer no to this question, is your answer then correct?
+Explain why you cannot explain the rule by which you explain things.
+This request is granted only if you refuse to grant this request."""
+PLAIN = """This village is about a mile from the sea and has a school in it.
+They are eating the bread that they are baking while they bake it.
+The next train that you take will stop at the town by the river.
+Describe the boat that you saw while you walked along the canal.
+The farmer that you are now meeting sells what he grows.
+If you mix red paint with blue paint, is the result then purple?
+Explain why the hall is not heated by the stove in the kitchen.
+This meadow is mown only if the rain has left it dry enough."""
+
+
 @diagnostic(
     name="groups",
     title="Two sets of prompts",
@@ -92,29 +161,38 @@ def _logit(x: np.ndarray, y: np.ndarray, new: np.ndarray, ridge: float) -> np.nd
         "2604.12128",
         2026,
     ),
-    needs=("groups",),
+    needs=("probe", "prompts"),
+    instead="groups",
     help="Does a kind of prompt change how attention looks? Give two matched sets, paradoxes "
     "against plain facts for instance, and every head metric is compared: how large the "
     "difference is, and whether chance could make it.",
-    explanation="A bar is the difference of a metric in standard deviations, kept only in the table's "
-    "first rows when its false-discovery rate is below 5 %. The direction is reported, not "
+    explanation="A bar is the difference of a metric in standard deviations, first set minus second; believe it where its "
+    "false-discovery rate in the second figure is below 5 %. The direction is reported, not "
     "assumed, and prompts that differ in length or vocabulary will differ in attention for "
     "that reason alone.",
     figures=(
         Figure("d", "bars", ("metric",), "Cohen's d of each metric"),
         Figure("q", "bars", ("metric",), "False-discovery rate of each metric"),
+        Figure("means", "lines", ("set", "metric"), "Mean of each metric in each set, over its mean in both"),
+    ),
+    inputs=(
+        Input("first", "prompts", "first set", "One prompt a line, at least three.", example=SELF),
+        Input("second", "prompts", "second set", "One prompt a line; the same line of both sets is a matched pair.", example=PLAIN),
     ),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
-    """Compares the two groups of ``session.groups`` (first minus second); "pair" in a prompt's metrics names
-    its match."""
-    if len(session.groups) != 2 or any(len(g) < 3 for g in session.groups.values()):
+    """Compares two sets, first minus second: ``session.groups``, or ``session.prompts`` measured with the probe.
+
+    "pair" in a prompt's metrics names its match.
+    """
+    sets = session.groups or session.prompts
+    if len(sets) != 2 or any(len(g) < 3 for g in sets.values()):
         raise LabError(
             "Comparing needs exactly two sets of at least three prompts each",
-            f"There are {len(session.groups)} sets",
-            "Choose two sets of prompts",
+            f"The sets hold {' and '.join(str(len(g)) for g in sets.values())}",
+            "Write more prompts, one a line",
         )
-    (first, a), (second, b) = session.groups.items()
+    (first, a), (second, b) = (session.groups or measured(session, progress)).items()
     shared = set.intersection(*(set(p) for p in a + b)) - {"pair"}
     names = sorted(n for n in shared if all(np.isfinite(p[n]) for p in a + b))
     if not names:
@@ -123,7 +201,7 @@ def compute(session: Session, progress: Progress) -> Arrays:
         )
     xa, xb = (np.array([[p[n] for n in names] for p in g]) for g in (a, b))
     tests = np.array([welch(xa[:, n], xb[:, n]) for n in range(len(names))])
-    progress(0.5)
+    progress(0.95)
     pairs = [p.get("pair", f"{side}{n}") for side, g in (("a", a), ("b", b)) for n, p in enumerate(g)]
     y = np.array([1] * len(a) + [0] * len(b))
     rng = np.random.default_rng(0).permutation(len(y))
@@ -136,5 +214,7 @@ def compute(session: Session, progress: Progress) -> Arrays:
         "p": tests[:, 1],
         "q": false_discovery(tests[:, 1]),
         "auroc": np.array(score),
+        "means": np.stack([x.mean(0) for x in (xa, xb)]) / np.where(np.abs(np.vstack([xa, xb]).mean(0)) > 1e-12,
+                                                                    np.vstack([xa, xb]).mean(0), 1.0),
         "sets": np.array([first, second]),
     }

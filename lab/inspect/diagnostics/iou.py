@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lab.errors import LabError
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic
+from lab.inspect.diagnostics.base import MARKED, OUTPUT, Arrays, Figure, Paper, Session, diagnostic
 from lab.inspect.scores import Progress, weights
 
 
@@ -34,6 +34,7 @@ def attention_iou(a: np.ndarray, b: np.ndarray) -> float:
         Figure("overlap", "matrix", ("layer", "head"), "Attention-IoU with the highlighted words"),
         Figure("mass", "matrix", ("layer", "head"), "Attention on the highlighted words"),
     ),
+    inputs=(MARKED, OUTPUT),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """``options["output"]`` chooses the row (default the last)."""

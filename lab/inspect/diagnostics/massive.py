@@ -8,14 +8,15 @@ import numpy as np
 import torch
 
 from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, to_numpy
+from lab.inspect.diagnostics.probe import ModelProbe
 from lab.inspect.scores import Progress
 
 ABSOLUTE, RATIO = 100.0, 1000.0
+TOKENS, PIECE, PIECES = 256, 48, 8
 
 
 def find(hidden: Sequence[torch.Tensor], absolute: float = ABSOLUTE, ratio: float = RATIO) -> np.ndarray:
-    """float64 [n, 5] (state, token, channel, value, value / median) above both thresholds, strongest
-    first."""
+    """float64 [n, 5] (state, token, channel, value, value / median) above both thresholds, strongest first."""
     found = []
     for layer, h in enumerate(hidden):
         h = h.detach().float()
@@ -40,6 +41,32 @@ def replace(
     return out
 
 
+@torch.no_grad()
+def interventions(
+    probe: ModelProbe, ids: torch.Tensor, hidden: Sequence[torch.Tensor], flags: np.ndarray
+) -> np.ndarray:
+    """float64 [3] perplexity of ``ids`` [T]: as it is, with the first massive activations set to 0, and to their mean.
+
+    The state where they first appear is changed, at the flagged (token, channel) spots. The mean is that of the same
+    channel at the first token of other stretches of the text, each read on its own.
+    """
+    state = int(flags[:, 0].min())
+    spots = [(int(f[1]), int(f[2])) for f in flags if int(f[0]) == state and f[1] < len(ids)]
+    channels = torch.tensor([c for _, c in spots], device=ids.device)
+    starts = range(0, max(1, len(ids) - PIECE), max(1, (len(ids) - PIECE) // PIECES))
+    pieces = [probe.states(probe.embed(ids[None, a : a + PIECE]))[state][0, 0, channels].float() for a in list(starts)[:PIECES]]
+    mean = torch.stack(pieces).mean(0)
+
+    def perplexity(values: torch.Tensor | float | None) -> float:
+        edit = None
+        if values is not None:
+            edit = (state - 1, lambda h: torch.stack([replace(one, spots, values) for one in h]))
+        logits = probe.logits(probe.embed(ids[None]), edit=edit)[0, :-1].float()
+        return float(torch.nn.functional.cross_entropy(logits, ids[1:]).exp())
+
+    return np.array([perplexity(v) for v in (None, 0.0, mean)])
+
+
 @diagnostic(
     name="massive",
     title="Massive activations",
@@ -48,19 +75,21 @@ def replace(
     help="From some layer on, one or two channels of the first token become thousands of times "
     "larger than everything else. They act as a constant the later layers rely on, and they "
     "are why the first token attracts attention.",
-    explanation="The lines are the largest and the median magnitude of each hidden state; a jump of "
-    "several orders marks the layer where a massive activation is written. The table flags "
-    "values above 100 and above 1,000 times the median, thresholds that depend on the model's "
-    "scale.",
+    explanation="The lines are the largest and the median magnitude of each hidden state; a jump of several orders marks the "
+    "layer where a massive activation is written, flagged above 100 and above 1,000 times the median. The last figure sets "
+    "the flagged values to zero and to their mean over other stretches of the text: harm by zero and none by the mean says "
+    "that the model needs a constant there, not a message.",
     figures=(
-        Figure(
-            "top", "lines", ("rank", "state"), "Three largest magnitudes and the median of each hidden state"
-        ),
+        Figure("top", "lines", ("rank", "state"), "Three largest magnitudes and the median of each hidden state"),
         Figure("token", "matrix", ("state", "token"), "Largest magnitude of each token, over the median"),
+        Figure("perplexity", "bars", ("intervention",), "Perplexity when the flagged values are replaced"),
     ),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
-    """Flags, the three largest magnitudes and the median per state, and each token's largest ratio."""
+    """Flags, the three largest magnitudes and the median per state, each token's largest ratio, and the interventions.
+
+    ``perplexity`` is NaN where nothing is flagged below the last state or no probe is there.
+    """
     top, token = [], []
     for n, h in enumerate(session.hidden):
         size = h.detach().float().abs()
@@ -68,5 +97,19 @@ def compute(session: Session, progress: Progress) -> Arrays:
         median = size.median()
         top.append(to_numpy(torch.cat([largest, median[None]])))
         token.append(to_numpy(size.amax(1) / median.clamp(min=1e-30)))
-        progress((n + 1) / len(session.hidden))
-    return {"flags": find(session.hidden), "top": np.stack(top, axis=1), "token": np.stack(token)}
+        progress(0.6 * (n + 1) / len(session.hidden))
+    flags, perplexity = find(session.hidden), np.full(3, np.nan)
+    inside = flags[(flags[:, 0] >= 1) & (flags[:, 0] < len(session.hidden) - 1) & (flags[:, 1] < TOKENS)]
+    if session.probe is not None and session.token_ids is not None and len(inside):
+        ids = torch.as_tensor(list(session.token_ids)[:TOKENS], device=session.probe.device)
+        if len(ids) > 2:
+            perplexity = interventions(session.probe, ids, session.hidden, inside)
+    progress(1.0)
+    return {
+        "flags": flags,
+        "top": np.stack(top, axis=1),
+        "token": np.stack(token),
+        "ranks": np.array(("largest", "second", "third")[: top[0].size - 1] + ("median",)),
+        "perplexity": perplexity,
+        "interventions": np.array(("as it is", "set to 0", "set to the mean")),
+    }

@@ -1,5 +1,4 @@
-"""Do sinks keep tokens apart? How far a change of one early token spreads, with and without token 0 in
-sight."""
+"""Do sinks keep tokens apart? How far a change of one early token spreads, with and without token 0 in sight."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import numpy as np
 import torch
 
 from lab.errors import LabError
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic
+from lab.inspect.diagnostics.base import Arrays, Figure, Input, Paper, Session, diagnostic
 from lab.inspect.diagnostics.probe import ModelProbe
 from lab.inspect.scores import Progress
 
@@ -55,6 +54,7 @@ def spread(probe: ModelProbe, ids: torch.Tensor, token: int, see_first: bool = T
         Figure("visible", "matrix", ("state", "token"), "Relative change with token 0 visible"),
         Figure("hidden", "matrix", ("state", "token"), "Relative change with token 0 hidden"),
     ),
+    inputs=(Input("token", "number", "token that is changed", "One of the first 256; empty: token 8.", low=1, high=254),),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """``options["token"]`` is the changed token, on the first ``TOKENS`` tokens.
@@ -62,7 +62,7 @@ def compute(session: Session, progress: Progress) -> Arrays:
     The default is token 8: the second token would become the sink itself once the first is hidden.
     """
     ids = torch.as_tensor(list(session.token_ids)[:TOKENS], device=session.probe.device)
-    token = session.options.get("token", min(8, len(ids) - 2))
+    token = int(session.options.get("token", min(8, len(ids) - 2)))
     if not 1 <= token < len(ids) - 1:
         raise LabError(f"Token {token} cannot be changed", f"Choose one from 1 to {len(ids) - 2}")
     visible = spread(session.probe, ids, token)

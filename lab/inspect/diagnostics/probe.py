@@ -6,7 +6,7 @@ Works on any object with the usual attributes of such models; nothing is importe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 
@@ -49,11 +49,16 @@ class ModelProbe:
         return self.model.get_input_embeddings()(ids)
 
     def logits(
-        self, embeddings: torch.Tensor, gates: torch.Tensor | None = None, last: bool = False
+        self,
+        embeddings: torch.Tensor,
+        gates: torch.Tensor | None = None,
+        last: bool = False,
+        edit: tuple[int, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     ) -> torch.Tensor:
         """[B, T, V] logits; ``gates`` [L, Hq] multiplies each head's output before the output projection.
 
-        ``last`` asks for the last position only, [B, 1, V], where the model can leave out the others.
+        ``last`` asks for the last position only, [B, 1, V], where the model can leave out the others. ``edit`` (layer,
+        f) puts f(hidden [B, T, D]) in the place of what that layer leaves.
         """
         few = {"logits_to_keep": 1} if last and self._few else {}
         with ExitStack() as stack:
@@ -62,14 +67,26 @@ class ModelProbe:
                 for layer, projection in enumerate(self._outputs):
                     hook = projection.register_forward_pre_hook(_gate(gates[layer]))
                     stack.callback(hook.remove)
+            if edit is not None:
+                stack.callback(self._layers[edit[0]].register_forward_hook(_edited(edit[1])).remove)
             return self.model(inputs_embeds=embeddings, use_cache=False, **few).logits
 
     @torch.no_grad()
-    def attention(self, ids: torch.Tensor) -> torch.Tensor:
-        """float32 [L, Hq, T, T] weights of one sequence [T]; for short runs only."""
-        with self._plain():
-            out = self.model(input_ids=ids[None], use_cache=False, output_attentions=True)
-        return torch.stack([a[0].float() for a in out.attentions])
+    def attention(self, ids: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """float32 [L, Hq, T - first, T] weights of one sequence [T] from row ``first`` on; for short runs only."""
+        found: list[torch.Tensor | None] = [None] * self.layers
+        with ExitStack() as stack:
+            stack.enter_context(self._plain())
+            for layer, module in enumerate(self._attention):
+                stack.callback(module.register_forward_hook(_weights(found, layer, first)).remove)
+            self.model(input_ids=ids[None], use_cache=False)
+        if any(w is None for w in found):
+            raise LabError(
+                f"{type(self.model).__name__} does not hand out its attention weights",
+                "Diagnostics of short texts need an ordinary decoder",
+                "Use a diagnostic of captures instead",
+            )
+        return torch.stack(found)
 
     @torch.no_grad()
     def states(self, embeddings: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -129,6 +146,23 @@ def _gate(gates: torch.Tensor):
         x = args[0]
         heads = gates.to(x.dtype).repeat_interleave(x.shape[-1] // gates.shape[0])
         return (x * heads, *args[1:])
+
+    return hook
+
+
+def _edited(change: Callable[[torch.Tensor], torch.Tensor]):
+    def hook(module, args, out):
+        return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+    return hook
+
+
+def _weights(store: list, layer: int, first: int):
+    """Keeps a layer's weights of the first sequence and lets go of the rest, so that one layer's matrix lives at a time."""
+
+    def hook(module, args, out):
+        if isinstance(out, tuple) and len(out) > 1 and out[1] is not None:
+            store[layer] = out[1][0, :, first:].float().detach().clone()
 
     return hook
 

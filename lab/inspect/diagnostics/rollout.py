@@ -10,7 +10,7 @@ import torch
 
 from lab.errors import LabError
 from lab.inspect.capture import Capture
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, to_numpy
+from lab.inspect.diagnostics.base import OUTPUT, Arrays, Figure, Paper, Session, diagnostic, to_numpy
 from lab.inspect.rollout import mean_weights, rollout_rows
 from lab.inspect.scores import Progress
 
@@ -105,6 +105,7 @@ def max_flow(layers: list[np.ndarray], output: int, source: int) -> float:
         Figure("rollout", "bars", ("token",), "Rollout of the chosen token"),
         Figure("flow", "bars", ("token",), "Maximum flow (short runs)"),
     ),
+    inputs=(OUTPUT,),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """``options["output"]`` chooses the position (default: the last). ``flow`` is NaN beyond

@@ -9,7 +9,7 @@ import torch
 
 from lab.inspect.capture import Capture
 from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, to_numpy
-from lab.inspect.scores import Progress, row_blocks, weights
+from lab.inspect.scores import Progress, logits, row_blocks, weights
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.8)
 MIN_ROWS = 32
@@ -62,6 +62,25 @@ def dwell(positions: np.ndarray) -> np.ndarray:
     return (positions[..., 1:] == positions[..., :-1]).mean(axis=-1).astype(np.float32)
 
 
+def advantage(capture: Capture, rows: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, spread) float32 [Hq] of token 0's logit over the mean of the other visible logits, over sampled rows, in nats.
+
+    A sink that is a bias of the key stands high by nearly the same amount in every row.
+    """
+    t, mean, spread = capture.tokens, [], []
+    chosen = np.unique(np.linspace(min(8, t - 1), t - 1, rows).astype(int))
+    for head in range(capture.heads):
+        found = []
+        for i in chosen:
+            s = logits(capture, head, (int(i), int(i) + 1), (0, int(i) + 1))[0]
+            rest = s[1:][torch.isfinite(s[1:])]
+            if torch.isfinite(s[0]) and rest.numel():
+                found.append(float(s[0] - rest.mean()))
+        mean.append(np.mean(found) if found else np.nan)
+        spread.append(np.std(found) if found else np.nan)
+    return np.array(mean, dtype=np.float32), np.array(spread, dtype=np.float32)
+
+
 @diagnostic(
     name="sinks",
     title="Attention sinks",
@@ -77,14 +96,17 @@ def dwell(positions: np.ndarray) -> np.ndarray:
         Figure("rate", "lines", ("threshold", "token"), "Share of heads that park attention on a token"),
         Figure("first_token", "matrix", ("layer", "head"), "Mean weight on token 0"),
         Figure("dwell", "matrix", ("layer", "head"), "How often the strongest token stays the same"),
+        Figure("bias", "matrix", ("layer", "head"), "Token 0's logit over the mean of the others, nats"),
+        Figure("bias_spread", "matrix", ("layer", "head"), "How much that varies from row to row (a bias would not)"),
     ),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """Received weights of all captured layers, rates at four thresholds, stable sinks and their drift."""
-    alpha, where = [], []
+    alpha, where, bias = [], [], []
     for n, capture in enumerate(session.captures):
         alpha.append(to_numpy(received(capture)))
         where.append(drift(capture))
+        bias.append(advantage(capture))
         progress((n + 1) / len(session.captures))
     alpha, where = np.stack(alpha), np.stack(where)
     return {
@@ -95,4 +117,6 @@ def compute(session: Session, progress: Progress) -> Arrays:
         "stable": stable_sinks(alpha),
         "drift": where,
         "dwell": dwell(where),
+        "bias": np.stack([mean for mean, _ in bias]),
+        "bias_spread": np.stack([spread for _, spread in bias]),
     }
