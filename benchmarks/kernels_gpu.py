@@ -1,10 +1,11 @@
 """The table of the Triton kernels against what a user would pick instead, on the GPU at hand.
 
-    python benchmarks/kernels_gpu.py [--scaling] [--out DIR]
+    python benchmarks/kernels_gpu.py [--scaling] [--quick] [--out DIR]
 
 Prints one line per operator and writes kernels_gpu.json (and kernels_gpu_scaling.json) with the machine in it. Times are
 medians over CUDA-graph replays that rotate over more data than L2 holds. `floor_us` is the larger of bytes over 3.0 TB/s
-and floating-point operations over 798 TFLOP/s, both measured on an H100.
+and floating-point operations over 798 TFLOP/s, both measured on an H100. --quick: only the rows that the issue's table asks
+for, and no 131k prefill; its file is kernels_gpu_quick.json.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def decode_time(tiers_of, batch: int, shape: tuple[int, int, int], **options) ->
     return us, spread, size / BYTES_PER_US
 
 
-def decode_rows(table: Table) -> None:
+def decode_rows(table: Table, quick: bool = False) -> None:
     """Every width, code and raggedness against the best bf16 decode."""
     cases = [
         ("decode", 16, 1, LLAMA, 32768, 128, "token"), ("decode", 16, 8, LLAMA, 32768, 128, "token"),
@@ -90,6 +91,8 @@ def decode_rows(table: Table) -> None:
         ("decode g64", 2, 8, LLAMA, 32768, 64, "token"), ("decode kivi", 2, 8, LLAMA, 32768, 64, "block"),
         ("decode g64", 4, 8, SMOL, 32768, 64, "token"), ("decode g64", 4, 1, SMOL, 32768, 64, "token"),
     ]
+    if quick:
+        cases = [c for c in cases if c[0] in ("decode", "decode g64") and (c[2] == 8 or c[4] == 131072) and (c[1], c[4]) != (16, 131072)]
     for op, bits, batch, shape, n, group, kind in cases:
         us, spread, floor = decode_time(lambda: [tier(bits, batch * shape[1], n, shape[2], group, kind=kind)], batch, shape)
         table.add(op, bits, batch, shape, n, (us, spread), table.dense(batch, shape, n), floor)
@@ -199,12 +202,13 @@ def main() -> None:
     """Measure, print, write."""
     folder = sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else os.path.join(os.path.dirname(__file__), "results")
     os.makedirs(folder, exist_ok=True)
+    quick = "--quick" in sys.argv
     card = machine()
     print(card, flush=True)
     table = Table()
-    for part in (decode_rows, quest_row, prefill_rows):
+    for part in (lambda t: decode_rows(t, quick), quest_row, lambda t: prefill_rows(t, long=not quick)):
         part(table)
-        with open(os.path.join(folder, "kernels_gpu.json"), "w") as f:
+        with open(os.path.join(folder, "kernels_gpu_quick.json" if quick else "kernels_gpu.json"), "w") as f:
             json.dump({"machine": card, "rows": table.rows}, f, indent=1)
     if "--scaling" in sys.argv:
         with open(os.path.join(folder, "kernels_gpu_scaling.json"), "w") as f:

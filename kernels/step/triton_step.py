@@ -59,7 +59,8 @@ def _add(state, wa, wb, gain, x_ptr, row, base, B: tl.constexpr, K: tl.constexpr
     return state
 
 
-@triton.jit
+# one compilation for all positions and all places in a buffer
+@triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["place_ptr", "slot_ptr", "tag_slot_ptr"])
 def product_kernel(
     x_ptr, norm_ptr, w_ptr, bias_ptr, y_ptr, cos_ptr, sin_ptr, place_ptr, k_ptr, v_ptr, slot_ptr, tag_ptr, tag_slot_ptr,
     rows, eps, first,
@@ -178,7 +179,7 @@ def product_kernel(
                 tl.store(tag_ptr + tl.load(tag_slot_ptr + lane), place)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["place_ptr", "slot_ptr", "tag_slot_ptr"])
 def turn_kernel(
     x_ptr, qn_ptr, kn_ptr, cos_ptr, sin_ptr, place_ptr, y_ptr, k_ptr, v_ptr, slot_ptr, tag_ptr, tag_slot_ptr,
     eps, first,
