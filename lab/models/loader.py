@@ -24,6 +24,7 @@ from lab.models import checks, devices, weights as packing
 from lab.models.fuse import fuse
 from lab.models.facts import ModelFacts, describe
 from lab.models.places import Located, Progress, nothing, part
+from lab.models.quick import quicken
 from lab.models.quiet import quiet
 from lab.models.record import Record, machine
 from lab.models.sources import locate
@@ -82,6 +83,7 @@ def load(
             if chosen.weights is not None:
                 held, kl = packing.hold_weights(model, tokenizer, chosen.weights, located.key, record,
                                                 part(progress, 0.8, 1.0))
+                quicken(model)
             elif chosen.device.type == "cuda" and chosen.device_map is None:
                 fuse(model)
             _own_memory(model)

@@ -18,8 +18,12 @@ class FastRMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.variance_epsilon = eps
+        self._scaled = weight.detach() * weight.numel() ** 0.5  # so that one row needs no mean, only its sum of squares
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() == self.weight.numel() and x.device.type == "cpu" and x.dtype == torch.float32:
+            row = x.view(-1)  # on a CPU torch's operation is a chain of eight; a single row is faster by its dot product
+            return x * torch.dot(row, row).add_(self.variance_epsilon * row.numel()).rsqrt_() * self._scaled
         return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
 

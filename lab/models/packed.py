@@ -39,10 +39,14 @@ class PackedLinear(nn.Module):
         return self.store.dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.store.product(x.reshape(-1, self.in_features).float())
-        if self.bias is not None:
-            out += self.bias
-        return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        if x.dtype != torch.float32:
+            return self.rows(x.reshape(-1, self.in_features).float()).view(*x.shape[:-1], self.out_features).to(x.dtype)
+        return self.rows(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """x float32 [M, K] -> float32 [M, N]."""
+        out = self.store.product(x)
+        return out if self.bias is None else out.add_(self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, mode={self.store.mode}"
