@@ -44,6 +44,9 @@ def run(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> torch.Te
     store.groups = ctx.groups
     early = policy.early(ctx)
     result = _attend(policy, ctx, handle, call) if early is None else early
+    if early is None:
+        for technique in policy.movers:
+            result.out = technique.settle(ctx, result.out)
     out = result.out
     for technique in policy.routes:
         gate = technique.route(ctx)
@@ -189,7 +192,7 @@ def _with_sink(ctx: LayerContext, result: attend.Result) -> attend.Result:
 
 
 def _finish(policy: Policy, ctx: LayerContext, result: attend.Result, bands: list, edits: list) -> attend.Result:
-    if ctx.phase == "prefill" and policy.combine is not None and bands:
+    if policy.combine is not None and bands and ctx.phase in policy.combine.combine_phases:
         result.out = policy.combine.combine(ctx, result.out, lambda rows: attend.dense_rows(ctx, rows, edits))
     if policy.want_mass and result.mass is None:
         result.mass = _prompt_mass(ctx, result.lse, bands, edits)

@@ -243,12 +243,18 @@ class Technique:
         come back than went in."""
         return q, k, v
 
+    def settle(self, ctx: "LayerContext", out: torch.Tensor) -> torch.Tensor:
+        """Undo what `move` did to the order of the query heads: outputs [B,Hq,T,d] of this step, before routing."""
+        return out
+
     def planned_heads(self, kv_heads: int) -> int:
         """KV heads that will be stored."""
         return kv_heads
 
+    combine_phases: ClassVar[tuple[str, ...]] = ("prefill",)  # when `combine` is asked, where something was left out
+
     def combine(self, ctx: "LayerContext", out: torch.Tensor, exact: Any) -> torch.Tensor:
-        """Correct out [B,Hq,T,d] of a sparse prefill; exact(rows int64 [R]) gives dense outputs [B,Hq,R,d]."""
+        """Correct out [B,Hq,T,d] of a sparse read; exact(rows int64 [R]) gives dense outputs [B,Hq,R,d]."""
         return out
 
     def route(self, ctx: "LayerContext") -> torch.Tensor | None:
