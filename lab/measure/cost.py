@@ -128,6 +128,38 @@ def predict(
     )
 
 
+def prompt_work(facts: Any, stack: Stack | str, prompt: int, element: int = 4) -> tuple[float, float]:
+    """(attention FLOPs, bytes moved) of reading a prompt of `prompt` tokens, all layers.
+
+    Work is that of the pairs a causal prompt reads: sliding layers, techniques that know beforehand (`planned_band`) and
+    trimmed prompts read fewer; what a technique decides while reading is counted as if it read everything. Bytes are the least
+    there could be: queries, keys, values and outputs move once.
+    """
+    stack = Stack.parse(stack) if isinstance(stack, str) else stack
+    plan = _Plan(_facts(facts), stack, prompt, element)
+    heads, d, kv = plan.f["heads"], plan.f["head_dim"], plan.f["kv_heads"]
+    flops = moved = 0.0
+    for layer in plan.attending:
+        rows, window = plan._prompt_rows(layer), plan.window(layer)
+        pairs = band_pairs(rows, 0, window or rows)
+        for technique in stack.filling("select"):
+            band = technique.planned_band() if hasattr(technique, "planned_band") else None
+            if band is not None:
+                pairs = min(pairs, band_pairs(rows, band.sinks, min(band.window, window or rows)))
+        flops += 4.0 * heads * d * pairs
+        moved += 2.0 * (heads + kv) * d * rows * element
+    return flops, moved
+
+
+def band_pairs(rows: int, sinks: int, window: int) -> int:
+    """(row, key) pairs of a causal prompt whose rows read the first `sinks` keys and the latest `window` ones."""
+    w, s = min(window, rows), sinks
+    recent = w * (w + 1) // 2 + (rows - w) * w
+    far = rows - w  # rows with keys behind their window, 1 to far of them
+    kept = min(s, far)
+    return recent + kept * (kept + 1) // 2 + (far - kept) * s if far else recent
+
+
 def curve(facts: Any, stack: Stack | str, prompt: int, totals: Iterable[int], element: int = 4) -> list[Prediction]:
     """`predict` at each of `totals`: memory against context. Totals below the prompt are taken as shorter prompts."""
     return [predict(facts, stack, min(prompt, total), total, element) for total in totals]

@@ -33,3 +33,7 @@ class AShape(Technique):
 
     def select(self, ctx: LayerContext) -> Band:
         return Band(self.sinks, self.window)
+
+    def planned_band(self) -> Band:
+        """What prompt rows will read, known before they are."""
+        return Band(self.sinks, self.window)

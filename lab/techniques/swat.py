@@ -39,6 +39,10 @@ class Swat(Technique):
     def select(self, ctx: LayerContext) -> Band | None:
         return None if self.mode == "sigmoid" else Band(0, self.window)
 
+    def planned_band(self) -> Band | None:
+        """What prompt rows will read, known before they are."""
+        return self.select(None)
+
     def weighs(self, ctx: LayerContext) -> bool:
         return self.mode != "window"
 
