@@ -1,85 +1,160 @@
-/* Puts the pieces of the Attention tab together; runs after attention.js, map.js and panels.js. */
+/* Puts the pieces of the Attention tab together; runs after all of them. */
 const tools = h("div", {class: "row maptools"}), caption = h("div", {class: "h mapnote"}), scalebox = h("div", {class: "mapscale"});
+const captured = () => S.now.layers.length === S.now.layers_total ? `all ${S.now.layers_total} layers`
+  : `only the captured layers ${S.now.layers.join(", ")}`;
+function cellsAre(tile) { // what one cell of a tile stands for
+  if (S.head === "rollout" && (tile.row_step > 1 || tile.col_step > 1))
+    return ` · each cell shows its last row${tile.col_step > 1 ? `, ${S.pool} of ${tile.col_step} columns` : ""}`;
+  if (tile.row_step > 1) return ` · ${S.minus ? "difference of the " : ""}${S.pool} of ${tile.row_step} × ${tile.col_step} a cell`;
+  return " · exact, one weight a cell";
+}
 function note() {
-  if (!S.now) return; const tile = tiles.near || tiles.over;
-  swap(caption, `${fmt.int(total())} × ${fmt.int(total())} tokens`, tile ? h("span", {class: "num"}, V.span < total() ? ` · ${fmt.int(V.span)} × ${fmt.int(V.span)} in sight` : "",
-    tile.row_step > 1 && S.head === "rollout" ? ` · each cell shows its last row, ${S.pool} of ${tile.col_step} columns` : tile.row_step > 1 ? ` · ${S.minus ? "difference of the " : ""}${S.pool} of ${tile.row_step} × ${tile.col_step} a cell` : " · exact, one weight a cell") : "",
-    h("span", {class: "mapkeys"}, S.pin ? " · pinned, Esc releases" : " · wheel zooms, drag moves, click pins"));
-  const parts = [S.head === "rollout" ? `Rollout through ${S.now.layers.length === S.now.layers_total ? "all" : "only the captured"} layers${S.now.layers.length === S.now.layers_total ? "" : " " + S.now.layers.join(", ")}: how much of each token a row is made of.` : "",
-    S.minus && S.fork !== null && S.fork < total() ? `From token ${fmt.int(S.fork)} on (the red lines) the two texts differ.` : ""].filter(Boolean);
-  swap(scalebox, tile ? [h("span", {class: "num"}, S.minus ? `${S.minus} more, ${fmt.dec(tile.top, 3)}` : "0"), h("i", {class: S.minus ? "div" : "seq"}),
-    h("span", {class: "num"}, S.minus ? `${S.letter} more, ${fmt.dec(tile.top, 3)}` : fmt.dec(tile.top, 3)), h("span", {}, S.log ? "log" : "linear"),
-    h("span", {}, h("s", {class: "bits b0"}), "evicted")] : "", parts.length ? h("span", {class: "said"}, parts.join(" ")) : "");
+  if (!S.now) return; const tile = tiles.near || tiles.over, inside = V.span < total();
+  const exactly = tile && tile.coarse && tiles.near && sharpening === null
+    ? h("button", {type: "button", class: "quiet", onclick: () => sharpen({exact: true})}, "Compute these rows exactly") : null;
+  swap(caption, `${fmt.int(total())} × ${fmt.int(total())} tokens`,
+    tile ? h("span", {class: "num"}, inside ? ` · ${fmt.int(V.span)} × ${fmt.int(V.span)} in sight` : "", cellsAre(tile),
+      sharpening !== null ? ` · sharpening, ${Math.round(sharpening * 100)}%` : "",
+      h("span", {class: "mapkeys"}, S.pin ? " · pinned, Esc releases" : " · wheel zooms, drag moves, click pins")) : "", exactly);
+  const over = typeof S.head === "number" ? `query head ${S.head}` : `${S.head} over heads`;
+  const parts = [
+    S.head === "rollout" ? `Rollout through ${captured()}: how much of each token a row is made of.` : "",
+    S.over && S.head !== "rollout" ? `${S.over === "max" ? "Largest" : "Mean"} over ${captured()}, ${over}.` : "",
+    S.minus && S.fork !== null && S.fork < total()
+      ? `From token ${fmt.int(S.fork)} on (the red lines) the two texts differ.` : ""].filter(Boolean);
+  const widths = new Set(); for (const t of [tiles.over, tiles.near]) if (t && t.width) for (const b of t.width) widths.add(b);
+  const key = (b, text) => h("span", {}, h("s", {class: `bits b${b}`}), text), ends = tile ? fmt.dec(tile.top, 3) : "";
+  swap(scalebox, tile ? [h("span", {class: "num"}, S.minus ? `${S.minus} more, ${ends}` : "0"), h("i", {class: S.minus ? "div" : "seq"}),
+    h("span", {class: "num"}, S.minus ? `${S.letter} more, ${ends}` : ends), h("span", {}, S.log ? "log" : "linear"),
+    [8, 4, 3, 2].filter(b => widths.has(b)).map(b => key(b, `read at ${b} bit`)), key(0, "evicted")] : "",
+    parts.length ? h("span", {class: "said"}, parts.join(" ")) : "");
   for (const b of tools.querySelectorAll("[data-zoom]")) b.disabled = b.dataset.zoom === "in" ? V.span <= 16 : V.span >= total();
 }
-const seg = (name, options, current, pick) => h("span", {class: "seg", role: "group", "aria-label": name}, options.map(([value, text, title]) =>
-  h("button", {type: "button", title: title || null, "data-key": `${name}-${value}`, "aria-pressed": String(value === current), onclick: () => pick(value)}, text)));
+const seg = (name, options, current, pick) => h("span", {class: "seg", role: "group", "aria-label": name},
+  options.map(([value, text, title]) => h("button", {type: "button", title: title || null, "data-key": `${name}-${value}`,
+    "aria-pressed": String(value === current), onclick: () => pick(value)}, text)));
+const stepper = (name, list, current, pick) => [-1, 1].map(d => {
+  const to = list.indexOf(current) + d;
+  return h("button", {type: "button", class: "quiet stepper", "data-key": `${name}${d}`,
+    "aria-label": d < 0 ? `previous ${name}` : `next ${name}`, disabled: to < 0 || to >= list.length || !list.includes(current),
+    onclick: () => pick(list[to])}, d < 0 ? "‹" : "›");
+});
+function layerPicker() {
+  const v = S.now, every = Array.from({length: v.layers_total}, (_, i) => i), have = new Set(v.layers);
+  const which = v.layers.length === v.layers_total || !v.layers.length ? "all layers" : "captured layers";
+  const combined = [["mean", `${which}, mean`], ["max", `${which}, max`]], list = v.layers.length ? v.layers : every;
+  const [back, on] = stepper("layer", list.includes(S.layer) ? list : every, S.layer, layer => S.choose({layer, over: null}));
+  const pick = e => S.choose(/^\d+$/.test(e.target.value) ? {layer: Number(e.target.value), over: null} : {over: e.target.value});
+  return h("span", {class: "stepbox"}, back, h("select", {"aria-label": "layer", "data-key": "layer", onchange: pick,
+    disabled: S.head === "rollout", title: S.head === "rollout" ? "a rollout goes through every captured layer" : null},
+    combined.map(([value, text]) => h("option", {value, selected: S.over === value}, text)),
+    every.map(l => h("option", {value: l, selected: S.over === null && l === S.layer},
+      `layer ${l}${have.has(l) ? "" : " · not captured"}`))), on);
+}
+function headPicker() {
+  const v = S.now, per = v.heads / v.kv_heads, list = ["mean", "max", "rollout", ...Array.from({length: v.heads}, (_, i) => i)];
+  const [back, on] = stepper("head", list, S.head, head => S.choose({head}));
+  const name = x => typeof x === "number" ? `Q head ${x} → KV head ${Math.floor(x / per)}`
+    : x === "rollout" ? "all heads and layers, rollout" : `all heads, ${x}`;
+  const pick = e => S.choose({head: /^\d+$/.test(e.target.value) ? Number(e.target.value) : e.target.value});
+  return h("span", {class: "stepbox"}, back, h("select", {"aria-label": "head", "data-key": "head", onchange: pick},
+    list.map(x => h("option", {value: x, selected: x === S.head}, name(x)))), on);
+}
 function drawTools() {
-  const v = S.now, per = v.heads / v.kv_heads, focus = tools.contains(document.activeElement) ? document.activeElement.dataset.key : null;
-  const layers = Array.from({length: v.layers_total}, (_, i) => i), have = new Set(v.layers);
-  const step = (name, list, current, pick) => [-1, 1].map(d => h("button", {type: "button", class: "quiet stepper", "data-key": `${name}${d}`, "aria-label": d < 0 ? `previous ${name}` : `next ${name}`,
-    disabled: list.indexOf(current) + d < 0 || list.indexOf(current) + d >= list.length, onclick: () => pick(list[list.indexOf(current) + d])}, d < 0 ? "‹" : "›"));
-  const captured = v.layers.length ? v.layers : layers, heads = ["mean", "max", "rollout", ...Array.from({length: v.heads}, (_, i) => i)];
-  const [l0, l1] = step("layer", captured.includes(S.layer) ? captured : layers, S.layer, layer => S.choose({layer})), [h0, h1] = step("head", heads, S.head, head => S.choose({head}));
-  const all = props.value.variants, pairs = all.slice(1).map(x => [`${x.letter}-${all[0].letter}`, `${x.letter} − ${all[0].letter}`, `${x.title} minus ${all[0].title}: blue where ${x.letter} looks more, orange where ${all[0].letter} does`]);
-  swap(tools, seg("variant", [...all.map(x => [x.letter, x.letter, x.title]), ...pairs], S.minus ? `${S.letter}-${S.minus}` : S.letter, name => S.choose({letter: name[0], minus: name[2] || null})),
-    h("span", {class: "stepbox"}, l0, h("select", {"aria-label": "layer", "data-key": "layer", onchange: e => S.choose({layer: Number(e.target.value)})},
-      layers.map(l => h("option", {value: l, selected: l === S.layer}, `layer ${l}${have.has(l) ? "" : " · not captured"}`))), l1),
-    h("span", {class: "stepbox"}, h0, h("select", {"aria-label": "head", "data-key": "head", onchange: e => S.choose({head: /^\d+$/.test(e.target.value) ? Number(e.target.value) : e.target.value})},
-      heads.map(x => h("option", {value: x, selected: x === S.head}, typeof x === "number" ? `Q head ${x} → KV head ${Math.floor(x / per)}` : x === "rollout" ? "all heads, rollout" : `all heads, ${x}`))), h1),
-    seg("pooling", [["max", "max", "the largest weight under a cell"], ["mean", "mean", "the mean weight under a cell"]], S.pool, pool => { S.pool = pool; redraw(); }),
+  const focus = tools.contains(document.activeElement) ? document.activeElement.dataset.key : null, all = props.value.variants;
+  const pairs = all.slice(1).map(x => [`${x.letter}-${all[0].letter}`, `${x.letter} − ${all[0].letter}`,
+    `${x.title} minus ${all[0].title}: blue where ${x.letter} looks more, orange where ${all[0].letter} does`]);
+  const button = (name, text, more) => h("button", {type: "button", "data-key": name, ...more}, text);
+  swap(tools,
+    seg("variant", [...all.map(x => [x.letter, x.letter, x.title]), ...pairs], S.minus ? `${S.letter}-${S.minus}` : S.letter,
+      name => S.choose({letter: name[0], minus: name[2] || null})),
+    layerPicker(), headPicker(),
+    seg("pooling", [["max", "max", "the largest weight under a cell"], ["mean", "mean", "the mean weight under a cell"]], S.pool,
+      pool => { S.pool = pool; redraw(); }),
     seg("scale", [[true, "log"], [false, "linear"]], S.log, log => { S.log = log; redraw(); }),
-    h("span", {class: "sp"}), h("button", {type: "button", class: "plain", "data-key": "page", title: "One HTML file of this view that opens without the lab", onclick: exportPage}, "Export page"),
-    h("span", {class: "seg", role: "group", "aria-label": "zoom"}, h("button", {type: "button", "data-zoom": "out", "data-key": "out", "aria-label": "zoom out", onclick: () => zoom(1.6)}, "−"),
-      h("button", {type: "button", "data-zoom": "in", "data-key": "in", "aria-label": "zoom in", onclick: () => zoom(.6)}, "+"), h("button", {type: "button", "data-key": "whole", onclick: reset}, "Whole run")));
+    h("span", {class: "sp"}),
+    button("page", "Export page", {class: "plain", title: "One HTML file of this view that opens without the lab", onclick: exportPage}),
+    h("span", {class: "seg", role: "group", "aria-label": "zoom"},
+      button("out", "−", {"data-zoom": "out", "aria-label": "zoom out", onclick: () => zoom(1.6)}),
+      button("in", "+", {"data-zoom": "in", "aria-label": "zoom in", onclick: () => zoom(.6)}),
+      button("whole", "Whole run", {onclick: reset})));
   if (focus) { const node = tools.querySelector(`[data-key="${CSS.escape(focus)}"]`); if (node) node.focus(); }
 }
-async function exportPage(e) {
-  const b = e.currentTarget; b.disabled = true; b.textContent = "Exporting…";
-  const a = await server.exported({...S.ask(), pool: S.pool, log: S.log}).catch(() => ({error: "The server did not answer. Reload the page."}));
-  b.disabled = false; b.textContent = "Export page"; if (a.error) { toast(a.error); return; }
-  download(a); toast(`Saved ${a.name}, ${fmt.dec(a.data.length * .75 / 1048576, 1)} MB.`);
+const exporting = h("div", {class: "row exporting", role: "status", hidden: true});
+let exportNumber = 0;
+async function exportPage() {
+  if (!exporting.hidden) return;
+  const id = `${session}-page-${++exportNumber}`, ask = {...S.ask(), pool: S.pool, log: S.log, id}; let dropped = false;
+  const bar = h("progress", {max: 1, value: 0, "aria-label": "making the page"}), share = h("span", {class: "num"}, "0%");
+  exporting.hidden = false;
+  swap(exporting, "Making the page", bar, share, h("button", {type: "button", class: "quiet", "data-key": "page-stop",
+    onclick: () => { dropped = true; server.exported({...ask, drop: true}).catch(() => null); }}, "Cancel"));
+  for (;;) {
+    const a = await server.exported(ask).catch(() => ({error: LOST}));
+    if (dropped) { server.exported({...ask, drop: true}).catch(() => null); break; }
+    if (a.fraction !== undefined) {
+      bar.value = a.fraction; share.textContent = `${Math.round(a.fraction * 100)}%`;
+      await new Promise(done => setTimeout(done, 250)); continue;
+    }
+    if (a.error) toast(a.error); else { download(a); toast(`Saved ${a.name}, ${fmt.dec(a.data.length * .75 / 1048576, 1)} MB.`); }
+    break;
+  }
+  exporting.hidden = true;
 }
 function redraw() { drawTools(); overview(); }
 const promptnote = h("span", {class: "num"});
 const stage = h("div", {class: "att"},
-  h("div", {class: "mapside"}, caption, mapbox, scalebox),
+  h("div", {class: "mapside"}, caption, mapbox, scalebox, large),
   h("div", {class: "attside"}, bars, figures));
 const tokbox = h("div", {class: "tokbox"}, h("div", {class: "h"}, "Tokens", promptnote), strip);
 new ResizeObserver(() => { size(); if (S.now) { near(); paintCache(); } }).observe(stage);
 let loading = 0;
+function outOfRange(what, asked, most) {
+  toast(`${what} ${asked} does not exist: this model has ${what.toLowerCase()}s 0 to ${most}. ${what} ${most} is shown.`);
+}
 async function load() {
-  const mine = ++loading, v = (props.value.variants || []).find(x => x.letter === S.letter) || props.value.variants[0];
-  const other = S.minus ? (props.value.variants || []).find(x => x.letter === S.minus && x !== v) : null;
+  const mine = ++loading, all = props.value.variants || [], v = all.find(x => x.letter === S.letter) || all[0];
+  const other = S.minus ? all.find(x => x.letter === S.minus && x !== v) : null;
   S.minus = other ? other.letter : null; const limit = other ? Math.min(v.tokens, other.tokens) : v.tokens;
   const same = S.now && S.now.letter === v.letter && S.seen === props.value.key && S.limit === limit;
-  S.limit = limit; S.fork = other ? [v.fork, other.fork].filter(x => x !== null).reduce((a, b) => a === null ? b : Math.min(a, b), null) : null;
-  if (S.layer >= v.layers_total) toast(`Layer ${S.layer} does not exist: this model has layers 0 to ${v.layers_total - 1}. Layer ${v.layers_total - 1} is shown.`);
-  if (typeof S.head === "number" && S.head >= v.heads) toast(`Head ${S.head} does not exist: this model has query heads 0 to ${v.heads - 1}. Head ${v.heads - 1} is shown.`);
+  const forks = other ? [v.fork, other.fork].filter(x => x !== null) : [];
+  S.limit = limit; S.fork = forks.length ? Math.min(...forks) : null;
+  if (S.layer >= v.layers_total) outOfRange("Layer", S.layer, v.layers_total - 1);
+  if (typeof S.head === "number" && S.head >= v.heads) outOfRange("Query head", S.head, v.heads - 1);
   S.now = v; S.letter = v.letter; S.layer = Math.max(0, Math.min(v.layers_total - 1, S.layer));
   if (typeof S.head === "number") S.head = Math.max(0, Math.min(v.heads - 1, S.head));
   if (!same) {
-    const a = await server.tokens({key: S.key, letter: S.letter}).catch(() => ({error: "The server did not answer. Reload the page."}));
+    const a = await server.tokens({key: S.key, letter: S.letter}).catch(() => ({error: LOST}));
     if (mine !== loading) return;
     if (a.error) { drawTools(); return S.trouble(a); }
     S.tokens = a.tokens.slice(0, S.limit); S.seen = props.value.key; stripFrom = stripTo = 0; strip.replaceChildren();
-    const keep = S.pin; S.pin = S.cursor = null; S.row = Math.min(keep ? keep.row : limit - 1, limit - 1); V = {r: 0, c: 0, span: limit};
+    const keep = S.pin; S.pin = S.cursor = null;
+    S.row = Math.min(keep ? keep.row : limit - 1, limit - 1); V = {r: 0, c: 0, span: limit};
     promptnote.textContent = ` · ${fmt.int(v.prompt)} prompt + ${fmt.int(v.tokens - v.prompt)} generated`;
-    slider.max = v.tokens - 1; slider.value = v.tokens - 1; lifebox.replaceChildren();
-    const was = kvpick.value; swap(kvpick, h("option", {value: "all"}, "all KV heads"), ...Array.from({length: v.kv_heads}, (_, i) => h("option", {value: i, selected: String(i) === was}, `KV head ${i}`)));
+    cacheReset();
+    const was = kvpick.value;
+    swap(kvpick, h("option", {value: "all"}, "all KV heads"), ...Array.from({length: v.kv_heads}, (_, i) =>
+      h("option", {value: i, selected: String(i) === was}, `KV head ${i}`)));
   }
   drawTools(); size(); clampView(); overview(); rowChanged(S.row, true); drawHeads(); gridShow(); tokShow(); drawCache(); note();
+  if (S.want !== null) { const row = S.want; S.want = null; if (row < total()) S.chooseRow(row, true); }
 }
 function start() {
-  const value = props.value || {};
-  if (!value.key || !(value.variants || []).length) { swap(element, h("div", {class: "empty"}, h("p", {}, "No run is open. Make one in Compare, or open one from Runs."),
-    h("button", {type: "button", onclick: () => { const t = document.querySelector('[role=tab][data-tab-id="compare"]'); if (t) t.click(); }}, "Go to Compare"))); return; }
-  if (!element.contains(stage)) swap(element, tools, tokbox, stage, gridbox, cachebox, tokview);
+  const value = props.value || {}, compare = () => document.querySelector('[role=tab][data-tab-id="compare"]');
+  if (!value.key || !(value.variants || []).length) {
+    swap(element, h("div", {class: "empty"}, h("p", {}, "No run is open. Make one in Compare, or open one from Runs."),
+      h("button", {type: "button", onclick: () => { const t = compare(); if (t) t.click(); }}, "Go to Compare"))); return;
+  }
+  if (!element.contains(stage)) swap(element, tools, exporting, tokbox, stage, gridbox, cachebox, tokview);
   palette(); if (value.failed) S.failed.add(value.failed);
-  if (S.key !== value.key) { S.key = value.key; S.seen = null; const s = value.sel || {}; S.letter = s.letter || S.letter; if (s.layer !== null && s.layer !== undefined) S.layer = s.layer;
-    if (s.head !== null && s.head !== undefined) S.head = s.head; S.minus = s.minus || null; S.pin = null;
-    const v = value.variants.find(x => x.letter === S.letter) || value.variants[0]; S.letter = v.letter; if (S.layer === null || (!v.layers.includes(S.layer) && v.layers.length && (s.layer === null || s.layer === undefined)))
-      S.layer = v.layers.length ? v.layers[v.layers.length >> 1] : v.layers_total >> 1; }
+  if (S.key !== value.key) {
+    S.key = value.key; S.seen = null; S.pin = null; const s = value.sel || {}, given = s.layer !== null && s.layer !== undefined;
+    S.letter = s.letter || S.letter; S.minus = s.minus || null; if (s.head !== null && s.head !== undefined) S.head = s.head;
+    S.over = s.layer === "mean" || s.layer === "max" ? s.layer : null; if (given && !S.over) S.layer = s.layer;
+    const v = value.variants.find(x => x.letter === S.letter) || value.variants[0]; S.letter = v.letter;
+    if (S.layer === null || (!v.layers.includes(S.layer) && v.layers.length && (!given || S.over)))
+      S.layer = v.layers.length ? v.layers[v.layers.length >> 1] : v.layers_total >> 1;
+  }
   load();
 }
 start(); watch("value", start);

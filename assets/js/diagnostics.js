@@ -1,22 +1,77 @@
-/* The list of diagnostics. value = {key, variants, total, list, chosen, letter, fraction, problem, done, words}. Triggers 'compute' or 'probe'. */
-const D = {key: null, name: null, letter: null, words: "", asked: false};
-const wordbox = h("input", {type: "text", maxlength: 200, placeholder: "words that matter, as in the prompt", "aria-label": "words that matter", oninput: e => { D.words = e.target.value; }});
+/* The list of diagnostics. value = {key, variants, total, list, kept, chosen, letter, fraction, problem, done}. What a person
+   gives is kept here by diagnostic; triggers 'compute' or 'probe' with {key, letter, name, given, show}. */
+const D = {key: null, name: null, letter: null, given: {}, asked: false, pinned: null};
+const node = (tag, more) => h(tag, {maxlength: 40000, autocomplete: "off", spellcheck: "false", ...more});
+const given = name => (D.given[name] = D.given[name] || {});
+const has = (v, name) => ((v.kept || {})[D.letter] || []).includes(name);
+function start(d, show) {
+  D.asked = true;
+  trigger(d.model && !show ? "probe" : "compute", {key: props.value.key, letter: D.letter, name: d.name, given: given(d.name), show});
+  draw();
+}
+function choose(d) {
+  D.name = D.name === d.name ? null : d.name;
+  const v = props.value, done = v.done && v.done.name === d.name && v.done.letter === D.letter;
+  if (D.name && has(v, d.name) && !done && !D.asked) start(d, true); else draw();
+}
+function field(d, i) {
+  const mine = given(d.name), id = `d-${d.name}-${i.name}`, area = i.kind === "documents" || i.kind === "prompts";
+  const text = mine[i.name] !== undefined ? mine[i.name] : "", keep = e => { mine[i.name] = e.target.value; };
+  const common = {id, "data-key": id, oninput: keep, onchange: keep};
+  const box = area ? node("textarea", {...common, rows: 7}) : node("input", {...common, type: "text", inputmode:
+    i.kind === "number" || i.kind === "position" ? "numeric" : null, placeholder: i.default === null ? "" : String(i.default)});
+  box.value = area && mine[i.name] === undefined ? i.example : text;
+  const put = (value, words) => h("button", {type: "button", class: "quiet", onclick: () => { mine[i.name] = value; draw(); }}, words);
+  return h("div", {class: "given" + (area ? " wide" : "")}, h("label", {for: id}, i.label), box, h("span", {class: "soft note"}, i.help,
+    i.kind === "position" && D.pinned !== null ? put(String(D.pinned), `use the pinned row, ${fmt.int(D.pinned)}`) : null,
+    area && mine[i.name] !== undefined && mine[i.name] !== i.example ? put(undefined, "back to the example") : null));
+}
+function describe(d, v, running) {
+  const variant = v.variants.find(x => x.letter === D.letter), some = variant && variant.layers.length && v.total > variant.layers.length;
+  const facts = [d.model ? "feeds tokens through the loaded model again" : "", d.captures && some
+    ? `captured layers only: ${variant.layers.join(", ")} of ${v.total}` : "", has(v, d.name) ? "a result is kept with this run" : ""];
+  const bar = [h("progress", {max: 1, value: v.fraction || 0, "aria-label": "progress"}),
+    h("span", {class: "num"}, `${Math.round((v.fraction || 0) * 100)}%`),
+    h("button", {type: "button", class: "quiet", "data-key": "d-stop", onclick: () => server.stop({key: v.key}).catch(() => null)}, "Cancel")];
+  return h("div", {class: "probe"}, h("p", {}, d.help), h("p", {class: "soft"}, d.explanation),
+    h("p", {class: "soft note"}, h("a", {href: `https://arxiv.org/abs/${d.arxiv}`, target: "_blank", rel: "noopener noreferrer"}, d.paper),
+      ` · ${d.year}`, facts.filter(Boolean).map(f => ` · ${f}`)),
+    d.inputs.map(i => field(d, i)),
+    h("div", {class: "row"}, running ? bar : h("button", {type: "button", class: "plain", "data-key": "d-run",
+      onclick: () => start(d, false)}, `Run on ${D.letter}`)),
+    v.problem && v.chosen === d.name ? h("p", {class: "why", role: "alert"}, v.problem) : null);
+}
+function result(v) {
+  const done = v.done, d = v.list.find(x => x.name === done.name) || {};
+  const read = done.read ? ` · the first ${fmt.int(done.read[0])} of ${fmt.int(done.read[1])} tokens` : "";
+  const layers = d.captures && done.layers && done.layers.length < v.total ? ` · layers ${done.layers.join(", ")}` : "";
+  return [h("p", {class: "soft note", role: "status"}, `Below: ${d.title} of ${done.letter}${read}${layers}.`),
+    done.numbers.length ? h("p", {class: "numbers"}, done.numbers.map(([name, x]) =>
+      h("span", {}, `${name} `, h("b", {class: "num"}, x)))) : null];
+}
 function draw() {
   const v = props.value || {}, focus = element.contains(document.activeElement) ? document.activeElement.dataset.key : null;
-  if (D.key !== v.key) { D.key = v.key; D.asked = false; if (!(v.variants || []).some(x => x.letter === D.letter)) D.letter = v.variants && v.variants.length ? v.variants[0].letter : null; }
-  if (v.chosen && D.name === null) D.name = v.chosen;
-  if (v.fraction === undefined) D.asked = false;
+  if (D.key !== v.key) {
+    D.key = v.key; D.asked = false; const first = v.variants && v.variants.length ? v.variants[0].letter : null;
+    if (!(v.variants || []).some(x => x.letter === D.letter)) D.letter = first;
+  }
   if (!v.key) { swap(element); return; }
-  const d = v.list.find(x => x.name === D.name), running = D.asked || v.fraction !== undefined, variant = v.variants.find(x => x.letter === D.letter);
-  swap(element, h("section", {class: "gridbox", "aria-label": "diagnostics"}, h("div", {class: "row"}, h("span", {class: "h"}, "Diagnostics of the literature"),
-    v.variants.length > 1 ? h("span", {class: "seg small", role: "group", "aria-label": "variant to look at"}, v.variants.map(x => h("button", {type: "button", title: x.title, "data-key": `d-${x.letter}`, "aria-pressed": String(x.letter === D.letter), onclick: () => { D.letter = x.letter; draw(); }}, x.letter))) : null),
-    h("div", {class: "chips probelist"}, v.list.map(x => h("button", {type: "button", class: "chip", "data-key": `p-${x.name}`, "aria-pressed": String(x.name === D.name), title: x.model ? "needs the model" : "reads the run alone", onclick: () => { D.name = D.name === x.name ? null : x.name; draw(); }}, x.title))),
-    d ? h("div", {class: "probe"}, h("p", {}, d.help), h("p", {class: "soft"}, d.explanation), h("p", {class: "soft note"}, h("a", {href: `https://arxiv.org/abs/${d.arxiv}`, target: "_blank", rel: "noopener noreferrer"}, d.paper), ` · ${d.year}`,
-        d.model ? " · feeds the run through the loaded model again" : "", d.captures && variant && variant.layers.length && v.total && variant.layers.length < v.total ? ` · captured layers only: ${variant.layers.join(", ")} of ${v.total}` : ""),
-      h("div", {class: "row"}, d.words ? wordbox : null, running ? [h("progress", {max: 1, value: v.fraction || 0, "aria-label": "progress"}), h("span", {class: "num"}, `${Math.round((v.fraction || 0) * 100)}%`), h("button", {type: "button", class: "quiet", "data-key": "d-stop", onclick: () => server.stop({key: v.key}).catch(() => null)}, "Cancel")]
-        : h("button", {type: "button", class: "plain", "data-key": "d-run", onclick: () => { D.asked = true; trigger(d.model ? "probe" : "compute", {key: v.key, letter: D.letter, name: d.name, words: d.words ? D.words : ""}); draw(); }}, `Run on ${D.letter}`)),
-      v.problem && v.chosen === d.name ? h("p", {class: "why", role: "alert"}, v.problem) : null) : null,
-    v.done ? h("p", {class: "soft note", role: "status"}, `Below: ${(v.list.find(x => x.name === v.done) || {}).title} of ${v.letter}.`) : null));
-  if (focus) { const node = element.querySelector(`[data-key="${CSS.escape(focus)}"]`) || element.querySelector('[data-key="d-run"], [data-key="d-stop"]'); if (node) node.focus(); }
+  const d = v.list.find(x => x.name === D.name), running = D.asked || v.fraction !== undefined;
+  const letter = x => h("button", {type: "button", title: x.title, "data-key": `d-${x.letter}`, "aria-pressed": String(x.letter === D.letter),
+    onclick: () => { D.letter = x.letter; const one = v.list.find(y => y.name === D.name); if (one && has(v, one.name)) start(one, true); else draw(); }},
+    x.letter);
+  const chip = x => h("button", {type: "button", class: "chip" + (has(v, x.name) ? " kept" : ""), "data-key": `p-${x.name}`,
+    "aria-pressed": String(x.name === D.name), title: has(v, x.name) ? "computed and kept with this run"
+      : x.model ? "needs the model" : "reads the run alone", onclick: () => choose(x)}, x.title);
+  swap(element, h("section", {class: "gridbox", "aria-label": "diagnostics"},
+    h("div", {class: "row"}, h("span", {class: "h"}, "Diagnostics of the literature"), v.variants.length > 1
+      ? h("span", {class: "seg small", role: "group", "aria-label": "variant to look at"}, v.variants.map(letter)) : null),
+    h("div", {class: "chips probelist"}, v.list.map(chip)), d ? describe(d, v, running) : null, v.done ? result(v) : null));
+  if (!focus) return;
+  const back = element.querySelector(`[data-key="${CSS.escape(focus)}"]`) || element.querySelector('[data-key="d-run"], [data-key="d-stop"]');
+  if (back) back.focus();
 }
-draw(); watch("value", draw);
+addEventListener("al-pin", e => { D.pinned = e.detail; const v = props.value || {}, d = (v.list || []).find(x => x.name === D.name);
+  if (d && d.inputs.some(i => i.kind === "position") && !element.contains(document.activeElement)) draw(); });
+watch("value", () => { const v = props.value || {}; if (v.fraction === undefined) D.asked = false; if (v.chosen && D.name === null) D.name = v.chosen; draw(); });
+draw();

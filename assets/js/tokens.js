@@ -60,9 +60,14 @@ tokcols.addEventListener("mouseover", e => { const t = tokOf(e); if (t) tokTip(t
 tokcols.addEventListener("mouseleave", () => { maptip.hidden = true; });
 tokcols.addEventListener("focusin", e => { const t = tokOf(e); if (t) tokTip(t); });
 tokcols.addEventListener("focusout", () => { maptip.hidden = true; });
-tokcols.addEventListener("click", e => { const t = tokOf(e); if (!t || !S.now) return; const c = T.data.cols[t.parentNode.dataset.n], row = S.now.prompt + Number(t.dataset.i);
-  if (c.letter === S.letter && row < total()) S.chooseRow(row, true); });
+function tokChoose(t) { // the map turns to this token's row, in its own variant, and its life is told
+  const c = T.data.cols[t.parentNode.dataset.n], row = S.now.prompt + Number(t.dataset.i);
+  if (c.letter !== S.letter || S.minus) { S.want = row; S.choose({letter: c.letter, minus: null}); }
+  else if (row < total()) S.chooseRow(row, true);
+}
+tokcols.addEventListener("click", e => { const t = tokOf(e); if (t && S.now) tokChoose(t); });
 tokcols.addEventListener("keydown", e => { const t = tokOf(e); if (!t) return; const all = [...t.parentNode.children], i = all.indexOf(t);
   if (e.key === "Escape") { maptip.hidden = true; return; }
+  if (e.key === "Enter" || e.key === " ") { e.preventDefault(); if (S.now) tokChoose(t); return; }
   const to = {ArrowRight: i + 1, ArrowDown: i + 1, ArrowLeft: i - 1, ArrowUp: i - 1, Home: 0, End: all.length - 1}[e.key];
   if (to === undefined || !all[to]) return; e.preventDefault(); t.tabIndex = -1; all[to].tabIndex = 0; all[to].focus(); });

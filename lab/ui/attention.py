@@ -1,7 +1,6 @@
 """The Attention tab: the map, the token strip, where a row looks, the heads of a layer, and the cache map."""
 from __future__ import annotations
 
-import base64
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,7 +75,8 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
                 run.tasks.pop(("tile", ask.get("id")), None)
         found = answer(draw, ask)
         run = lab.shelf.get(str((ask or {}).get("key")))
-        if "error" in found and run is not None and ask.get("layer") not in run.layers(str(ask.get("letter"))):
+        have = run.layers(str(ask.get("letter"))) if run is not None else []
+        if "error" in found and run is not None and (not have or ask.get("over") is None and ask.get("layer") not in have):
             found["replay"], found["auto"] = lab.replayable(run), lab.replays_by_itself(run)
         return found
 
@@ -93,6 +93,9 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
 
     def row(ask: dict[str, Any]) -> dict[str, Any]:
         return answer(maps.row, ask)
+
+    def largest(ask: dict[str, Any]) -> dict[str, Any]:
+        return answer(maps.largest, ask)
 
     def stats(ask: dict[str, Any]) -> dict[str, Any]:
         return answer(maps.stats, ask)
@@ -115,14 +118,11 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
         return answer(lambda run, ask: tokenview.attention(lab, run, ask), ask)
 
     def exported(ask: dict[str, Any]) -> dict[str, Any]:
-        def made(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
-            name, text = export.page(run, ask)
-            return {"name": name, "type": "text/html", "data": base64.b64encode(text.encode("utf-8")).decode("ascii")}
-        return answer(made, ask)
+        return answer(lambda run, ask: export.follow(lab, run, ask), ask)
 
     def tokens(ask: dict[str, Any]) -> dict[str, Any]:
         return answer(lambda run, _: {"tokens": words(run, str(ask.get("letter")))}, ask)
-    return [tile, drawing, cell, row, stats, cache, life, heads, texts, attended, exported, tokens]
+    return [tile, drawing, cell, row, largest, stats, cache, life, heads, texts, attended, exported, tokens]
 
 
 def words(run: OpenRun, letter: str) -> list[str]:
@@ -135,7 +135,8 @@ def build(lab: Lab) -> tuple[gr.HTML, gr.HTML]:
     """The component and its status line."""
     status = gr.HTML("", apply_default_css=False, elem_id="attstatus")
     view = gr.HTML(value(lab, "recorded"), html_template="", apply_default_css=False, elem_id="attention",
-                   js_on_load=assets.script("attention", "map", "panels", "grid", "tokens", "attention_shell"), server_functions=functions(lab))
+                   js_on_load=assets.script("attention", "map", "panels", "cachemap", "grid", "tokens", "attention_shell"),
+                   server_functions=functions(lab))
     return view, status
 
 

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lab.errors import LabError
@@ -24,7 +25,7 @@ SLOT_IDENTITY = {"trim": "whole prompt", "select": "all entries", "edit": "–",
                  "encode": "16 bit", "calibrate": "–"}
 CACHE_SIDE = ("observe", "score", "allocate", "reduce", "encode")
 MOST_VARIANTS = 4
-REPLAY_ALL_BYTES = 96 * 2**20  # below this, a replay captures every layer at once
+REPLAY_ALL_BYTES = 1 * 2**30  # below this, and a sixth of the free memory, a replay captures every layer at once
 ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 Report = Callable[[float, str], None]
 
@@ -303,9 +304,11 @@ class Lab:
         loaded = self.ensure_model(report)
         facts, variant = loaded.facts, run.variant(letter)
         rows = len(run.record["prompt"]["token_ids"]) + len(variant.get("token_ids") or [])
-        every = facts.layers * (facts.heads + facts.kv_heads) * facts.head_dim * rows * 2 <= REPLAY_ALL_BYTES
+        size = facts.layers * (facts.heads + facts.kv_heads) * facts.head_dim * rows * 2
+        every = size <= min(REPLAY_ALL_BYTES, free_bytes() / 6)
         run.add(replay(loaded, run.record, letter, layers=None if every else {layer},
                        progress=None if report is None else lambda fraction: report(fraction, "Replaying")))
+        self.shelf.make_room()
 
     def replays_by_itself(self, run: OpenRun) -> bool:
         """True when the right model is in memory, so that a missing layer can be captured without being asked."""
@@ -334,7 +337,7 @@ class Lab:
 
     def keep(self, outcome: Outcome, owner: str) -> tuple[str, str | None]:
         """Put a finished run on the shelf and save it. Returns (key, sentence about a failed save or None)."""
-        key = self.shelf.put(OpenRun(outcome.record, outcome.arrays))
+        key = self.shelf.put(OpenRun(outcome.record, outcome.arrays, save=self._saver(outcome.record, owner)))
         try:
             self.library.save(outcome.record, outcome.arrays, owner if self.public else "")
         except Exception as problem:
@@ -345,7 +348,23 @@ class Lab:
     def open(self, run_id: str, owner: str) -> str:
         """Open a saved run and return its key. Raises LabError when it is not there or not this visitor's."""
         record, arrays = self.library.load(run_id, owner if self.public else "")
-        return self.shelf.put(OpenRun(record, arrays))
+        return self.shelf.put(OpenRun(record, arrays, save=self._saver(record, owner)))
+
+    def _saver(self, record: dict[str, Any], owner: str) -> Callable[[str, dict[str, Any]], None]:
+        """How what is computed from a run is kept with it."""
+        return lambda prefix, arrays: self.library.attach(str(record.get("run_id")), prefix, arrays,
+                                                          owner if self.public else "")
+
+
+def free_bytes() -> float:
+    """Memory that the machine can still give; plenty where it does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return float(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return float(2**40)
 
 
 def on_space() -> bool:

@@ -1,7 +1,8 @@
-"""Diagnostics of the literature in the Attention tab: what each one needs, a Run button, figures and their tables."""
+"""Diagnostics of the literature in the Attention tab: what each needs and takes, a Run button, figures and their tables."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
@@ -11,15 +12,20 @@ from lab.errors import LabError
 from . import assets, probes
 from .controller import Lab
 from .opened import OpenRun
-from .sessions import of_model, session
+from .sessions import of_model, read_of, session
 from .tasks import Task, Told
 
-SLOTS = 5  # the most figures that a diagnostic declares
+SLOTS = 6  # the most figures that a diagnostic declares
 GONE = "This run is no longer open on the server. Open it again from Runs."
 
 
+def name_of(letter: str, name: str) -> str:
+    """Under which name a result is kept with its run."""
+    return f"{letter}/diagnostic/{name}"
+
+
 def value(lab: Lab, key: str | None, **more: Any) -> dict[str, Any]:
-    """The list of diagnostics and the run it would read."""
+    """The list of diagnostics, the run they would read, and what was computed from it before."""
     from lab.inspect.diagnostics import registry
 
     run = lab.shelf.get(key)
@@ -29,31 +35,59 @@ def value(lab: Lab, key: str | None, **more: Any) -> dict[str, Any]:
     total = None if run is None else (run.record.get("model") or {}).get("layers")
     listed = [{"name": d.name, "title": d.title, "paper": d.paper.title, "arxiv": d.paper.arxiv, "year": d.paper.year,
                "help": d.help, "explanation": d.explanation, "model": of_model(d.needs), "captures": "captures" in d.needs,
-               "words": "marked" in d.needs} for d in sorted(registry().values(), key=lambda d: d.title)]
-    return {"key": key if run is not None else None, "variants": variants, "total": total, "list": listed, **more}
+               "inputs": [asdict(i) for i in d.inputs]} for d in sorted(registry().values(), key=lambda d: d.title)]
+    return {"key": key if run is not None else None, "variants": variants, "total": total, "list": listed,
+            "kept": kept(run), **more}
 
 
-def _task(lab: Lab, run: OpenRun, letter: str, name: str, words: str) -> Task:
-    """The work of one diagnostic on one variant, begun once and kept with the run."""
-    from lab.inspect.diagnostics import registry
+def kept(run: OpenRun | None) -> dict[str, list[str]]:
+    """{letter: names of diagnostics whose result is kept with the run}."""
+    out: dict[str, list[str]] = {}
+    for name in run.results() if run is not None else []:
+        parts = name.split("/")
+        if len(parts) == 3 and parts[1] == "diagnostic":
+            out.setdefault(parts[0], []).append(parts[2])
+    return out
+
+
+def asked_for(declared: Any, given: Any) -> dict[str, str]:
+    """What a person gave, as text, empty fields left out: two equal ones ask the same."""
+    given = given if isinstance(given, dict) else {}
+    found = {i.name: str(given.get(i.name) or "").strip() for i in declared.inputs}
+    return {name: text for name, text in found.items() if text}
+
+
+def known(run: OpenRun, letter: str, declared: Any, given: dict[str, str] | None) -> tuple[dict[str, Any], Any] | None:
+    """(about, arrays) kept of a diagnostic: with these inputs and of all layers captured now, or, for None, whatever there is."""
+    found = run.result(name_of(letter, declared.name))
+    if found is None or given is None:
+        return found
+    about = found[0]
+    same = about.get("given") == given and set(about.get("layers") or []) >= set(run.layers(letter))
+    return found if same else None
+
+
+def _task(lab: Lab, run: OpenRun, letter: str, declared: Any, given: dict[str, str]) -> Task:
+    """The work of one diagnostic on one variant, begun once; its result is kept with the run."""
     from lab.inspect.diagnostics import run as compute
     from lab.inspect.scores import Cancelled
 
-    declared = registry().get(name)
-    if declared is None:
-        raise LabError(f'There is no diagnostic "{name}"', fix="Choose one from the list")
-    key = ("diagnostic", name, letter, words, tuple(run.layers(letter)))
+    layers = run.layers(letter)
+    key = ("diagnostic", declared.name, letter, str(given), tuple(layers))
 
     def work(told: Told) -> Any:
         def progress(fraction: float) -> None:
             if told.cancelled():
                 raise Cancelled()
             told.progress(fraction)
-        found = session(lab, run, letter, declared.needs, words)
+        found = session(lab, run, letter, declared, given)
         progress(0.0)
-        return compute(name, found, progress)
+        arrays = compute(declared.name, found, progress)
+        about = {"given": given, "layers": layers, "read": read_of(run, letter, declared)}
+        run.remember(name_of(letter, declared.name), about, arrays)
+        return about, arrays
     task = run.tasks.get(key)
-    if task is None or task.problem is not None:
+    if task is None or task.problem is not None or not task.running:
         task = run.tasks[key] = Task(lab, work)
         run.tasks["diagnostic"] = task
     return task
@@ -75,37 +109,56 @@ def empty() -> list[Any]:
     return [x for _ in range(SLOTS) for x in (gr.update(visible=False), gr.skip(), gr.skip(), gr.skip())]
 
 
+def drawn(declared: Any, about: dict[str, Any], arrays: Any) -> list[Any]:
+    """Updates of all slots for a result."""
+    layers = [int(n) for n in about.get("layers") or []]
+    slots: list[Any] = []
+    for figure in [f for f in declared.figures if probes.drawable(f, arrays)][:SLOTS]:
+        slots += [gr.update(visible=True), f'<h4 class="h">{probes.esc(figure.title)}</h4>',
+                  probes.draw(figure, arrays, layers), probes.table(figure, arrays, layers)]
+    return [*slots, *empty()[len(slots):]]
+
+
 def runner(lab: Lab) -> Callable[[gr.EventData], Iterator[Any]]:
-    """Compute one diagnostic with progress, then fill the figure slots."""
+    """Compute one diagnostic with progress, then fill the figure slots. `show` in the ask: only what is kept."""
     def work(event: gr.EventData) -> Iterator[Any]:
         from lab.inspect.diagnostics import registry
 
         ask = event._data or {}
-        key, letter, name, words = (str(ask.get(k) or "") for k in ("key", "letter", "name", "words"))
-        kept = {"chosen": name, "letter": letter, "words": words}
-        run = lab.shelf.get(key)
+        key, letter, name = (str(ask.get(k) or "") for k in ("key", "letter", "name"))
+        told: dict[str, Any] = {"chosen": name, "letter": letter}
+        run, declared = lab.shelf.get(key), registry().get(name)
+
+        def end(problem: str) -> list[Any]:
+            return [{**value(lab, key), **told, "problem": problem}, *empty()]
         if run is None:
-            yield [{**value(lab, key), **kept, "problem": GONE}, *empty()]
+            yield end(GONE)
             return
         try:
+            if declared is None:
+                raise LabError(f'There is no diagnostic "{name}"', fix="Choose one from the list")
             run.variant(letter)
-            task = _task(lab, run, letter, name, words[:200])
+            given = asked_for(declared, ask.get("given"))
+            found = known(run, letter, declared, None if ask.get("show") else given)
+            task = None if found is not None or ask.get("show") else _task(lab, run, letter, declared, given)
         except LabError as problem:
-            yield [{**value(lab, key), **kept, "problem": str(problem)}, *empty()]
+            yield end(str(problem))
             return
-        while task.running:
-            yield [{**value(lab, key), **kept, "fraction": task.fraction}, *[gr.skip()] * len(empty())]
-            task.join(0.4)
-        if task.problem is not None:
-            yield [{**value(lab, key), **kept, "problem": task.problem}, *empty()]
+        if task is not None:
+            while task.running:
+                yield [{**value(lab, key), **told, "fraction": task.fraction}, *[gr.skip()] * len(empty())]
+                task.join(0.4)
+            if task.problem is not None:
+                yield end(task.problem)
+                return
+            found = task.result
+        if found is None:
+            yield [{**value(lab, key), **told}, *empty()]
             return
-        declared, layers = registry()[name], run.layers(letter)
-        drawn = [f for f in declared.figures if f.array in task.result][:SLOTS]
-        slots: list[Any] = []
-        for figure in drawn:
-            slots += [gr.update(visible=True), f'<h4 class="h">{probes.esc(figure.title)}</h4>',
-                      probes.draw(figure, task.result, layers), probes.table(figure, task.result, layers)]
-        yield [{**value(lab, key), **kept, "done": name}, *slots, *empty()[len(slots):]]
+        about, arrays = found
+        done = {"name": name, "letter": letter, "read": about.get("read"), "layers": about.get("layers"),
+                "given": about.get("given") or {}, "numbers": probes.numbers(arrays)}
+        yield [{**value(lab, key), **told, "done": done}, *drawn(declared, about, arrays)]
     return work
 
 

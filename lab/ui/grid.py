@@ -1,4 +1,4 @@
-"""Every head of every captured layer: thumbnails and the measures to sort them by, computed once per variant."""
+"""Every head of every captured layer: thumbnails and the measures to sort them by, computed once and kept with the run."""
 from __future__ import annotations
 
 from typing import Any
@@ -13,7 +13,7 @@ from .opened import OpenRun
 from .tasks import Task, Told
 
 SIDE = 32
-MEASURES = ("entropy", "sink_rate", "mean_distance", "induction", "previous", "far_mass")
+MEASURES = ("entropy", "sink_rate", "mean_distance", "induction", "previous", "far_mass", "importance")
 
 
 def ids_of(run: OpenRun, letter: str) -> list[int]:
@@ -21,46 +21,103 @@ def ids_of(run: OpenRun, letter: str) -> list[int]:
     return [*((run.record.get("prompt") or {}).get("token_ids") or []), *(run.variant(letter).get("token_ids") or [])]
 
 
-def _draw(run: OpenRun, letter: str, layers: list[int], told: Told) -> dict[str, Any]:
+def importance(lab: Lab, run: OpenRun, letter: str) -> np.ndarray | None:
+    """float32 [L, Hq] gradient importance of every head on the run's last tokens (1905.10650), each layer to norm 1.
+
+    None where the run's model is not loaded, or is no ordinary decoder.
+    """
+    if not (lab.loaded and lab.replayable(run)):
+        return None
+    import torch
+
+    from lab.inspect.diagnostics.importance import TOKENS, gate_gradients, normalised
+    from lab.inspect.diagnostics.probe import ModelProbe
+
+    try:
+        probe = ModelProbe(lab.ensure_model().model)
+        ids = torch.as_tensor(ids_of(run, letter)[-TOKENS:], device=probe.device)
+        return normalised(gate_gradients(probe, ids)).numpy()
+    except LabError:
+        return None
+
+
+def _draw(lab: Lab, run: OpenRun, letter: str, layers: list[int], told: Told) -> None:
     from lab.inspect import heads
 
-    captures, ids, measures = [run.capture(letter, n) for n in layers], ids_of(run, letter), []
+    captures, ids = [run.capture(letter, n) for n in layers], ids_of(run, letter)
     known = ids if len(ids) >= captures[0].tokens else None
     drawn = heads.grid(captures, SIDE, progress=lambda f: told.progress(f / 2), cancel=told.cancelled)
+    rows = []
     for n, capture in enumerate(captures):
-        measures += heads.table([capture], known, cancel=told.cancelled)
-        told.progress(0.5 + (n + 1) / len(captures) / 2)
-    thumbs = np.stack([shade(np.sqrt(head), False)[0] for layer in drawn.values for head in layer])
-    rows = [{"layer": r["layer"], "head": r["head"], "kv": r["kv_head"],
-             **{m: float(r[m]) if np.isfinite(r[m]) else None for m in MEASURES}} for r in measures]
-    return {"side": int(thumbs.shape[-1]), "thumbs": pack(thumbs), "heads": rows, "step": drawn.step, "layers": layers,
-            "sampled": drawn.sampled, "tokens": captures[0].tokens}
+        rows += heads.table([capture], known, cancel=told.cancelled)
+        told.progress(0.5 + (n + 1) / len(captures) * 0.45)
+    weigh = importance(lab, run, letter)
+    for r in rows:
+        inside = weigh is not None and r["layer"] < weigh.shape[0] and r["head"] < weigh.shape[1]
+        r["importance"] = float(weigh[r["layer"], r["head"]]) if inside else float("nan")
+    about = {"layers": layers, "step": drawn.step, "sampled": drawn.sampled, "tokens": captures[0].tokens,
+             "measures": list(MEASURES), "importance": weigh is not None}
+    run.remember(name_of(letter), about, {
+        "thumbs": np.stack([shade(np.sqrt(head), False)[0] for layer in drawn.values for head in layer]),
+        "values": np.array([[r[m] for m in MEASURES] for r in rows], dtype=np.float32),
+        "heads": np.array([[r["layer"], r["head"], r["kv_head"]] for r in rows], dtype=np.int16)})
+
+
+def name_of(letter: str) -> str:
+    """Under which name a variant's grid is kept."""
+    return f"{letter}/grid"
+
+
+def known(run: OpenRun, letter: str) -> dict[str, Any] | None:
+    """The kept grid as the browser draws it, or None."""
+    found = run.result(name_of(letter))
+    if found is None:
+        return None
+    about, arrays = found
+    try:
+        heads, values, thumbs = arrays["heads"], arrays["values"], arrays["thumbs"]
+        if not len(heads) == len(values) == len(thumbs) or thumbs.dtype != np.uint8:
+            return None
+        rows = [{"layer": int(h[0]), "head": int(h[1]), "kv": int(h[2]),
+                 **{m: float(x) if np.isfinite(x) else None for m, x in zip(about["measures"], v, strict=True)}}
+                for h, v in zip(heads, values, strict=True)]
+        return {"side": int(thumbs.shape[-1]), "thumbs": pack(thumbs), "heads": rows,
+                **{k: about[k] for k in ("step", "layers", "sampled", "tokens", "importance")}}
+    except (KeyError, ValueError, IndexError):
+        return None
 
 
 def grid(lab: Lab, run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
     """Start or follow the drawing of a variant's heads: {"fraction"} while it lasts, then everything.
 
-    `ask`: letter; `start` to begin where nothing was begun; `drop` to give up.
+    `ask`: letter; `start` to begin (again) whatever is kept; `drop` to give up. With what is kept comes `better`: that
+    more layers, or the importance, could be had by drawing again.
     """
     letter = str(ask["letter"])
-    layers = run.layers(letter)
-    if not layers:
-        raise LabError(f"This run holds no captured attention of variant {letter}",
-                       fix="Load the run's model and replay it to capture attention")
-    key = ("grid", letter, tuple(layers))
+    layers, kept, key = run.layers(letter), known(run, letter), ("grid", letter)
     task = run.tasks.get(key)
     if task is not None and ask.get("drop"):
         task.cancel()
         run.tasks.pop(key, None)
-        return {"idle": True}
-    if task is None:
-        if not ask.get("start"):
-            return {"idle": True}
-        task = run.tasks[key] = Task(lab, lambda told: _draw(run, letter, layers, told))
+        return kept or {"idle": True}
+    if task is None and ask.get("start"):
+        if not layers:
+            raise LabError(f"This run holds no captured attention of variant {letter}",
+                           fix="Load the run's model and replay it to capture attention")
+        task = run.tasks[key] = Task(lab, lambda told: _draw(lab, run, letter, layers, told))
         task.join(0.3)
-    if task.running:
+    if task is not None and task.running:
         return {"fraction": task.fraction}
-    if task.problem is not None:
+    if task is not None:
         run.tasks.pop(key, None)
-        return {"error": task.problem}
-    return task.result
+        if task.problem is not None:
+            return {"error": task.problem}
+        kept = known(run, letter)
+    if kept is None:
+        if not layers:
+            raise LabError(f"This run holds no captured attention of variant {letter}",
+                           fix="Load the run's model and replay it to capture attention")
+        return {"idle": True}
+    more = len(set(layers) - set(kept["layers"]))
+    missing = not kept["importance"] and lab.loaded and lab.replayable(run)
+    return {**kept, "better": bool(layers) and (more > 0 or missing) and set(layers) >= set(kept["layers"])}

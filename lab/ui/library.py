@@ -39,6 +39,10 @@ class StoreLibrary:
         """Save a run whole."""
         self.store.save(record, arrays, owner or None)
 
+    def attach(self, run_id: str, prefix: str, arrays: dict[str, Any], owner: str = "") -> None:
+        """Keep what was computed from a saved run with it."""
+        self.store.attach(run_id, prefix, arrays, owner or None)
+
     def load(self, run_id: str, owner: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
         """Record and arrays. Raises StorageError when it is not there or not this visitor's."""
         record, names = self.store.get(run_id, owner or None)

@@ -11,11 +11,14 @@ import numpy as np
 
 from lab.errors import LabError
 
-from .opened import OpenRun
+from .opened import COMBINED, OpenRun
 
 SIDE = 512
 HEAD_FIGURES = ("entropy", "sink_rate", "mean_distance", "local_mass", "far_mass", "previous")
 LOG_FLOOR = 1e-5  # darkest shade of the logarithmic scale
+PROMPT_STOPS = 64  # changes while the prompt is read that the time slider stops at
+MOST_EVENTS = 400  # lines of one token's life
+LARGEST = 24  # cells in the table behind the map
 
 
 def head_of(value: Any) -> int | str:
@@ -23,8 +26,25 @@ def head_of(value: Any) -> int | str:
     return value if value in ("mean", "max", "rollout") else int(value)
 
 
+def layer_of(ask: dict[str, Any]) -> int | str:
+    """The layer a browser asks for, or how it wants all captured layers combined."""
+    return ask["over"] if ask.get("over") in COMBINED else int(ask["layer"])
+
+
 def _lens(run: OpenRun, ask: dict[str, Any]) -> Any:
-    return run.lens(str(ask["letter"]), int(ask["layer"]), head_of(ask["head"]), str(ask.get("minus") or "") or None)
+    minus = str(ask.get("minus") or "") or None
+    return run.lens(str(ask["letter"]), layer_of(ask), head_of(ask["head"]), minus, bool(ask.get("exact")))
+
+
+def captioned(run: OpenRun, ask: dict[str, Any]) -> str:
+    """What a view shows, in words: layer and head, or which reduction of which layers."""
+    head, layer = head_of(ask["head"]), layer_of(ask)
+    heads = f"{head} over heads" if isinstance(head, str) else f"query head {head}"
+    if head != "rollout" and isinstance(layer, int):
+        return f"layer {layer}, {heads}"
+    have, total = run.layers(str(ask["letter"])), (run.record.get("model") or {}).get("layers")
+    which = f"all {total} layers" if len(have) == total else f"captured layers {', '.join(map(str, have))}"
+    return f"rollout of {which}" if head == "rollout" else f"{layer} over {which}, {heads}"
 
 
 def pack(array: np.ndarray) -> str:
@@ -58,19 +78,43 @@ def _shade_signed(values: np.ndarray, log: bool) -> tuple[np.ndarray, float]:
 def tile(run: OpenRun, ask: dict[str, Any], progress: Any = None, cancel: Any = None) -> dict[str, Any]:
     """One window of the map as ≤ 512 x 512 bytes.
 
-    `ask`: letter, minus (letter or nothing), layer, head, rows [r0, r1), cols [c0, c1), width, height, pool
-    'max'|'mean', log bool.
+    `ask`: letter, minus (letter or nothing), layer, over ("mean"|"max" over layers or nothing), head, rows [r0, r1), cols
+    [c0, c1), width, height, pool 'max'|'mean', log bool, exact (a rollout's own rows). `coarse` in the answer: there are
+    finer rows to be had by asking exactly.
     """
     lens = _lens(run, ask)
-    seen = lens.view(_span(ask["rows"], lens.tokens), _span(ask["cols"], lens.tokens),
+    rows = _span(ask["rows"], lens.tokens)
+    seen = lens.view(rows, _span(ask["cols"], lens.tokens),
                      min(int(ask.get("width") or SIDE), SIDE), min(int(ask.get("height") or SIDE), SIDE),
                      "mean" if ask.get("pool") == "mean" else "max", progress, cancel)
     shades, top = (_shade_signed if ask.get("minus") else shade)(seen.values, bool(ask.get("log", True)))
     answer = {"h": int(shades.shape[0]), "w": int(shades.shape[1]), "data": pack(shades), "top": top,
               "rows": list(seen.rows), "cols": list(seen.cols), "row_step": seen.row_step, "col_step": seen.col_step}
+    answer["coarse"] = head_of(ask["head"]) == "rollout" and seen.row_step > -(-(rows[1] - rows[0]) // SIDE)
     if seen.evicted.any():
         answer["evicted"] = pack(seen.evicted)
+    if seen.bits is not None and not ask.get("minus") and (seen.bits < 16).any():
+        answer["bits"] = pack(seen.bits)
     return answer
+
+
+def largest(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
+    """The table behind the map: the largest cells of a window, each by its own largest weight, token 0's column apart.
+
+    Returns {cells: [{row, col, weight}], sink: mean weight on token 0 in sight or None}.
+    """
+    lens = _lens(run, ask)
+    seen = lens.view(_span(ask["rows"], lens.tokens), _span(ask["cols"], lens.tokens), SIDE, SIDE, "max")
+    size = np.where(np.isfinite(seen.values), np.abs(seen.values), -1.0)
+    if seen.cols[0] == 0 and size.shape[1] > 1:
+        size[:, 0] = -1.0  # the sink would fill the table
+    cells = []
+    for at in np.argsort(-size, axis=None, kind="stable")[:LARGEST]:
+        y, x = divmod(int(at), size.shape[1])
+        if size[y, x] > 0:
+            (r0, r1), (c0, c1) = seen.tokens_of(y, x)
+            cells.append({"rows": [r0, r1], "cols": [c0, c1], "weight": float(seen.values[y, x])})
+    return {"cells": cells, "exact": seen.exact}
 
 
 def _span(pair: Any, tokens: int) -> tuple[int, int]:
@@ -93,7 +137,7 @@ def row(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
 
     Of a difference: the largest changes, and no mass of others.
     """
-    letter, layer, i, head = str(ask["letter"]), int(ask["layer"]), int(ask["row"]), head_of(ask["head"])
+    letter, layer, i, head = str(ask["letter"]), layer_of(ask), int(ask["row"]), head_of(ask["head"])
     lens, signed, rolled = _lens(run, ask), bool(ask.get("minus")), head == "rollout"
     weights = lens.row(i)
     known = np.where(np.isfinite(weights), weights, 0.0)
@@ -121,7 +165,7 @@ def cache(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
     """Layers x tokens after a step: the bits of each entry, 0 = evicted, 255 = not written yet.
 
     `ask`: letter, row (last row fed), kv 'all' or a KV head, cols, width. Where several entries share a pixel,
-    the most frequent state is shown.
+    the most frequent state is shown. `totals` counts all entries, `layers` those of each layer.
     """
     from lab.inspect.cachemap import NOT_YET
 
@@ -129,24 +173,49 @@ def cache(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
     n = history.tokens
     a, b = _span(ask.get("cols") or (0, n), n)
     at = min(max(int(ask["row"]) if ask.get("row") is not None else n - 1, 0), n - 1)
-    entries = history.entries(at)[:, :, a:b]
+    whole = history.entries(at)
+    entries = whole[:, :, a:b]
     if ask.get("kv") not in (None, "all"):
-        entries = entries[:, [int(ask["kv"])]]
+        kv = int(ask["kv"])
+        if not 0 <= kv < entries.shape[1]:
+            raise LabError(f"KV head {kv} does not exist", f"This model has KV heads 0 to {entries.shape[1] - 1}")
+        entries = entries[:, [kv]]
     width = max(1, min(int(ask.get("width") or 1024), 2048, b - a))
     starts = np.linspace(0, b - a, width + 1).astype(int)[:-1]
     levels = np.unique(entries)
     seen = np.stack([np.add.reduceat((entries == level).sum(axis=1), starts, axis=1) for level in levels])
-    every, times = np.unique(history.entries(at), return_counts=True)
-    totals = {str(bits): int(n) for bits, n in zip(every, times, strict=True) if bits != NOT_YET}
+    every = [level for level in np.unique(whole) if level != NOT_YET]
+    layers = {str(level): [int(x) for x in (whole == level).sum(axis=(1, 2))] for level in every}
     return {"h": int(entries.shape[0]), "w": int(width), "data": pack(levels[seen.argmax(axis=0)]), "cols": [a, b],
-            "row": at, "rows": n, "totals": totals, "stops": [int(x) for x in history.change_rows()[:2000]]}
+            "row": at, "rows": n, "totals": {level: sum(count) for level, count in layers.items()}, "layers": layers,
+            "stops": stops(run, history, n)}
+
+
+def stops(run: OpenRun, history: Any, n: int) -> list[int]:
+    """Rows that the time slider stops at: before and after changes while the prompt was read, its end, every decode step."""
+    prompt = min(len((run.record.get("prompt") or {}).get("tokens") or []), n)
+    early = [int(r) for r in history.change_rows() if r < prompt - 1]
+    if len(early) > PROMPT_STOPS:
+        early = [early[int(i)] for i in np.linspace(0, len(early) - 1, PROMPT_STOPS)]
+    return sorted({0, max(0, prompt - 1), *early, *(max(0, r - 1) for r in early), *range(prompt, n)})
 
 
 def life(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
-    """What befell one token, summed over heads and layers: [{row, what, bits, entries}] in the order of rows."""
-    told: dict[tuple[int, str, int], int] = {}
-    for event in run.cache_map(str(ask["letter"])).life(int(ask["token"])):
-        key = (event.row, event.what, event.bits)
-        told[key] = told.get(key, 0) + 1
-    return {"token": int(ask["token"]),
-            "events": [{"row": r, "what": w, "bits": b, "entries": n} for (r, w, b), n in sorted(told.items())]}
+    """What befell one token: summed over heads and layers, and then each entry's own story.
+
+    Returns {token, events: [{row, what, bits, entries, into: [[position, entries]]}], detail: [{row, layer, kv, what,
+    bits, into}]}; the detail leaves out the writing, which is the same for all.
+    """
+    told: dict[tuple[int, str, int], list[int | None]] = {}
+    happened = run.cache_map(str(ask["letter"])).life(int(ask["token"]))
+    for event in happened:
+        told.setdefault((event.row, event.what, event.bits), []).append(event.into)
+    events = []
+    for (row_, what, bits), into in sorted(told.items()):
+        found, times = np.unique([x for x in into if x is not None], return_counts=True)
+        targets = sorted(zip(map(int, found), map(int, times), strict=True), key=lambda x: (-x[1], x[0]))
+        events.append({"row": row_, "what": what, "bits": bits, "entries": len(into), "into": [list(t) for t in targets[:8]]})
+    detail = [{"row": e.row, "layer": e.layer, "kv": e.kv_head, "what": e.what, "bits": e.bits, "into": e.into}
+              for e in happened if e.what != "written"]
+    return {"token": int(ask["token"]), "events": events, "detail": detail[:MOST_EVENTS],
+            "more": max(0, len(detail) - MOST_EVENTS)}

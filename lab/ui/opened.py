@@ -1,23 +1,34 @@
 """A run that somebody has open: its record, its arrays, and the captures built from them on demand."""
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from lab.errors import LabError
 
+from . import kept
+
+log = logging.getLogger("lab.ui")
+
 KEEP = 24
+REPLAYED_BYTES = 2 * 2**30  # of queries and keys that replays brought, over all open runs
+COMBINED = ("mean", "max")  # layers combined
+Save = Callable[[str, dict[str, np.ndarray]], None]
 
 
 class OpenRun:
     """Record and arrays of one run. Captures and head figures are computed once and kept with it."""
 
-    def __init__(self, record: dict[str, Any], arrays: dict[str, np.ndarray] | None, recorded: bool = False) -> None:
-        self.record, self.arrays, self.recorded = record, dict(arrays or {}), recorded
+    def __init__(self, record: dict[str, Any], arrays: dict[str, np.ndarray] | None, recorded: bool = False,
+                 save: Save | None = None) -> None:
+        self.record, self.arrays, self.recorded, self._save = record, dict(arrays or {}), recorded, save
+        self._replayed: set[str] = set()
         self._captures: dict[tuple[str, int], Any] = {}
         self._stats: dict[tuple[str, int], Any] = {}
         self._maps: dict[str, Any] = {}
@@ -47,19 +58,25 @@ class OpenRun:
                 self._captures[letter, layer] = Capture.from_arrays(self.arrays, letter, layer)
             return self._captures[letter, layer]
 
-    def lens(self, letter: str, layer: int, head: int | str, minus: str | None = None) -> Any:
+    def lens(self, letter: str, layer: int | str, head: int | str, minus: str | None = None, exact: bool = False) -> Any:
         """lab.inspect Lens: one head, "mean", "max" or "rollout" of a variant, or its difference from variant `minus`.
 
-        A difference covers the tokens that both runs have.
+        `layer` is a number, or "mean" or "max" over all captured layers. A difference covers the tokens that both runs
+        have and, over several layers, the layers that both hold. `exact` asks a rollout for a window's own rows.
         """
         from lab.inspect.lens import Difference, Heads, Rollout
 
+        both = None if not minus or minus == letter else set(self._needed(letter)) & set(self._needed(minus))
+
         def one(name: str, tokens: int | None = None) -> Any:
-            if head != "rollout":
-                return Heads([self._cut(name, layer, tokens)], head)
-            return Rollout([self._cut(name, n, tokens) for n in self._needed(name)])
-        if not minus or minus == letter:
+            if head != "rollout" and layer not in COMBINED:
+                return Heads([self._cut(name, int(layer), tokens)], head)
+            every = [self._cut(name, n, tokens) for n in self._needed(name) if both is None or n in both]
+            return Rollout(every, exact) if head == "rollout" else Heads(every, head, str(layer))
+        if both is None:
             return one(letter)
+        if not both and (head == "rollout" or layer in COMBINED):
+            raise LabError(f"{letter} and {minus} hold no captured layer in common", fix="Replay both to capture attention")
         shared = min(one(letter).tokens, one(minus).tokens)
         return Difference(one(minus, shared), one(letter, shared))
 
@@ -85,10 +102,46 @@ class OpenRun:
     def add(self, arrays: dict[str, np.ndarray]) -> None:
         """Arrays that a replay brought."""
         with self._lock:
+            self._replayed |= {name for name in arrays if name.startswith("qk/") and name not in self.arrays}
             self.arrays.update(arrays)
-            self._captures.clear()
-            self._trimmed.clear()
-            self._stats.clear()
+            self._forget()
+
+    def replayed_bytes(self) -> int:
+        """Bytes of queries and keys that replays brought."""
+        return sum(self.arrays[name].nbytes for name in self._replayed)
+
+    def let_go(self) -> None:
+        """Drop what replays brought; it can be captured again."""
+        with self._lock:
+            for name in self._replayed:
+                self.arrays.pop(name, None)
+            self._replayed.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        self._captures.clear()
+        self._trimmed.clear()
+        self._stats.clear()
+
+    def result(self, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        """(about, arrays) of something computed from this run, now or before it was saved."""
+        return kept.unpack(name, self.arrays)
+
+    def results(self) -> list[str]:
+        """Names of what was computed from this run."""
+        return kept.names(self.arrays)
+
+    def remember(self, name: str, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        """Keep something computed from this run, with the saved run where there is one. A failed save loses nothing."""
+        packed, start = kept.pack(name, about, arrays), kept.prefix(name)
+        with self._lock:
+            self.arrays = {**{k: v for k, v in self.arrays.items() if not k.startswith(start)}, **packed}
+        if self._save is None or sum(a.nbytes for a in packed.values()) > kept.MOST_BYTES:
+            return
+        try:
+            self._save(start, packed)
+        except Exception as problem:  # a run that somebody else shared, a full disk: the result is on screen all the same
+            log.info("a result was not saved with its run: %s", problem)
 
     def stats(self, letter: str, layer: int) -> Any:
         """lab.inspect HeadStats of one layer, computed once."""
@@ -107,26 +160,28 @@ class OpenRun:
                 self._maps[letter] = CacheMap.from_arrays(self.arrays, letter)
             return self._maps[letter]
 
-    def _kv(self, capture: Any, head: int | str) -> slice:
-        return slice(None) if isinstance(head, str) else slice(capture.kv_head(head), capture.kv_head(head) + 1)
+    def _lanes(self, letter: str, layer: int | str, head: int | str) -> list[tuple[Any, slice]]:
+        """(capture, its KV heads) of everything that `layer` and `head` mean."""
+        chosen = [self.capture(letter, n) for n in (self._needed(letter) if layer in COMBINED else [int(layer)])]
+        return [(c, slice(None) if isinstance(head, str) else slice(c.kv_head(head), c.kv_head(head) + 1)) for c in chosen]
 
-    def evicted_at(self, letter: str, layer: int, head: int | str, i: int) -> np.ndarray | None:
-        """bool [T]: entries that row i could have read, had every KV head of `head` not evicted them."""
-        capture = self.capture(letter, layer)
-        if capture.death is None:
+    def evicted_at(self, letter: str, layer: int | str, head: int | str, i: int) -> np.ndarray | None:
+        """bool [T]: entries that row i could have read, had every KV head of `head` (in every layer) not evicted them."""
+        lanes = self._lanes(letter, layer, head)
+        if any(c.death is None for c, _ in lanes):
             return None
-        death = np.asarray(capture.death.cpu())[self._kv(capture, head)].max(axis=0)
+        death = np.max([np.asarray(c.death.cpu())[part].max(axis=0) for c, part in lanes], axis=0)
         return (death <= i) & (np.arange(death.size) <= i)
 
-    def bits_at(self, letter: str, layer: int, head: int | str, i: int, j: int) -> int | None:
+    def bits_at(self, letter: str, layer: int | str, head: int | str, i: int, j: int) -> int | None:
         """Fewest bits in which row i read entry j; None when the run did not record it."""
-        capture = self.capture(letter, layer)
-        if capture.bits is None:
-            return None
-        lanes = self._kv(capture, head)
-        bits = np.asarray(capture.bits.cpu())[lanes, j]
-        narrow = np.ones_like(bits, dtype=bool) if capture.demoted is None else np.asarray(capture.demoted.cpu())[lanes, j] <= i
-        return int(np.where(narrow & (bits > 0), bits, 16).min())
+        found = []
+        for c, part in self._lanes(letter, layer, head):
+            if c.bits is not None:
+                bits = np.asarray(c.bits.cpu())[part, j]
+                narrow = np.ones_like(bits, dtype=bool) if c.demoted is None else np.asarray(c.demoted.cpu())[part, j] <= i
+                found.append(int(np.where(narrow & (bits > 0), bits, 16).min()))
+        return min(found, default=None)
 
 
 class Shelf:
@@ -144,6 +199,15 @@ class Shelf:
             for old in [k for k in self._runs if k != "recorded"][: max(0, len(self._runs) - self._keep)]:
                 del self._runs[old]
         return key
+
+    def make_room(self, limit: int = REPLAYED_BYTES) -> None:
+        """Let go of what replays brought to the runs that were used least recently, until the rest fits."""
+        with self._lock:
+            runs = list(self._runs.values())
+        for run in runs[:-1]:
+            if sum(r.replayed_bytes() for r in runs) <= limit:
+                return
+            run.let_go()
 
     def get(self, key: str | None) -> OpenRun | None:
         """The run of a key, or None when it has left."""

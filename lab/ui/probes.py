@@ -41,6 +41,18 @@ def _none(values: np.ndarray) -> list[Any]:
     return [[None if not np.isfinite(x) else float(x) for x in row] for row in np.atleast_2d(values.astype(np.float64))]
 
 
+def drawable(figure: Any, arrays: dict[str, np.ndarray]) -> bool:
+    """True when a result holds something to draw for a figure."""
+    found = arrays.get(figure.array)
+    return found is not None and found.size > 0 and bool(np.isfinite(np.asarray(found, dtype=np.float64)).any())
+
+
+def numbers(arrays: dict[str, np.ndarray]) -> list[list[str]]:
+    """The single figures of a result, named: what stands in one number."""
+    return [[name.replace("_", " "), decimal(float(x), 4)] for name, x in arrays.items()
+            if x.ndim == 0 and x.dtype.kind in "fiu" and np.isfinite(x)]
+
+
 def draw(figure: Any, arrays: dict[str, np.ndarray], layers: list[int]) -> go.Figure:
     """One declared figure. Axis text of many names is thinned by Plotly; missing values stay empty."""
     values, axes = np.asarray(arrays[figure.array]), figure.axes

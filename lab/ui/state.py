@@ -15,7 +15,7 @@ class Address:
     tab: str = "compare"
     run: str | None = None
     variant: str | None = None
-    layer: int | None = None
+    layer: int | str | None = None  # a number, or "mean" or "max" over layers
     head: int | str | None = None
     minus: str | None = None
 
@@ -29,7 +29,7 @@ class Address:
         run = str(query.get("run") or "")[:80]
         letter = str(query.get("variant") or "")
         return cls(tab if tab in TABS else "compare", run or None, letter if letter in ("A", "B", "C", "D") else None,
-                   number("layer"), head if head in ("mean", "max", "rollout") else number("head"),
+                   layer if (layer := str(query.get("layer") or "")) in ("mean", "max") else number("layer"), head if head in ("mean", "max", "rollout") else number("head"),
                    minus if (minus := str(query.get("minus") or "")) in ("A", "B", "C", "D") else None)
 
 

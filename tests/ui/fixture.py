@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lab.engine.slots import Paper, Technique, param
+from lab.errors import LabError
 from lab.ui.controller import Job, Lab, Outcome
 from lab.ui.library import StoreLibrary
 from lab.ui.opened import OpenRun
@@ -124,11 +125,12 @@ FACTS = {"id": "tests/Synthetic-1M", "source": "fixture", "revision": "0", "arch
 
 
 def cache_arrays(kind: str, n: int, prompt: int) -> dict[str, np.ndarray]:
-    """bits, death and demoted of one invented policy."""
+    """bits, death and demoted of one invented policy, and what was merged."""
     rng = np.random.default_rng(len(kind))
     bits = np.full((LAYERS, KV, n), 16, np.uint8)
     death = np.full((LAYERS, KV, n), NEVER, np.int64)
     demoted = np.full((LAYERS, KV, n), NEVER, np.int64)
+    merged = np.full((LAYERS, KV, n), -1, np.int32)
     if kind == "b":
         for layer in range(LAYERS):
             keep = rng.random((KV, prompt)) < 0.5 - 0.05 * layer
@@ -136,10 +138,12 @@ def cache_arrays(kind: str, n: int, prompt: int) -> dict[str, np.ndarray]:
             bits[layer, :, :prompt] = np.where(keep, 2, 0)
             death[layer, :, :prompt] = np.where(keep, NEVER, prompt)
             demoted[layer, :, :prompt] = np.where(keep, prompt, NEVER)
+            merged[layer, :, 2:40] = np.where(keep[:, 2:40], -1, 1)  # some of what leaves joins token 1
     if kind == "c":
         for j in range(4, n - 64):
             bits[:, :, j], death[:, :, j] = 0, max(j + 64, prompt)
-    return {"bits": bits, "death": death.astype(np.int32), "demoted": demoted.astype(np.int32)}
+    found = {"bits": bits, "death": death.astype(np.int32), "demoted": demoted.astype(np.int32)}
+    return found | ({"merged": merged} if kind == "b" else {})
 
 
 def record_and_arrays(run_id: str = "20260101-000000-test", made: list[str] | None = None) -> tuple[dict, dict]:
@@ -219,6 +223,9 @@ class FakeLab(Lab):
     @property
     def loaded(self) -> bool:
         return True
+
+    def ensure_model(self, report=None):
+        raise LabError("There is no model in this test")
 
     def replays_by_itself(self, run) -> bool:
         return False

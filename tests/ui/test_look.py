@@ -10,6 +10,7 @@ from lab.errors import LabError
 from lab.ui import attention, maps
 from lab.ui.opened import OpenRun
 from lab.ui.state import Address
+from lab.ui.tasks import Told
 
 from . import fixture
 
@@ -90,7 +91,8 @@ def test_the_grid_holds_every_captured_head_once_and_is_kept(lab):
     assert [(r["layer"], r["head"]) for r in found["heads"]] == [(n, h) for n in (0, 3, 7) for h in range(fixture.HEADS)]
     assert len(base64.b64decode(found["thumbs"])) == len(found["heads"]) * found["side"] ** 2
     assert all(0 <= r["sink_rate"] <= 1 and r["kv"] == r["head"] // 3 for r in found["heads"])
-    assert heads(ask)["thumbs"] is found["thumbs"]
+    assert heads(ask)["thumbs"] == found["thumbs"]
+    assert not found["importance"] and all(r["importance"] is None for r in found["heads"])
     assert "no captured attention" in heads({"key": "recorded", "letter": "D"})["error"]
 
 
@@ -126,11 +128,15 @@ def test_every_declared_figure_of_the_run_alone_is_drawn_with_its_table(run):
 
     lab, drawn = fixture.FakeLab(step_s=0), 0
     for name, declared in registry().items():
-        found = session(lab, run, "A", (), "amber key")
-        if of_model(declared.needs) or declared.missing(found) or not declared.needs:
+        if of_model(declared.needs) or not declared.needs:
+            continue
+        found = session(lab, run, "A", declared, {"marked": "amber key", "split": "."})
+        if declared.missing(found):
             continue
         arrays = compute(name, found)
         for figure in declared.figures:
+            if not probes.drawable(figure, arrays):
+                continue
             plot, table = probes.draw(figure, arrays, run.layers("A")), probes.table(figure, arrays, run.layers("A"))
             assert plot.layout.paper_bgcolor == "rgba(0,0,0,0)" and plot.data and "<table" in table
             drawn += 1
@@ -148,11 +154,12 @@ def last(lab, **ask):
 
 def test_a_diagnostic_is_computed_once_and_what_is_missing_is_one_sentence(lab):
     out = last(lab, name="sinks")
-    assert out[0]["done"] == "sinks" and out[1]["visible"] and "<table" in out[4]
+    assert out[0]["done"]["name"] == "sinks" and out[1]["visible"] and "<table" in out[4]
+    assert out[0]["kept"] == {"A": ["sinks"]}
     tasks = lab.shelf.get("recorded").tasks
-    kept = tasks["diagnostic"].result
+    kept = tasks["diagnostic"]
     last(lab, name="sinks")
-    assert tasks["diagnostic"].result is kept
+    assert tasks["diagnostic"] is kept, "the second time reads what is kept"
     for name, word in (("iou", "Highlight"), ("basin", "documents"), ("nonsense", "no diagnostic")):
         assert word in last(lab, name=name)[0]["problem"]
     assert "no longer open" in last(lab, key="gone", name="sinks")[0]["problem"]
@@ -185,10 +192,16 @@ def test_a_long_run_is_exported_with_finer_levels_that_are_exact_where_they_say(
     arrays = {"qk/A/0/q": rng.standard_normal((2, n, 8)).astype(np.float16), "qk/A/0/k": rng.standard_normal((1, n, 8)).astype(np.float16)}
     record, _ = fixture.record_and_arrays()
     long = OpenRun(record, arrays)
-    tiles, finest = export._levels(long, {**ask("A", 0), "pool": "max", "log": True}, n, None)
+    view, told = {**ask("A", 0), "pool": "max", "log": True}, Told()
+    tiles, finest = export._levels(long, view, n, told)
     assert tiles[0]["row_step"] == 2 and finest == 1 and tiles[-1]["rows"] == [512, 700]
     monkeypatch.setattr(export, "MOST_BYTES", 10)
-    assert export._levels(long, {**ask("A", 0), "pool": "max", "log": True}, n, None)[1] == 2
+    assert told.fraction >= 0.5
+    tiles, finest = export._levels(long, view, n, told)
+    assert finest == 2 and [t["row_step"] for t in tiles] == [2, 1, 1], "the newest rows are there exactly all the same"
+    told.cancel()
+    with pytest.raises(LabError, match="cancelled"):
+        export._levels(OpenRun(record, {k: v * 2 for k, v in arrays.items()}), view, n, told)
 
 
 def test_an_export_of_what_is_not_there_is_one_sentence(lab):

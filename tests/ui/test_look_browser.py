@@ -59,8 +59,115 @@ def test_the_time_slider_goes_back_to_before_the_eviction(page):
     canvas(page)
     page.get_by_role("button", name="B", exact=True).first.click()
     page.wait_for_function("document.querySelector('.cachebox .key').innerText.includes('evicted')")
-    page.get_by_label("step: the row that was fed last").fill("40")
+    slider = page.get_by_label("step: the row that was fed last")
+    assert "step 24 of 24" in page.inner_text(".cachebox") and int(slider.get_attribute("max")) < 40, "decode steps, not rows"
+    slider.fill("1")
     page.wait_for_function("!document.querySelector('.cachebox .key').innerText.includes('evicted')")
+    assert "the prompt is read" in page.inner_text(".cachebox") and slider.get_attribute("aria-valuetext") == "the prompt is read"
+    slider.press("ArrowRight")
+    page.wait_for_function("document.querySelector('.cachebox .key').innerText.includes('evicted')")
+    assert "step 1 of" in page.inner_text(".cachebox")
+    page.get_by_text("Table: entries by layer at this step").click()
+    assert page.locator(".cachebox details[open] tbody tr").count() == 8
+    page.get_by_label("KV head of the cache map").select_option("1")
+    page.wait_for_function("document.querySelector('.cachebox .key').innerText.includes('evicted')")
+
+
+def test_a_click_on_a_token_tells_its_life_and_what_it_was_merged_into(page):
+    canvas(page)
+    page.get_by_role("button", name="B", exact=True).first.click()
+    page.wait_for_function("document.querySelector('.cachebox .key').innerText.includes('evicted')")
+    page.click('.tk[data-i="120"]')
+    page.click('.tk[data-i="20"]')
+    page.wait_for_function("/life of token 20/i.test(document.querySelector('.life').innerText)")
+    assert "merged into" in page.inner_text(".life") and " 1 (" in page.inner_text(".life")
+    assert "still there at the end" in page.inner_text(".life") or "nothing of it" in page.inner_text(".life")
+    page.get_by_text("Table: entry by entry").click()
+    assert "merged" in page.inner_text(".life details[open] table")
+    page.locator(".life button.link").first.click()
+    page.wait_for_function("/life of token 1$/im.test(document.querySelector('.life .row').innerText.split('\\n')[0])")
+    page.focus(".cachecanvas")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("/life of token 2/i.test(document.querySelector('.life').innerText)")
+    page.locator(".tokview .vC .tv").nth(3).click()
+    page.wait_for_function("location.search.includes('variant=C') && document.querySelector('.mapnote').innerText.includes('pinned')")
+
+
+def test_layers_are_combined_and_the_link_remembers(page):
+    canvas(page)
+    page.get_by_label("layer", exact=True).select_option("mean")
+    page.wait_for_function("document.querySelector('.mapscale').innerText.includes('Mean over only the captured layers 0, 3, 7')")
+    assert "layer=mean" in page.url
+    page.get_by_label("head", exact=True).select_option("max")
+    page.wait_for_function("document.querySelector('.mapscale').innerText.includes('max over heads')")
+    box = page.locator(".mapcanvas").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.6)
+    page.wait_for_function("[...document.querySelectorAll('.al-tip')].some(t => !t.hidden && /weight .* rank/.test(t.innerText))")
+    page.goto(page.url)
+    page.wait_for_selector(".bars tr", timeout=20_000)
+    assert page.get_by_label("layer", exact=True).input_value() == "mean"
+    page.get_by_label("layer", exact=True).select_option("max")
+    page.wait_for_function("document.querySelector('.mapscale').innerText.includes('Largest over')")
+    page.get_by_label("layer", exact=True).select_option("3")
+    page.wait_for_function("!document.querySelector('.mapscale').innerText.includes('over only')")
+
+
+def test_entries_read_at_few_bits_are_drawn_as_such_and_the_map_has_a_table(page):
+    canvas(page)
+    assert "read at" not in page.inner_text(".mapscale")
+    page.get_by_role("button", name="B", exact=True).first.click()
+    page.wait_for_function("document.querySelector('.mapscale').innerText.includes('read at 2 bit')")
+    page.get_by_text("Table: largest weights in sight").click()
+    page.wait_for_selector(".mapside details[open] tbody tr")
+    assert page.locator(".mapside details[open] tbody tr").count() == 24
+    page.locator(".mapside details[open] tbody button").first.click()
+    page.wait_for_function("document.querySelector('.mapnote').innerText.includes('pinned')")
+
+
+def test_what_was_computed_comes_back_with_the_saved_run(page, site):
+    def opened():
+        page.goto(site[0] + "?tab=attention&run=20251231-230000-aaaa&variant=A")
+        page.wait_for_selector(".bars tr", timeout=20_000)
+
+    opened()
+    page.click('[data-key="grid"]')
+    page.wait_for_selector(".thumb")
+    page.click('[data-key="p-sinks"]')
+    page.click('[data-key="d-run"]')
+    page.wait_for_selector("#probe0 .js-plotly-plot")
+    opened()
+    page.wait_for_selector(".thumb")
+    assert page.locator(".thumb").count() == 18
+    page.wait_for_selector('[data-key="p-sinks"].kept')
+    page.click('[data-key="p-sinks"]')
+    page.wait_for_selector("#probe0 .js-plotly-plot")
+    assert "Below: Attention sinks of A" in page.inner_text("#diagnostics")
+
+
+def test_diagnostics_take_words_places_and_separators(page):
+    canvas(page)
+    page.click('[data-key="p-iou"]')
+    page.get_by_label("words that matter").fill("amber key")
+    page.get_by_label("token to look from").fill("9999")
+    page.click('[data-key="d-run"]')
+    page.wait_for_selector("#diagnostics .why")
+    assert "no position in this run" in page.inner_text("#diagnostics .why")
+    page.click('.tk[data-i="100"]')
+    page.get_by_role("button", name="use the pinned row, 100").click()
+    assert page.get_by_label("token to look from").input_value() == "100"
+    page.click('[data-key="d-run"]')
+    page.wait_for_selector("#probe0 .js-plotly-plot")
+    assert "row 100" in page.inner_text("#diagnostics .numbers")
+    page.click('[data-key="p-basin"]')
+    page.get_by_label("what separates documents").fill(".")
+    page.click('[data-key="d-run"]')
+    page.wait_for_function("document.querySelector('#diagnostics').innerText.includes('Below: Attention basin')")
+    assert "score" in page.inner_text("#diagnostics .numbers")
+    page.click('[data-key="p-groups"]')
+    assert len(page.get_by_label("first set").input_value().splitlines()) >= 3
+    page.click('[data-key="d-run"]')
+    page.wait_for_selector("#diagnostics .why")
+    assert "no model" in page.inner_text("#diagnostics .why")
 
 
 def test_a_layer_out_of_range_is_one_sentence(page, site):
@@ -87,9 +194,9 @@ def test_a_diagnostic_runs_and_shows_figures_with_tables(page):
     page.click('[data-key="p-sinks"]')
     page.click('[data-key="d-run"]')
     page.wait_for_selector("#probe0 .js-plotly-plot")
-    assert page.locator(".figbox:visible h4").count() == 3
-    page.locator(".figtable summary").first.click()
-    assert "threshold" in page.inner_text(".figtable >> nth=0")
+    assert page.locator(".figbox:visible h4").count() == 5
+    page.locator(".probes .figtable summary").first.click()
+    assert "threshold" in page.inner_text(".probes .figtable >> nth=0")
     page.click('[data-key="p-basin"]')
     page.click('[data-key="d-run"]')
     page.wait_for_selector("#diagnostics .why")
