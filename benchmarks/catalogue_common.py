@@ -106,11 +106,14 @@ def rows16(layer: LabLayer) -> int:
 @torch.inference_mode()
 def follow(model, cache: LabCache, ids: list[int]) -> torch.Tensor:
     """Log-probabilities [len(ids), V] after each of `ids`, fed one by one."""
-    rows = []
-    for token in ids:
-        out = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        rows.append(out.logits[0, -1].float().log_softmax(-1))
-    return torch.stack(rows)
+    return torch.stack([step(model, cache, token) for token in ids])
+
+
+@torch.inference_mode()
+def step(model, cache: LabCache, token: int) -> torch.Tensor:
+    """Log-probabilities [V] after one more token."""
+    out = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+    return out.logits[0, -1].float().log_softmax(-1)
 
 
 def needle(tokenizer, draw: random.Random, text: str, tokens: int, depth: float, count: int) -> tuple[list[int], list[int]]:
@@ -174,6 +177,34 @@ def quality(model, prompts: dict, opened: Callable[[Read], tuple[LabCache, torch
     return found | {kind: statistics.mean(found[kind]) for kind in ("one", "many")}
 
 
+def bisect(template: str, share: float, most: int, reads: Callable[[str], float]) -> str | None:
+    """The template filled so that reads(spec) is nearest to `share`, or None where that is more than 15% off.
+
+    {b} is a whole number up to `most` of which more reads more; {f} lies in 0..1, more reads less; {t} in 0..1 reads more.
+    A whole number starts at 2, because 1 means everything.
+    """
+    whole, rising = "{b}" in template, "{f}" not in template
+    low, high = (2.0, float(most)) if whole else (0.01, 1.0)
+    best, gap, tried = None, 0.15, set()
+    for _ in range(9):
+        middle = (low + high) / 2
+        value = str(round(middle)) if whole else f"{middle:.3f}"
+        if value in tried:
+            break
+        tried.add(value)
+        spec = template.format(b=value, f=value, t=value)
+        try:
+            got = reads(spec)
+        except LabError:  # a budget below what is protected: more is needed
+            got = 0.0 if rising else float(most)
+        if got and abs(got / share - 1) < gap:
+            best, gap = spec, abs(got / share - 1)
+        if gap < 0.02:
+            break
+        low, high = (middle, high) if (got < share) == rising else (low, middle)
+    return best
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half-width of its 95% t interval."""
     n = len(values)
@@ -199,8 +230,8 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def earlier(side: Side, options: argparse.Namespace) -> tuple[dict[Key, list[dict]], dict[Key, str]]:
-    """(results, specs) of the saved run of this side.
+def earlier(side: Side, options: argparse.Namespace) -> tuple[dict[Key, list[dict]], dict[Key, str | None]]:
+    """(results, specs) of the saved run of this side; None as a spec where no budget reached the share.
 
     Raises LabError where it was made with other settings.
     """
@@ -209,12 +240,17 @@ def earlier(side: Side, options: argparse.Namespace) -> tuple[dict[Key, list[dic
     other = [k for k in ("model", "shares", "prompt", "next", "text") if saved["settings"].get(k) != asked[k]]
     if other:
         raise LabError(f"The saved run has another {', '.join(other)}", fix="Run without --resume, or with its settings")
-    rows = saved["rows"]
-    return ({(r["policy"], r["target"]): r["values"] for r in rows}, {(r["policy"], r["target"]): r["spec"] for r in rows})
+    specs: dict[Key, str | None] = {(name, share): None for name, share in saved.get("unreached", [])}
+    specs |= {(r["policy"], r["target"]): r["spec"] for r in saved["rows"]}
+    return {(r["policy"], r["target"]): r["values"] for r in saved["rows"]}, specs
 
 
 def sweep(side: Side, options: argparse.Namespace) -> dict[Key, list[dict]]:
-    """Measure every policy of a side on every seed, saving after each seed; gives the results by (policy, share)."""
+    """Measure every policy of a side on every seed, saving after each seed; gives the results by (policy, share).
+
+    The n-th result of a policy is that of seed n; one that fails on a seed ends there. Resuming fills in what is missing,
+    policies that were added since included.
+    """
     from lab import models
 
     started, loaded = time.time(), models.load(options.model)
@@ -222,30 +258,30 @@ def sweep(side: Side, options: argparse.Namespace) -> dict[Key, list[dict]]:
     text = options.text.read_text() if options.text else prose("measure")
     shares = [float(s) for s in options.shares.split(",")]
     asked = [o.lower() for o in options.only.split(",")] if options.only else [""]
-    wanted = {n: s for n, s in side.policies.items() if any(o in n.lower() for o in asked)}
+    wanted = {n: t for n, t in side.policies.items() if any(o in n.lower() for o in asked)}
+    templates: dict[Key, str] = {("Dense", None): "dense"}
+    templates |= {(n, share): t for n, t in wanted.items() for share in (shares if "{" in t else [None])}
     found, specs = earlier(side, options) if options.resume else ({}, {})
-    for seed in range(len(found.get(("Dense", None), [])), options.seeds):
+    for seed in range(options.seeds):
+        todo = [k for k in templates if len(found.get(k, [])) == seed and specs.get(k, "") is not None]
+        if not todo:
+            continue
         scene = scenes(tokenizer, text, options, seed)
         prompt, dense = read(model, scene["prose"][0])
         needles = [(kind, d, read(model, ids)[0], answer) for kind, d, ids, answer in scene["needles"]]
         dense_rows = follow(model, dense, scene["prose"][1][:-1])
         prompts = {"prose": (prompt, scene["prose"][1]), "needles": needles}
-        found.setdefault(("Dense", None), []).append(side.measure(model, prompts, "dense", dense_rows, seed))
-        specs["Dense", None] = "dense"
-        for name, template in wanted.items():
-            for share in shares if "{" in template else [None]:
-                key = (name, share)
-                if seed == 0:
-                    spec = side.solve(model, prompts, template, share, seed) if share else template
-                    if spec is None:
-                        continue
-                    specs[key] = spec
-                if key in specs:
-                    try:
-                        found.setdefault(key, []).append(side.measure(model, prompts, specs[key], dense_rows, seed))
-                    except LabError as problem:
-                        print(f"{name} at {share}: {problem}", file=sys.stderr)
-            print(f"seed {seed}: {name} ({time.time() - started:.0f} s)", file=sys.stderr, flush=True)
+        for key in todo:
+            name, share = key
+            try:
+                if key not in specs:
+                    specs[key] = side.solve(model, prompts, templates[key], share, seed) if share else templates[key]
+                if specs[key] is not None:
+                    result = side.measure(model, prompts, specs[key], dense_rows, seed)
+                    found.setdefault(key, []).append(result)
+            except LabError as problem:
+                print(f"{name} at {share}: {problem}", file=sys.stderr)
+            print(f"seed {seed}: {name} {share or ''} ({time.time() - started:.0f} s)", file=sys.stderr, flush=True)
         save(side, options, loaded, found, specs, time.time() - started)
     return found
 
@@ -258,6 +294,8 @@ def save(side: Side, options: argparse.Namespace, loaded, found: dict, specs: di
         rows.append({"policy": name, "target": share, "spec": specs[name, share], "seeds": len(results),
                      **{k: {"mean": m, "half": None if math.isnan(h) else h} for k, (m, h) in figures.items()}, "values": results})
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    path = write(side.name, {"model": loaded.facts.to_dict(), "settings": settings, "seconds": seconds, "rows": rows})
+    unreached = [key for key, spec in specs.items() if spec is None]
+    path = write(side.name, {"model": loaded.facts.to_dict(), "settings": settings, "seconds": seconds, "rows": rows,
+                             "unreached": unreached})
     if options.html:
         side.page(rows, path.with_suffix(".html"))

@@ -7,8 +7,10 @@ from pathlib import Path
 TITLES = {"kl": "KL(dense || policy), nats", "perplexity": "Perplexity", "one": "One needle found", "many": "One of four needles found"}
 
 
-def page(rows: list[dict], path: Path) -> None:
-    """Write a self-contained HTML page of the catalogue's rows."""
+def page(
+    rows: list[dict], path: Path, title: str = "Cache policies at equal bytes", axis: str = "stored bytes, % of a dense 16-bit cache"
+) -> None:
+    """Write a self-contained HTML page of the catalogue's rows. title, axis: what is compared, and what a share is of."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
@@ -26,7 +28,7 @@ def page(rows: list[dict], path: Path) -> None:
                 ),
                 row=place // 2 + 1, col=place % 2 + 1,
             )
-    figure.update_xaxes(title="stored bytes, % of a dense 16-bit cache", type="log")
+    figure.update_xaxes(title=axis, type="log")
     figure.update_yaxes(type="log", row=1, col=1)
-    figure.update_layout(height=1000, title="Cache policies at equal bytes: mean and 95% interval over seeds")
+    figure.update_layout(height=1000, title=f"{title}: mean and 95% interval over seeds")
     figure.write_html(path, include_plotlyjs="cdn")

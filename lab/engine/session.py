@@ -8,6 +8,7 @@ from typing import Iterator
 
 import torch
 
+from kernels import first_use
 from lab.engine.cache import LabCache
 from lab.engine.graph import GraphedDecode, why_not
 from lab.engine.stack import Stack
@@ -41,11 +42,22 @@ class Session:
         self.last_ms = 0.0
         self.path: str | None = None  # how decode steps run on CUDA, once known: "CUDA graph" or "step by step: why"
         self.own: str | None = None
+        self._compiled = False
         self._graph: GraphedDecode | None = None
 
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def compiles(self) -> bool:
+        """Whether this session's first launches will compile kernels: the first of its kind on this machine, on CUDA."""
+        return self.device.type == "cuda" and not self._compiled and first_use.is_first(self._use, self.device)
+
+    @property
+    def _use(self) -> str:
+        config = self.model.config.get_text_config(decoder=True)
+        return f"{self.stack.spec} {config.model_type} {config.hidden_size} {config.num_attention_heads} {self.model.dtype}"
 
     def prefill(self, ids: list[int], *, samples: int = 1) -> torch.Tensor:
         """Feed the prompt and return the last row's logits float32 [samples, V]; last_ms is the time it took.
@@ -100,6 +112,10 @@ class Session:
         else:
             logits = self._forward(ids.view(-1, 1))
         self.last_ms = (self._now() - start) * 1e3
+        if not self._compiled:
+            self._compiled = True
+            if self.device.type == "cuda":
+                first_use.note(self._use, self.device)
         return logits
 
     def _prepare_graph(self, batch: int) -> None:
@@ -125,6 +141,7 @@ class Session:
         twin = Session(self.model, self.stack, new_tokens=self.new_tokens, chunk=self.chunk, seed=self.seed)
         with torch.inference_mode():
             twin.cache = self.cache.clone()
+        twin.shorten, twin._compiled = self.shorten, self._compiled
         return twin
 
     def close(self) -> None:

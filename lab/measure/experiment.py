@@ -15,7 +15,7 @@ from lab.engine.session import Session
 from lab.errors import LabError
 from lab.measure import record as rec
 from lab.measure.request import LETTERS, RunRequest, tokenise
-from lab.measure.stream import Reference, Stream
+from lab.measure.stream import COMPILING, Reference, Stream
 from lab.measure.text import token_strings
 
 log = logging.getLogger("lab")
@@ -106,7 +106,7 @@ class Experiment:
     def _clean(self) -> Iterator[Event]:
         for stream in self._streams:
             if not self._cancel.is_set():
-                yield Progress(stream.index, 0.0, "Warming up")
+                yield Progress(stream.index, 0.0, COMPILING if stream.session.compiles else "Warming up")
                 self._warm_up(stream)
             walk = stream.events()
             while (yield from self._one_step(stream.index, walk)):

@@ -13,6 +13,9 @@ from lab.measure.beliefs import Belief
 from lab.measure.text import Detokeniser
 
 
+COMPILING = "Compiling kernels (first time on this machine, some seconds)"
+
+
 class Reference:
     """The first variant's tokens and beliefs, by index; beliefs are dropped once every other variant has read them."""
 
@@ -104,6 +107,8 @@ class Stream:
                 if more_forced:
                     self.forced = self.session.fork()
             if free_open:
+                if step == 1 and self.session.compiles:
+                    yield Progress(self.index, 1.0, COMPILING)
                 logits = self.session.step(picked)
                 step_ms = self.session.last_ms
             if more_forced:
@@ -128,7 +133,7 @@ class Stream:
     def _prefill(self) -> Iterator[Event | None]:
         """Read the prompt, with progress; returns the logits, or None when cancelled."""
         count = len(self.ids)
-        yield Progress(self.index, 0.0, f"Reading {count} prompt tokens")
+        yield Progress(self.index, 0.0, COMPILING if self.session.compiles else f"Reading {count} prompt tokens")
         steps = self.session.prefill_steps(self.ids, samples=self.samples)
         while True:
             if self.cancelled():

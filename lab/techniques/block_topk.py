@@ -1,4 +1,4 @@
-"""Block top-k: pages by their mean key, with an oracle and a local control."""
+"""Block top-k: pages by their mean key, with an oracle and two controls."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from lab.engine.context import LayerContext
 from lab.engine.reads import Pick
 from lab.engine.slots import Paper, Technique, param
 from lab.techniques.pages import READ_HELP, best, page_count, slots_of, tables
+from lab.techniques.random_score import mixed
+
+MOST = 4099  # a prime step between the draws of two rows, so that neighbouring steps do not repeat each other's pages
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class BlockTopK(Technique):
     help: ClassVar[str] = (
         "Each page of stored tokens is represented by the mean of its keys; a new token reads the pages whose mean fits "
         "it best, besides the first and the latest tokens. A single important token can vanish in its page's mean. The "
-        "controls show what ranking is worth: the oracle picks single tokens by their true scores, local picks none."
+        "controls show what ranking is worth: the oracle picks single tokens by their true scores, random picks other pages "
+        "at every step without looking, local picks none."
     )
     saves: ClassVar[str] = "reads less, stores the same"
     does_not_save: ClassVar[str] = (
@@ -41,8 +45,8 @@ class BlockTopK(Technique):
         64, "Recent tokens that are always read (a little more, so that pages stay whole).",
         min=1, max=65536, unit="tokens"
     )
-    mode: str = param("centroid", "How pages are chosen: by mean key, by true token scores (oracle), or not at all (local).",
-                      choices=("centroid", "oracle", "local"))
+    mode: str = param("centroid", "How pages are chosen: by mean key, by true token scores (oracle), blindly anew at each step "
+                      "(random), or not at all (local).", choices=("centroid", "oracle", "random", "local"))
 
     def select(self, ctx: LayerContext) -> Pick | None:
         store = ctx.store
@@ -56,6 +60,11 @@ class BlockTopK(Technique):
         q = ctx.q[:, :, 0].unflatten(1, (ctx.kv_heads, ctx.groups)).mean(2, keepdim=True)
         if self.mode == "local":
             index, probe = fixed, 0
+        elif self.mode == "random":
+            heads = torch.arange(1, ctx.kv_heads + 1, device=store.device).view(1, -1, 1).expand(store.batch, -1, 1)
+            scores = mixed(torch.arange(1, middle + 1, device=store.device) + MOST * ctx.row, heads, ctx.layer + 1, ctx.seed + 1)
+            chosen, _ = slots_of(best(scores, count), self.page, store.longest, self.sinks)
+            index, probe = torch.cat([chosen, fixed], 2).sort(-1).values, 0
         elif self.mode == "oracle":
             keys = store.all_keys()[:, :, self.sinks : self.sinks + middle * self.page]
             scores = (q @ keys.to(q.dtype).mT).squeeze(2)
@@ -77,7 +86,7 @@ class BlockTopK(Technique):
         dense = (middle <= count).astype(int) if isinstance(entries, np.ndarray) else int(middle <= count)
         chosen = count * self.page if self.mode != "local" else 0
         read = entries - middle * self.page + chosen
-        probe = {"centroid": middle, "oracle": middle * self.page, "local": 0 * middle}[self.mode]
+        probe = {"centroid": middle, "oracle": middle * self.page}.get(self.mode, 0 * middle)
         return probe * (1 - dense), entries * dense + read * (1 - dense)
 
     def table_bytes(self, entries: int, head_dim: int, element: int, layer: int, layers: int, groups: int) -> int:

@@ -45,6 +45,14 @@ def forced(loaded, spec, ids, tokens):
     return out
 
 
+def test_compiling_kernels_for_the_first_time_is_progress(loaded, monkeypatch):
+    monkeypatch.setattr(Session, "compiles", property(lambda self: not self._compiled))
+    _, events = run(loaded, "dense", new=3)
+    texts = [e.text if isinstance(e, Progress) else type(e).__name__ for e in events]
+    assert [i for i, text in enumerate(texts) if "Compiling kernels" in text] == [0, texts.index("Token") + 1]
+    assert "Reading 60 prompt tokens" not in texts
+
+
 def test_a_run_gives_typed_events_and_a_whole_record(loaded):
     experiment, events = run(loaded, "dense", "h2o(budget=0.3)")
     kinds = {type(e) for e in events}

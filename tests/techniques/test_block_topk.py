@@ -42,6 +42,20 @@ def test_full_budget_is_dense_and_a_small_one_is_not():
     differs("block_topk(budget=0.1)")
 
 
-@pytest.mark.parametrize("mode", ["centroid", "oracle", "local"])
+@pytest.mark.parametrize("mode", ["centroid", "oracle", "random", "local"])
 def test_ledger(mode):
     ledger_agrees(f"block_topk(budget=0.1,mode={mode},local=32)")
+
+
+def test_random_pages_are_new_each_step_and_follow_the_seed():
+    k = random(1, 2, 400, 8)
+    picks = {}
+    for seed, n in ((0, 400), (0, 399), (1, 400)):
+        ctx = context(random(1, 2, 1, 8), k[:, :, :n], seed=seed)
+        picks[seed, n] = BlockTopK(budget=64.0, local=32, sinks=4, mode="random").select(ctx)
+        assert picks[seed, n].probe == 0
+        again = BlockTopK(budget=64.0, local=32, sinks=4, mode="random").select(ctx)
+        assert torch.equal(picks[seed, n].index, again.index)
+    pages = {key: [set(((lane[4:68] - 4) // 16).tolist()) for lane in pick.index[0]] for key, pick in picks.items()}
+    assert all(len(lane) == 4 for lanes in pages.values() for lane in lanes)
+    assert pages[0, 400] != pages[0, 399] and pages[0, 400] != pages[1, 400] and pages[0, 400][0] != pages[0, 400][1]
