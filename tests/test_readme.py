@@ -20,6 +20,18 @@ def test_the_table_of_techniques_is_the_registry():
     assert table == markdown().strip(), "run: python -m lab techniques --markdown"
 
 
+def test_the_catalogue_table_is_the_measured_one():
+    import json
+    import sys
+
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.catalogue_table import MARKS, table
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "catalogue.json").read_text())
+    shown = README.split(MARKS[0])[1].split(MARKS[1])[0].strip()
+    assert shown == table(result), "run: python benchmarks/catalogue_table.py --readme"
+
+
 def test_linked_files_exist():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target

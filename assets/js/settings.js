@@ -1,4 +1,4 @@
-/* Preset and decoding controls. value = {presets, preset, mode, temperature, top_k, top_p, seed, max_new_tokens, timing, limits} */
+/* Preset and decoding controls. value = {presets, preset, mode, temperature, top_k, top_p, seed, samples, max_new_tokens, timing, limits} */
 let v = Object.assign({}, props.value);
 const tell = () => (window.alNewTokens = v.max_new_tokens, dispatchEvent(new CustomEvent("al-settings", {detail: {max_new_tokens: v.max_new_tokens}})));
 const send = (changes, redraw = true) => { v = Object.assign({}, v, changes); props.value = v; tell(); if (redraw) draw(); };
@@ -24,7 +24,7 @@ function draw() {
     h("section", {class: "side"}, h("h2", {}, "Decoding"),
       seg("mode", "mode", ["greedy", "sampled"]),
       v.mode === "sampled" ? [num("temperature", "temperature", 0.05, 5, 0.05), num("top_k", "top-k, 0 is off", 0, 1000, 1), num("top_p", "top-p", 0.01, 1, 0.01),
-        num("seed", "seed", 0, 2147483647, 1)] : null,
+        num("seed", "seed", 0, 2147483647, 1), num("samples", "continuations", 1, (v.limits || {}).samples || 8, 1)] : null,
       num("max_new_tokens", "new tokens", 1, most, 1),
       flag("chat", "prompt is", "text", "chat turn", "a chat turn is wrapped in the model's chat template"),
       flag("truncate", "too long", "refuse", "cut", "cut drops the prompt's first tokens until it fits the model's context")),

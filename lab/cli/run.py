@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +46,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
 def model_options(parser: argparse.ArgumentParser) -> None:
     """The options every verb that loads a model shares."""
     parser.add_argument("--model", default="default", help="default, a hub id, a folder, or a .gguf file")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..., or all: spread over every GPU")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--weights", default="auto", choices=("auto", "float32", "bfloat16", "int8", "int4"),
                         help="how linear weights are held on a CPU")
@@ -70,7 +74,7 @@ def act(args: argparse.Namespace) -> int:
             if store.notice:
                 say.line(store.notice)
             store.begin(experiment.record)
-        run(experiment, say)
+        run(experiment, say, None if store is None else store.checkpoint)
         if store is not None:
             store.save(experiment.record, experiment.arrays)
     finally:
@@ -108,28 +112,41 @@ def load_model(args: argparse.Namespace, say: "Say") -> Any:
     return loaded
 
 
-def run(experiment: Any, say: "Say") -> None:
-    """Drive an experiment to its end; Ctrl-C stops it within a step and keeps what there is."""
+def run(experiment: Any, say: "Say", checkpoint: Callable[[dict[str, Any]], None] | None = None) -> None:
+    """Drive an experiment to its end; Ctrl-C stops it within a step and keeps what there is, and what a killed run had
+    so far is what `checkpoint` was given last."""
     from lab.engine.events import Failed, Progress, Token
+    from lab.measure.keeping import kept
 
     total = experiment.request.max_new_tokens
-    walk = experiment.events()
-    while True:
-        try:
-            event = next(walk, None)
-        except KeyboardInterrupt:
-            experiment.cancel()
-            continue
-        if event is None:
-            break
-        if isinstance(event, Progress):
-            say.progress(event.fraction, event.text)
-        elif isinstance(event, Token):
-            say.progress((event.index + 1) / total, f"token {event.index + 1} of {total}")
-        elif isinstance(event, Failed):
-            say.clear()
-            say.line(event.message)
+    walk = experiment.events() if checkpoint is None else kept(experiment, checkpoint)
+    with _first_interrupt(experiment.cancel):
+        for event in walk:
+            if isinstance(event, Progress):
+                say.progress(event.fraction, event.text)
+            elif isinstance(event, Token):
+                say.progress((event.index + 1) / total, f"token {event.index + 1} of {total}")
+            elif isinstance(event, Failed):
+                say.clear()
+                say.line(event.message)
     say.clear()
+
+
+@contextmanager
+def _first_interrupt(cancel: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C calls `cancel`, which lets the step finish; a second one interrupts as always."""
+    def once(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        cancel()
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may say what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGINT, once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:

@@ -56,6 +56,14 @@ class Experiment:
         finally:
             self.close()
 
+    def snapshot(self) -> dict[str, Any]:
+        """The record as it stands: what a variant that goes on has written so far, marked interrupted."""
+        variants = [dict(v) for v in self.record["variants"]]
+        for variant, stream in zip(variants, self._streams):
+            if stream is not None and variant["finish"] is None and variant["error"] is None:
+                variant.update(text=stream.text, token_ids=list(stream.token_ids[0]), ttft_ms=stream.ttft_ms, finish="interrupted")
+        return {**self.record, "status": "interrupted", "variants": variants}
+
     def close(self) -> None:
         """Free the caches."""
         for stream in self._streams:

@@ -44,7 +44,7 @@ class Plan:
 def plan(device: str, dtype: str, weights: str, device_map: Any) -> Plan:
     """Turn what the user asked for into a Plan.
 
-    On the CPU ``auto`` means float32 activations over packed weights. On CUDA it means bfloat16, or float16 where the
+    ``all`` spreads the model over every GPU through accelerate. On the CPU ``auto`` means float32 activations over packed weights. On CUDA it means bfloat16, or float16 where the
     card has no bfloat16.
 
     Raises:
@@ -54,6 +54,11 @@ def plan(device: str, dtype: str, weights: str, device_map: Any) -> Plan:
         raise LabError(f"There is no dtype {dtype}", f"One of auto, {', '.join(_DTYPES)} was expected")
     if weights not in WEIGHTS:
         raise LabError(f"There are no {weights} weights", f"One of {', '.join(WEIGHTS)} was expected")
+    if device == "all":
+        if not torch.cuda.is_available():
+            raise LabError("The model was to be spread over all GPUs, but torch sees none",
+                           fix="Use cpu, or install the CUDA build of torch and the driver")
+        device_map = device_map if device_map is not None else "auto"
     if device_map is not None and torch.cuda.is_available():
         if importlib.util.find_spec("accelerate") is None:
             raise LabError("Spreading a model over several devices needs the accelerate package",
@@ -93,7 +98,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise LabError(f"There is no device {name}", "auto, cpu, cuda or cuda:N was expected") from error
+        raise LabError(f"There is no device {name}", "auto, cpu, cuda, cuda:N or all was expected") from error
     if device.type not in ("cpu", "cuda"):
         raise LabError(f"The device {name} is not supported", "auto, cpu, cuda or cuda:N was expected")
     if device.type == "cuda":

@@ -16,12 +16,12 @@ from .components import cards, charts, columns
 from .controller import Lab, Outcome, sentence
 from .format import count
 from .live import LiveRun
-from .state import MAX_PROMPT_CHARS, Decoding, decoding_value
+from .state import MAX_PROMPT_CHARS, MOST_SAMPLES, Decoding, decoding_value
 
 PERIOD_S = 0.08  # the columns are sent at most this often; more is not seen and costs the model's cores
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 DEFAULT = {"mode": "greedy", "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": 0, "max_new_tokens": 64,
-           "timing": "interleaved", "chat": False, "truncate": False, "preset": ""}
+           "timing": "interleaved", "samples": 1, "chat": False, "truncate": False, "preset": ""}
 EXAMPLE = "Recorded example: press Run to make your own."
 
 
@@ -132,7 +132,7 @@ def token_counter(lab: Lab) -> Any:
 def starting(lab: Lab, record: dict[str, Any] | None) -> dict[str, Any]:
     """Prompt, variants and settings of a record, or of a first visit without one."""
     base = {**DEFAULT, "presets": [{k: p[k] for k in ("id", "title", "about")} for p in assets.presets()],
-            "limits": {"max_new_tokens": lab.max_new_tokens}}
+            "limits": {"max_new_tokens": lab.max_new_tokens, "samples": MOST_SAMPLES}}
     if not record:
         return {"prompt": "", "setup": {"variants": [{"techniques": []}], "rev": 0}, "settings": base}
     return {"prompt": str((record.get("prompt") or {}).get("text") or ""),

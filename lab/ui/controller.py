@@ -282,19 +282,21 @@ class Lab:
         """Events of one experiment, then one Outcome. The run is noted as begun first, so that a crash leaves a trace."""
         from lab.engine.sampling import Sampling
         from lab.measure.experiment import Experiment
+        from lab.measure.keeping import kept
         from lab.measure.request import RunRequest
 
         request = RunRequest(
             prompt=prompt, variants=tuple(self.stack(v).spec for v in variants), max_new_tokens=settings["max_new_tokens"],
             sampling=Sampling(settings["temperature"], settings["top_k"], settings["top_p"], settings["seed"]),
-            timing=settings["timing"], chat=bool(settings.get("chat")), truncate=bool(settings.get("truncate")))
+            timing=settings["timing"], samples=int(settings.get("samples") or 1), chat=bool(settings.get("chat")), truncate=bool(settings.get("truncate")))
         experiment = Experiment(self.ensure_model(), request)
         job.attach(experiment.cancel)
         try:
             self.library.begin(experiment.record, owner if self.public else "")
         except Exception as problem:  # the run itself matters more than its place in the table
             log.warning("the run could not be noted before its start: %s", problem)
-        yield from experiment.events()
+        checkpoint = lambda record: self.library.checkpoint(record, owner if self.public else "")  # noqa: E731
+        yield from kept(experiment, checkpoint)
         yield Outcome(experiment.record, experiment.arrays)
 
     def replay(self, run: OpenRun, letter: str, layer: int, report: Report | None = None) -> None:

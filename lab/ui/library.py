@@ -35,6 +35,10 @@ class StoreLibrary:
         """Note that a run starts, so that a crash leaves it marked interrupted."""
         self.store.begin(record, owner or None)
 
+    def checkpoint(self, record: dict[str, Any], owner: str = "") -> None:
+        """Keep what a run that goes on has so far."""
+        self.store.checkpoint(record, owner or None)
+
     def save(self, record: dict[str, Any], arrays: dict[str, Any], owner: str = "") -> None:
         """Save a run whole."""
         self.store.save(record, arrays, owner or None)

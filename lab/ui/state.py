@@ -6,6 +6,7 @@ from typing import Any
 
 TABS = ("compare", "attention", "memory", "runs")
 MAX_PROMPT_CHARS = 400_000
+MOST_SAMPLES = 8  # continuations of one prompt that a column can still show
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Decoding:
     seed: int = 0
     max_new_tokens: int = 64
     timing: str = "interleaved"
+    samples: int = 1
     chat: bool = False
     truncate: bool = False
 
@@ -60,14 +62,14 @@ class Decoding:
         return cls("sampled" if v.get("mode") == "sampled" else "greedy", bounded("temperature", 0.05, 5.0),
                    int(bounded("top_k", 0, 1000)), bounded("top_p", 0.01, 1.0), int(bounded("seed", 0, 2**31 - 1)),
                    int(bounded("max_new_tokens", 1, most_tokens)), "clean" if v.get("timing") == "clean" else "interleaved",
-                   v.get("chat") is True, v.get("truncate") is True)
+                   int(bounded("samples", 1, MOST_SAMPLES)), v.get("chat") is True, v.get("truncate") is True)
 
     def settings(self) -> dict[str, Any]:
         """The run record's settings; greedy is temperature 0."""
         sampled = self.mode == "sampled"
         return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature if sampled else 0.0,
                 "top_k": self.top_k if sampled else 0, "top_p": self.top_p if sampled else 1.0, "seed": self.seed,
-                "timing": self.timing, "samples": 1, "chat": self.chat, "truncate": self.truncate}
+                "timing": self.timing, "samples": self.samples if sampled else 1, "chat": self.chat, "truncate": self.truncate}
 
 
 def decoding_value(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
@@ -77,5 +79,5 @@ def decoding_value(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, 
                "max_new_tokens": settings.get("max_new_tokens", 64), "timing": settings.get("timing", "interleaved"),
                "chat": bool(settings.get("chat"))}
     if sampled:
-        changes |= {k: settings[k] for k in ("temperature", "top_k", "top_p") if settings.get(k) is not None}
+        changes |= {k: settings[k] for k in ("temperature", "top_k", "top_p", "samples") if settings.get(k) is not None}
     return {**base, **changes}

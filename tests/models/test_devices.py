@@ -42,6 +42,17 @@ def test_a_device_map_goes_to_accelerate_where_there_are_gpus(one_gpu: None) -> 
     assert plan("auto", "auto", "auto", "auto").device_map == "auto"
 
 
+def test_all_means_every_gpu_through_accelerate(one_gpu: None) -> None:
+    assert plan("all", "auto", "auto", None).device_map == "auto"
+    assert plan("all", "auto", "auto", {"": 0}).device_map == {"": 0}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_all_gpus_where_there_are_none_is_refused() -> None:
+    with pytest.raises(LabError, match="torch sees none"):
+        plan("all", "auto", "auto", None)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_device_map_means_the_cpu_where_there_are_none() -> None:
     chosen = plan("auto", "auto", "auto", "auto")

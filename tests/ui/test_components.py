@@ -142,3 +142,12 @@ def test_decoding_is_brought_into_range():
     read = Decoding.read({"mode": "sampled", "temperature": 99, "top_p": "x", "max_new_tokens": 1e9, "seed": -4}, 128)
     assert (read.temperature, read.top_p, read.max_new_tokens, read.seed) == (5.0, 1.0, 128, 0)
     assert Decoding.read({"temperature": 2}, 128).settings()["temperature"] == 0.0
+
+
+def test_continuations_are_asked_for_when_sampling_and_shown_beside_the_first():
+    assert Decoding.read({"mode": "sampled", "samples": 3}, 128).settings()["samples"] == 3
+    assert Decoding.read({"mode": "greedy", "samples": 3}, 128).settings()["samples"] == 1
+    assert Decoding.read({"mode": "sampled", "samples": 999}, 128).samples == 8
+    shown = columns.others({"samples": ["one", "<b>two</b>", "three"]})
+    assert "2 more continuations" in shown and "&lt;b&gt;two" in shown and "one" not in shown
+    assert columns.others({"samples": []}) == "" == columns.others({})

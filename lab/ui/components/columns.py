@@ -48,7 +48,17 @@ def note(variant: dict[str, Any]) -> str:
     parts = [f'{len(variant.get("tokens") or []):,} tokens' if ending else "", ending or ""]
     if ending and fork is not None:
         parts.append(f"first differs at token {fork + 1}")
-    return f'<p class="ending">{esc(" · ".join(p for p in parts if p))}</p>' if ending else ""
+    return (f'<p class="ending">{esc(" · ".join(p for p in parts if p))}</p>' if ending else "") + others(variant)
+
+
+def others(variant: dict[str, Any]) -> str:
+    """The further continuations of the same prompt; figures and marks above are those of the first."""
+    texts = (variant.get("samples") or [])[1:]
+    if not texts:
+        return ""
+    rows = "".join(f"<li>{esc(text)}</li>" for text in texts)
+    name = f"{len(texts)} more continuation{'s' if len(texts) > 1 else ''}"
+    return f'<details class="samples"><summary>{name}</summary><ol start="2">{rows}</ol></details>'
 
 
 def columns(record: dict[str, Any] | None, live: bool = False) -> dict[str, Any]:
