@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from . import assets, attention, compare, diagnostics, memory, runs
+from . import assets, attention, compare, diagnostics, memory, modelpick, runs
 from .components import cards, charts, columns
 from .controller import Lab, on_space, sentence
 from .state import Address
@@ -53,6 +53,11 @@ def build(lab: Lab | None = None) -> gr.Blocks:
         for tab, name in ((tab_compare, "compare"), (tab_attention, "attention"), (tab_memory, "memory"), (tab_runs, "runs")):
             tab.select(None, None, None, js=TAB_ADDRESS.format(tab=name), **PRIVATE)
         ran = _compare_events(lab, c, view, owner)
+        pick = c.pick
+        changed = pick.load.click(modelpick.loader(lab, lambda: header_of(lab, None)), [pick.source, pick.weights],
+                                  [pick.status, c.model, header, pick.load], concurrency_id="model", show_progress="hidden",
+                                  trigger_mode="once", **PRIVATE)
+        changed.then(compare.token_counter(lab), c.prompt, c.info, **QUIET)
         shown = [c.prompt, c.setup, c.settings, c.columns, c.charts, c.saved, c.banner, c.status, c.model]
         att.replay(attention.replayer(lab), None, [att, att_status], concurrency_id="model", show_progress="hidden",
                    trigger_mode="multiple", **PRIVATE)

@@ -11,7 +11,7 @@ import gradio as gr
 
 from lab.errors import LabError
 
-from . import assets
+from . import assets, modelpick
 from .components import cards, charts, columns
 from .controller import Lab, Outcome, sentence
 from .format import count
@@ -41,6 +41,7 @@ class Parts:
     status: gr.HTML
     run: gr.Button
     stop: gr.Button
+    pick: modelpick.Parts
 
 
 def build(lab: Lab) -> Parts:
@@ -53,6 +54,7 @@ def build(lab: Lab) -> Parts:
             gr.HTML('<button type="button" class="sidetoggle" aria-expanded="false" aria-controls="aside">'
                     "Model and decoding</button>", apply_default_css=False, elem_id="sidetoggle", js_on_load=SIDE_TOGGLE)
             model = gr.HTML(cards.model_card(lab.facts(), lab.loaded), apply_default_css=False, elem_classes="sidebody")
+            pick = modelpick.build(lab)
             settings = gr.HTML(first["settings"], html_template="", apply_default_css=False, elem_id="settings",
                                elem_classes="sidebody", js_on_load=assets.script("settings"))
         with gr.Column(scale=1, min_width=0, elem_id="stage"):
@@ -75,7 +77,7 @@ def build(lab: Lab) -> Parts:
             saved = gr.HTML(saved_value(record, True), html_template="", apply_default_css=False, elem_id="saved",
                             js_on_load=assets.script("saved"), server_functions=savers(lab))
     prompt.change(token_counter(lab), prompt, info, trigger_mode="always_last", queue=False, show_progress="hidden", **PRIVATE)
-    return Parts(info, prompt, setup, settings, results, plots, banner, saved, model, status, run, stop)
+    return Parts(info, prompt, setup, settings, results, plots, banner, saved, model, status, run, stop, pick)
 
 
 SIDE_TOGGLE = """const b = element.querySelector('button');

@@ -213,6 +213,15 @@ class Lab:
                                           progress=report)
             return self._model
 
+    def change_model(self, source: str, weights: str = "auto", report: Report | None = None) -> Any:
+        """Load another model in place of the current one, which stays if that fails. Raises LabError with the reason."""
+        with self._loading:
+            from lab import models
+
+            loaded = models.load(source.strip(), device=self.device, dtype=self.dtype, weights=weights, progress=report)
+            self._model, self.source, self.weights = loaded, source.strip(), weights
+            return loaded
+
     def preload(self) -> threading.Thread:
         """Load the model in the background; a failure is told at the first Run."""
         def work() -> None:

@@ -60,3 +60,34 @@ def test_run_look_save_reload_open(browser, real):
     assert page.inner_text("#columns .vB .text") == text
     assert page.input_value("#prompt textarea").startswith("The sea was calm")
     context.close()
+
+
+def test_several_continuations_and_another_model(browser, real):
+    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    page = context.new_page()
+    page.goto(real)
+    page.wait_for_selector("#setup .card")
+    page.wait_for_timeout(800)
+    while page.locator(".card").count() > 1:
+        page.locator('[data-key^="rm-"]').last.click()
+        page.wait_for_timeout(150)
+    page.fill("#prompt textarea", "Three colours of the sea are")
+    page.get_by_role("button", name="sampled").click()
+    page.get_by_label("continuations").fill("3")
+    page.get_by_label("new tokens").fill("6")
+    page.keyboard.press("Tab")
+    page.click("#run")
+    page.wait_for_function("document.querySelector('#status').innerText.includes('Done.')", timeout=300_000)
+    assert "2 more continuations" in page.inner_text("#columns .samples summary")
+    page.click("#columns .samples summary")
+    assert page.locator("#columns .samples li").count() == 2
+
+    page.get_by_role("button", name="Change model").click()
+    page.fill("#modelsource textarea, #modelsource input", "/no/such/folder")
+    page.click("#modelload")
+    page.wait_for_selector("#modelstatus .errorcard", timeout=60_000)
+    assert "still loaded" in page.inner_text("#modelstatus")
+    page.fill("#modelsource textarea, #modelsource input", "default")
+    page.click("#modelload")
+    page.wait_for_function("document.querySelector('#modelstatus').innerText.includes('Loaded')", timeout=120_000)
+    context.close()
