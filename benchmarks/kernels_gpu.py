@@ -110,9 +110,12 @@ def decode_rows(table: Table, quick: bool = False) -> None:
     us2, spread2, floor2 = decode_time(lambda: [tier(16, lanes, n, 128, 128, lengths=even)], 8, LLAMA)
     table.add("decode ragged vs even budget", 16, 8, LLAMA, n, (us, spread), ("ours even", us2), floor2)
     for bits in (16, 4):
-        us, spread, floor = decode_time(lambda: [tier(bits, lanes, n, 128, 64)], 8, LLAMA, want_mass=True, want_entropy=True)
         own = next(r for r in table.rows if r["bits"] == bits and r["batch"] == 8 and r["op"] in ("decode", "decode g64"))
-        table.add("decode with mass and entropy", bits, 8, LLAMA, n, (us, spread), ("ours without", own["ours_us"]), floor)
+        for way, named in (("bytes", "decode with mass and entropy"), ("halves", "decode with mass (halves), entropy")):
+            us, spread, floor = decode_time(
+                lambda: [tier(bits, lanes, n, 128, 64)], 8, LLAMA, want_mass=True, want_entropy=True, weights_as=way
+            )
+            table.add(named, bits, 8, LLAMA, n, (us, spread), ("ours without", own["ours_us"]), floor)
 
 
 def quest_row(table: Table) -> None:

@@ -28,6 +28,7 @@ def attend(
     q: torch.Tensor, tiers: list[TierView], scale: float, *, softcap: float | None = None,
     sink: torch.Tensor | None = None, threshold: torch.Tensor | None = None, want_mass: bool = False,
     want_entropy: bool = False, impl: str = "auto", early: bool = False,
+    weights_as: str | None = None,
 ) -> Decoded:
     """Softmax attention of q [B,Hq,d] to all entries of `tiers` (same lanes, any widths), in one exact softmax.
 
@@ -36,6 +37,8 @@ def attend(
     threshold    [Hq] or [B,Hq] float: keys whose logit (bias included) does not exceed it are not read (Top-theta,
                  arXiv 2502.08363).
     impl         "auto" | "torch" | "triton".
+    weights_as   how local weights are kept for the mass: "bytes" (the default for bfloat16: off by at most 1/510 of the largest
+                 weight among 32 or 64 neighbours, about bfloat16's own error) or "halves" (the default for others; slower).
     early        launch before the kernel that writes q has ended, and wait for it inside (a chain of small launches).
 
     On CUDA nothing synchronises and every length is read on the device, so calls can be captured in a CUDA graph; the
@@ -66,7 +69,7 @@ def attend(
     for t in tiers:
         spaces.setdefault(id(t.rotation), []).append(t)
     if len(spaces) == 1 and tiers[0].rotation is None:
-        return run(q, tiers, scale, softcap, sink, threshold, want_mass, want_entropy, early=early)
+        return run(q, tiers, scale, softcap, sink, threshold, want_mass, want_entropy, early=early, weights_as=weights_as)
     if want_mass or want_entropy:
         raise ValueError("mass and entropy of rotated tiers need impl='torch'; read them from an unrotated tier.")
     outs, lses = [], []

@@ -12,7 +12,7 @@ from kernels.backend import interpreting, overlaps
 from kernels.decode import config
 from kernels.decode.api import Decoded
 from kernels.decode.tier import TierView
-from kernels.decode.triton_merge import mass_kernel, merge_kernel
+from kernels.decode.triton_merge import finish_kernel, mass_kernel, merge_kernel
 from kernels.decode.triton_split import split_kernel
 
 _INTEGER = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -71,9 +71,11 @@ def plan(t: TierView, group: int, dtype: torch.dtype) -> config.Split:
 def run(
     q: torch.Tensor, tiers: list[TierView], scale: float, softcap: float | None, sink: torch.Tensor | None,
     threshold: torch.Tensor | None, want_mass: bool, want_entropy: bool, plans: list[config.Split] | None = None,
-    early: bool = False,
+    early: bool = False, weights_as: str | None = None,
 ) -> Decoded:
     """The Triton path of `kernels.decode.attend`; arguments are checked there."""
+    weights_as = weights_as or ("bytes" if q.dtype == torch.bfloat16 else "halves")
+    as_bytes = want_mass and weights_as == "bytes"
     batch, heads, dim = q.shape
     lanes = tiers[0].lanes
     group = batch * heads // lanes
@@ -98,7 +100,8 @@ def run(
         dot = _FLOAT[t.k.dtype] if t.bits == 16 else (tl.float32 if q.dtype == torch.float32 else tl.float16)
         pointers, sizes = _code_arguments(t, dim, columns)
         tiles = count * p.chunk // p.tile
-        weights = torch.empty(t.slots, group, dtype=torch.float16, device=device) if want_mass else part_lse
+        kind = torch.uint8 if as_bytes else torch.float16
+        weights = torch.empty(t.slots, group, dtype=kind, device=device) if want_mass else part_lse
         tops = torch.empty(lanes, tiles, group, dtype=torch.float32, device=device) if want_mass else part_lse
         locals_[n] = (weights, tops, tiles, p.tile)
         options = {} if p.registers is None or interpreting() else {"maxnreg": p.registers}
@@ -115,7 +118,7 @@ def run(
             BN=p.tile, DT=dot, ASM=not interpreting(), STAGES=p.stages,
             AHEAD=t.bits < 16 and p.ahead and t.pages is None, PDL=overlap, CHAIN=chained, EARLY=first_early, SOFTCAP=softcap is not None,
             BIAS=t.bias is not None, THETA=threshold is not None,
-            PAGE=0 if t.pages is None else t.page, MASS=want_mass, ENTROPY=want_entropy,
+            PAGE=0 if t.pages is None else t.page, MASS=(2 if as_bytes else 1) if want_mass else 0, ENTROPY=want_entropy,
             num_warps=p.warps, num_stages=p.stages, **options,
         )
         first += count
@@ -125,20 +128,32 @@ def run(
     entropy = torch.empty_like(lse) if want_entropy else None
     # few rows: thinner slices of channels, so that the merge still fills the card
     slice_ = next((w for w in (64, 32) if rows * dim >= 264 * w), 16)
-    merge_kernel[(rows, triton.cdiv(dim, slice_))](
-        part_o, part_lse, part_ent, part_lse if sink is None else sink, out, lse, lse if entropy is None else entropy,
-        splits, rows, heads, D=dim, BD=slice_, BS=16 if splits <= 64 else 64, SINK=sink is not None,
-        ENTROPY=want_entropy, PDL=overlap, num_warps=2 if splits <= 64 else 4,
-        **({"launch_pdl": True} if overlap else {}),
-    )
+    ent_out, sink_in, early_launch = lse if entropy is None else entropy, part_lse if sink is None else sink, {"launch_pdl": True} if overlap else {}
+    block = 16 if splits <= 64 else 64
     masses = []
+    if as_bytes:
+        pieces = rows * triton.cdiv(dim, slice_)
+        for t, (weights, tops, tiles, tile) in zip(tiers, locals_):
+            mass = torch.empty(t.slots, dtype=torch.float32, device=device)
+            blocks = triton.cdiv(max(1, t.capacity), 1024)
+            finish_kernel[(pieces + blocks * lanes,)](
+                part_o, part_lse, part_ent, sink_in, out, lse, ent_out, weights, tops, t.start, t.length, mass,
+                splits, rows, heads, tiles, pieces, blocks, D=dim, BD=slice_, BS=block, SINK=sink is not None, ENTROPY=want_entropy,
+                G=group, GP=triton.next_power_of_2(group), TILE=tile, BN=1024, PDL=overlap, num_warps=4, **early_launch,
+            )
+            masses.append(mass)
+            pieces = 0  # merged already
+        return Decoded(out, lse, entropy, masses)
+    merge_kernel[(rows, triton.cdiv(dim, slice_))](
+        part_o, part_lse, part_ent, sink_in, out, lse, ent_out, splits, rows, heads, D=dim, BD=slice_, BS=block, SINK=sink is not None,
+        ENTROPY=want_entropy, PDL=overlap, num_warps=2 if splits <= 64 else 4, **early_launch,
+    )
     if want_mass:
         for t, (weights, tops, tiles, tile) in zip(tiers, locals_):
             mass = torch.empty(t.slots, dtype=torch.float32, device=device)
             mass_kernel[(triton.cdiv(max(1, t.capacity), 1024), lanes)](
                 weights, tops, lse, t.start, t.length, mass, tiles,
-                G=group, GP=triton.next_power_of_2(group), TILE=tile, BN=1024, PDL=overlap, num_warps=4,
-                **({"launch_pdl": True} if overlap else {}),
+                G=group, GP=triton.next_power_of_2(group), TILE=tile, BN=1024, PDL=overlap, num_warps=4, **early_launch,
             )
             masses.append(mass)
     return Decoded(out, lse, entropy, masses)

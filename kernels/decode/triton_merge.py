@@ -13,17 +13,27 @@ def merge_kernel(
     part_o, part_lse, part_ent, sink_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads,
     D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SINK: tl.constexpr, ENTROPY: tl.constexpr, PDL: tl.constexpr,
 ):
-    """One (row, slice of channels): exact log-sum-exp merge over all parts (invariant I5).
+    """One (row, slice of channels) a program: see `_merge`."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()  # launched while the last split programs still run; their results are complete from here on
+    _merge(part_o, part_lse, part_ent, sink_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads, tl.program_id(0), tl.program_id(1),
+           D, BD, BS, SINK, ENTROPY)
+
+
+@triton.jit
+def _merge(
+    part_o, part_lse, part_ent, sink_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads, row, piece,
+    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SINK: tl.constexpr, ENTROPY: tl.constexpr,
+):
+    """One row, one slice of channels: exact log-sum-exp merge over all parts (invariant I5).
 
     part_o [splits, rows, D] float32, part_lse [splits, rows] base 2 (-inf where a part is empty: its output was never
     written and is never read). lse_ptr gets natural logarithms. A sink logit joins the sum without a value.
     """
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    row = row.to(tl.int64)
+    d = piece * BD + tl.arange(0, BD)
     i = tl.arange(0, BS)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()  # launched while the last split programs still run; their results are complete from here on
     top = tl.full([BS], float("-inf"), tl.float32)
     for s in range(0, splits, BS):
         top = tl.maximum(top, tl.load(part_lse + (s + i) * rows + row, mask=s + i < splits, other=float("-inf")))
@@ -52,7 +62,7 @@ def merge_kernel(
         z += tl.exp2(sink - m)
     inv = tl.where(z > 0.0, 1.0 / tl.maximum(z, 1e-38), 0.0)
     tl.store(o_ptr + row * D + d, (acc * inv).to(o_ptr.dtype.element_ty), mask=d < D)
-    if tl.program_id(1) == 0:
+    if piece == 0:
         lse = tl.where(z > 0.0, m + tl.log2(tl.maximum(z, 1e-38)), float("-inf"))
         tl.store(lse_ptr + row, lse * LN2)
         if ENTROPY:
@@ -88,3 +98,59 @@ def mass_kernel(
     lse = tl.load(lse_ptr + lane * G + g, mask=g < G, other=0.0) * LOG2E
     w = tl.where(p > 0.0, p * tl.exp2(m - lse[None, :]), 0.0)
     tl.store(mass_ptr + slot, tl.sum(w, 1), mask=i < n)
+
+
+@triton.jit
+def finish_kernel(
+    part_o, part_lse, part_ent, sink_ptr, o_ptr, lse_ptr, ent_ptr, p_ptr, m_ptr, start_ptr, len_ptr, mass_ptr,
+    splits, rows, heads, tiles, merges, blocks,
+    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SINK: tl.constexpr, ENTROPY: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, TILE: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+):
+    """The merge and the mass in one launch: neither waits for the other.
+
+    The first `merges` programs are `_merge`'s. The others take BN entries of one lane (`blocks` a lane):
+    mass[slot] = sum over the group of p/255 * exp2(m - lse), p uint8 [slots, G] relative to its tile's largest logit
+    m [lanes, tiles, G] (base 2), and lse from the parts themselves.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    pid = tl.program_id(0)
+    if pid < merges:
+        pieces: tl.constexpr = (D + BD - 1) // BD
+        _merge(part_o, part_lse, part_ent, sink_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads, pid // pieces, pid % pieces,
+               D, BD, BS, SINK, ENTROPY)
+    else:
+        lane = ((pid - merges) // blocks).to(tl.int64)
+        n = tl.load(len_ptr + lane).to(tl.int32)
+        t = ((pid - merges) % blocks) * BN
+        if t < n:
+            g = tl.arange(0, GP)
+            live = g < G
+            s = tl.arange(0, BS)
+            top = tl.full([BS, GP], float("-inf"), tl.float32)
+            total = tl.zeros([BS, GP], tl.float32)
+            for first in range(0, splits, BS):
+                inside = (first + s < splits)[:, None] & live[None, :]
+                part = tl.load(part_lse + (first + s)[:, None] * rows + lane * G + g[None, :], mask=inside, other=float("-inf"))
+                new = tl.maximum(top, part)
+                safe = tl.where(new == float("-inf"), 0.0, new)
+                total = total * tl.exp2(top - safe) + tl.exp2(part - safe)
+                top = new
+            m = tl.max(top, 0)
+            if SINK:
+                sink = tl.load(sink_ptr + (lane * G + g) % heads, mask=live, other=0.0).to(tl.float32) * LOG2E
+                m = tl.maximum(m, sink)
+            m = tl.where(m == float("-inf"), 0.0, m)
+            z = tl.sum(total * tl.exp2(top - m[None, :]), 0)
+            if SINK:
+                z += tl.exp2(sink - m)
+            lse = m + tl.log2(tl.maximum(z, 1e-38))
+            i = t + tl.arange(0, BN)
+            slot = tl.load(start_ptr + lane).to(tl.int64) + i
+            ok = (i < n)[:, None] & live[None, :]
+            p = tl.load(p_ptr + slot[:, None] * G + g[None, :], mask=ok, other=0).to(tl.float32)
+            largest = tl.load(m_ptr + ((lane * tiles + i // TILE) * G)[:, None] + g[None, :], mask=ok, other=float("-inf"))
+            w = tl.where(p > 0.0, p * tl.exp2(largest - lse[None, :]), 0.0)
+            tl.store(mass_ptr + slot, tl.sum(w, 1) * (1.0 / 255.0), mask=i < n)

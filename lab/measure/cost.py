@@ -48,6 +48,7 @@ class Prediction:
     Attributes:
         kv_bytes, kv_bytes_dense: cache bytes under the stack and without it. entries: summed over layers and KV heads.
         kept_fraction, read_fraction: entries kept, and entries read by the newest row, over entries of a dense cache.
+        read_bytes_fraction, probe_fraction: bytes read to attend and to choose, over the bytes that a dense cache reads.
         step_flops, step_bytes: one decode step at this point, model weights included.
         flops, eflops: all decode steps from `prompt` to `total`.
     """
@@ -60,6 +61,7 @@ class Prediction:
     entries: int
     kept_fraction: float
     read_fraction: float
+    read_bytes_fraction: float
     probe_fraction: float
     step_flops: float
     step_bytes: float
@@ -70,7 +72,7 @@ class Prediction:
     @property
     def saves(self) -> bool:
         """A selector pays when what it reads to choose and what it then reads stay below a dense read (break-even)."""
-        return self.read_fraction + self.probe_fraction < 1
+        return self.read_bytes_fraction + self.probe_fraction < 1
 
     @property
     def intensity(self) -> float:
@@ -123,7 +125,7 @@ def predict(
     entries = sum(x.entries for x in layers)
     return Prediction(
         prompt, total, element, sum(x.kv_bytes for x in layers), sum(x.kv_bytes for x in full), entries,
-        entries / full_entries, sum(x.read_entries for x in layers) / full_entries,
+        entries / full_entries, sum(x.read_entries for x in layers) / full_entries, sum(x.read_bytes for x in layers) / full_bytes,
         sum(x.probe_bytes for x in layers) / full_bytes, step_flops, step_bytes, flops, flops + intensity * moved, layers,
     )
 
@@ -209,6 +211,11 @@ class _Plan:
                 out.append(min(budget, seen_prompt) + (total - self.prompt))
         return out
 
+    def attended(self, layer: int, total: np.ndarray) -> list[np.ndarray]:
+        """Entries per KV head that the newest row finds: its own is there already, what it displaces is not yet gone."""
+        generated = (total > self.prompt).astype(int)
+        return [before + generated for before in self.entries(layer, total - generated)]
+
     def _prompt_rows(self, layer: int) -> int:
         trim = self.stack.one("trim")
         return self.prompt if trim is None else trim.planned_rows(self.prompt, layer, self.f["layers"])
@@ -217,7 +224,7 @@ class _Plan:
         f, d = self.f, self.f["head_dim"]
         held = [int(n[0]) for n in self.entries(layer, np.array([total]))]
         stored = sum(self._bytes(n, layer) for n in held)
-        probes, reads = zip(*(self._read(layer, np.array([n])) for n in held))
+        probes, reads = zip(*(self._read(layer, n) for n in self.attended(layer, np.array([total]))))
         read = float(sum(r[0] for r in reads))
         per_entry = self._row_bytes(max(held))
         groups = f["heads"] / f["kv_heads"]
@@ -235,7 +242,7 @@ class _Plan:
             key = (self.window(layer), tuple(self.lanes(layer)), self._prompt_rows(layer), self._read_key(layer))
             if key not in known:
                 work, size = 0.0, 0.0
-                for held in self.entries(layer, steps):
+                for held in self.attended(layer, steps):
                     probe, read = self._read(layer, held)
                     per_entry = self._row_bytes(int(held[-1]) if held.size else 1)
                     work += float((4 * groups * d * read + 2 * groups * d * probe).sum())

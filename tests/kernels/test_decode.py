@@ -19,6 +19,7 @@ def check(q, tiers, dtype=None, **options):
     torch.manual_seed(0)
     got = decode.attend(q, tiers, scale, impl="triton", **options)
     options.pop("want_entropy", None)
+    options.pop("weights_as", None)
     out, lse, entropy, mass = reference.attend(q, tiers, scale, **options)
     limit = TOLERANCE[dtype or q.dtype]
     assert error(got.out, out) <= limit
@@ -87,6 +88,18 @@ def test_tiers_join_in_one_softmax():
     tiers = [make_tier(b, n, 64, channels=32, spare=2, device=DEVICE, generator=generator) for b, n in lengths.items()]
     q = torch.randn(2, 6, 64, generator=generator).to(DEVICE, torch.float16)
     check(q, tiers, want_mass=True, want_entropy=True)
+    check(q, tiers, torch.bfloat16, want_mass=True, want_entropy=True, weights_as="bytes")
+
+
+@pytest.mark.parametrize("lengths", [[1, 0, 31, 70 * LONG], [1100, 3]])
+def test_weights_kept_as_bytes(lengths):
+    """Within half a step of the largest weight of their tile, nothing lost where weights differ by many powers of two."""
+    q, tier = case(16, lengths, 64, 3)
+    tier.bias = torch.linspace(-60, 60, tier.slots, device=DEVICE)
+    check(q, [tier], torch.bfloat16, want_mass=True, weights_as="bytes")
+    tier.bias = -tier.bias
+    check(q, [tier], torch.bfloat16, want_mass=True, weights_as="bytes")
+    check(q, [tier], torch.bfloat16, threshold=torch.full((3 * len(lengths),), 1e9, device=DEVICE), want_mass=True, weights_as="bytes")
 
 
 @pytest.mark.parametrize("bits", [16, 4])
@@ -97,6 +110,7 @@ def test_options(bits):
     tier.bias = torch.randn(tier.slots, generator=generator).to(DEVICE)
     sink = torch.randn(9, generator=generator).to(DEVICE)
     check(q, [tier], softcap=2.0, sink=sink, want_mass=True, want_entropy=True)
+    check(q, [tier], torch.bfloat16, softcap=2.0, sink=sink, want_mass=True, want_entropy=True, weights_as="bytes")
     tier.bias = torch.randn(3, tier.slots, generator=generator).to(DEVICE)
     check(q, [tier], threshold=torch.full((9,), 0.3, device=DEVICE))
     check(q, [tier], threshold=torch.full((9,), 1e9, device=DEVICE), want_mass=True)

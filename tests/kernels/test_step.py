@@ -97,3 +97,59 @@ def test_what_does_not_fit_is_refused():
         step.logits(numbers(5, 8), numbers(8), 1e-5, numbers(3, 8), None)
     with pytest.raises(ValueError, match="contiguous weight"):
         step.add_product(numbers(1, 8), numbers(3, 9), None, numbers(1, 3))
+
+
+@pytest.mark.gpu
+def test_a_captured_chain_gives_what_its_launches_give_one_by_one():
+    """Launches that start before their predecessors end must still wait for what those write: bit for bit, many times."""
+    from kernels import decode
+
+    layers, width, heads, kv, dim, inner, vocab, held = 6, 576, 9, 3, 64, 1536, 3000, 300
+    half = lambda *shape, seed: numbers(*shape, dtype=torch.bfloat16, seed=seed) / shape[-1] ** 0.5  # noqa: E731
+    table, norm = half(vocab, width, seed=0) * 20, numbers(width, dtype=torch.bfloat16, seed=1)
+    parts = [
+        (half((heads + 2 * kv) * dim, width, seed=10 * i), half(width, heads * dim, seed=10 * i + 1), half(2 * inner, width, seed=10 * i + 2),
+         half(width, inner, seed=10 * i + 3), half(kv * 400, dim, seed=10 * i + 4) * 8, half(kv * 400, dim, seed=10 * i + 5) * 8)
+        for i in range(layers)
+    ]
+    cos, sin = numbers(16, dim, dtype=torch.bfloat16, seed=4), numbers(16, dim, dtype=torch.bfloat16, seed=5)
+    start = (torch.arange(kv, device=DEVICE) * 400).int()
+    length, slot = torch.full((kv,), held + 1, dtype=torch.int32, device=DEVICE), start.long() + held
+    position = torch.tensor([[held]], device=DEVICE)
+    ids, h = torch.zeros(1, 1, dtype=torch.long, device=DEVICE), poisoned(1, width)
+    q, act = poisoned(1, heads, dim, dtype=torch.bfloat16), poisoned(1, inner, dtype=torch.bfloat16)
+
+    def run(after=lambda: None):
+        step.embed(ids, table, h)
+        after()
+        for qkv, out, up, down, k, v in parts:
+            step.project(h, norm, 1e-5, qkv, None, step.Heads(q, k, v, slot, cos, sin, position, held - 3, kv))
+            after()
+            tier = decode.TierView(16, k, v, start, length, 400)
+            got = decode.attend(q, [tier], dim**-0.5, early=True).out
+            after()
+            step.add_product(got.view(1, -1), out, None, h)
+            after()
+            step.gated(h, norm, 1e-5, up, None, act)
+            after()
+            step.add_product(act, down, None, h)
+            after()
+        return step.logits(h, norm, 1e-5, table, None)
+
+    run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = run()
+    for trial in range(60):
+        ids.fill_(trial * 37 % vocab)
+        want = run(torch.cuda.synchronize).clone()
+        for x in (h, q, act, logits):
+            x.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.isfinite(want).all() and torch.equal(logits, want)

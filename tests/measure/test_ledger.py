@@ -11,18 +11,38 @@ from lab.measure.ledger import Ledger
 from techniques.reading import facts, run
 
 
-@pytest.mark.parametrize("spec", ["dense", "streaming_llm(budget=0.25)", "kivi(residual=32)", "quest(dense_layers=0)", "int_codes"])
-def test_a_step_agrees_with_the_cost_model(spec):
-    session, _ = run(spec, prompt=150, steps=9)
+AGREED = [
+    "dense", "streaming_llm(budget=0.25)", "streaming_llm(budget=154)", "streaming_llm(budget=500)", "h2o(budget=0.25)",
+    "kivi(residual=32)", "kivi(bits=4,group=16,residual=16)", "h2o(budget=0.25)+int_codes(bits=4)", "snapkv(budget=0.3)",
+    "quest(dense_layers=0)", "quest(dense_layers=0)+int_codes(bits=4)",
+    "block_topk(budget=0.1,local=16)", "int_codes", "a_shape", "swat(window=32)",
+]
+
+
+@pytest.mark.parametrize("steps", [1, 9])
+@pytest.mark.parametrize("spec", AGREED)
+def test_a_step_agrees_with_the_cost_model(spec, steps):
+    """Bytes stored, bytes read to choose and to attend, and the work: measured and predicted, to the byte."""
+    session, _ = run(spec, prompt=150, steps=steps)
     ledger = Ledger()
     ledger.note(session.cache, session.last_ms)
-    found, total = cost.predict(facts(), spec, 150, 159), ledger.totals(0)
+    found, total = cost.predict(facts(), spec, 150, 150 + steps), ledger.totals(0)
     assert total["stored_bytes"] == found.kv_bytes
     assert total["entries"] == found.entries
     assert total["probe_bytes"] == sum(x.probe_bytes for x in found.per_layer)
-    if "streaming" not in spec:  # which reads its newest entry before the oldest one leaves
-        assert total["read_bytes"] == pytest.approx(sum(x.read_bytes for x in found.per_layer))
-        assert total["flops"] == pytest.approx(sum(x.flops for x in found.per_layer))
+    assert round(total["read_bytes"]) == round(sum(x.read_bytes for x in found.per_layer))
+    assert total["read_entries"] == sum(x.read_entries for x in found.per_layer)
+    assert total["flops"] == pytest.approx(sum(x.flops for x in found.per_layer))
+    assert total["pays"] == found.saves
+    assert total["read_fraction"] == pytest.approx(found.read_bytes_fraction) and total["probe_fraction"] == pytest.approx(found.probe_fraction)
+
+
+def test_an_evicting_step_reads_one_entry_more_than_it_keeps():
+    session, _ = run("streaming_llm(budget=40)", prompt=150, steps=3)
+    ledger = Ledger()
+    ledger.note(session.cache)
+    lanes = len(session.cache.lab_layers) * facts()["kv_heads"]
+    assert ledger.totals()["entries"] == 40 * lanes and ledger.totals()["read_entries"] == 41 * lanes
 
 
 def test_dense_reads_what_it_holds():
