@@ -153,7 +153,15 @@ def test_continuations_are_asked_for_when_sampling_and_shown_beside_the_first():
     assert columns.others({"samples": []}) == "" == columns.others({})
 
 
+def test_small_times_and_large_rates():
+    from lab.ui.format import duration, rate
+
+    assert duration(0.0123) == "12.3 µs" and duration(0.0) == "0.0 ms" and duration(0.2) == "0.2 ms"
+    assert rate(9.89e14, "FLOP/s") == "989 TFLOP/s" and rate(320e9, "B/s") == "320 GB/s" and rate(None) == "–" and rate(12) == "12"
+
+
 def test_costs_say_what_a_step_reads_and_whether_choosing_pays(record):
+    record = copy.deepcopy(record)
     a, b, c = record["variants"]
     a["reads"] = {"attend": 1.0, "choose": 0.0, "pays": False}
     b.update(reads={"attend": 0.25, "choose": 0.0625, "pays": True}, saves=["reads less, stores the same"], kept_fraction=1.0)
