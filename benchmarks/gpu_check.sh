@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything to run on a lent GPU in one call: tests, whole decode steps, kernels. Results land in $OUT as they come.
+# Everything to run on a lent GPU in one call: tests, whole decode steps, kernels. Logs and JSON land in $OUT as they come
+# (e2e_gpu.json, kernels_gpu_quick.json); copy them to benchmarks/results afterwards.
 #   bash benchmarks/gpu_check.sh [tests] [e2e] [kernels]        (all three without arguments)
 # Seconds for each: TESTS_S=80 E2E_S=130 KERNELS_S=95. E2E_FLAGS="" to compile transformers' static cache too.
 cd "$(dirname "$0")/.." || exit 1
@@ -8,16 +9,15 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton_cache}
 mkdir -p "$OUT"
 parts=${*:-tests e2e kernels}
 began=$SECONDS
-keep() { cp benchmarks/results/e2e_gpu.json benchmarks/results/kernels_gpu*.json "$OUT"/ 2>/dev/null; }
-trap keep EXIT
 for part in $parts; do
   echo "== $part at $((SECONDS - began)) s"
   case $part in
     tests)
       workers=""
       python3 -c "import xdist" 2>/dev/null && workers="-n 8"
-      timeout "${TESTS_S:-80}" python3 -m pytest -q -p no:cacheprovider $workers --no-header \
+      timeout -s INT -k 8 "${TESTS_S:-80}" python3 -m pytest -q -p no:cacheprovider $workers --no-header \
         tests/kernels/test_step.py tests/engine/test_lean.py tests/engine/test_graph.py tests/engine/test_fused.py \
+        $(ls tests/engine/test_steady*.py 2>/dev/null) \
         tests/models/test_devices.py tests/inspect/test_inspect_gpu.py tests/kernels 2>&1 | tee "$OUT/tests.log" | tail -40
       ;;
     e2e)

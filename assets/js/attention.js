@@ -3,7 +3,7 @@
 const LOST = "The server did not answer. Reload the page.";
 const S = {
   key: null, letter: null, minus: null, limit: null, fork: null, layer: null, over: null, head: 0, pool: "max", log: true,
-  pin: null, cursor: null, want: null, row: 0, now: null, tokens: [], seen: null, tried: new Set(), failed: new Set(),
+  pin: null, cursor: null, want: null, waiting: null, row: 0, now: null, tokens: [], seen: null, tried: new Set(), failed: new Set(),
   ask: () => ({key: S.key, letter: S.letter, minus: S.minus, layer: S.layer, over: S.over, head: S.head}),
   whole: () => S.head === "rollout" || S.over !== null,
   drawn: () => { note(); },
@@ -23,12 +23,23 @@ const S = {
     const col = (S.pin || S.cursor || {col: i}).col;
     S.setPin({row: i, col: Math.min(col, i)}, reveal, i);
   },
-  replay: () => { say(`Replaying variant ${S.letter} to capture its attention…`); trigger("replay", S.ask()); },
+  replay: () => { S.wait(); trigger("replay", S.ask()); },
+  wait: async () => { // while a variant is replayed the cover says how far it is
+    const {key, letter} = S, mine = S.waiting = {}, words = `Replaying variant ${letter} to capture its attention…`;
+    say(words);
+    while (S.waiting === mine && S.key === key && S.letter === letter) {
+      await new Promise(done => setTimeout(done, 700));
+      const a = await server.replays({key, letter}).catch(() => null);
+      if (S.waiting !== mine || S.key !== key || S.letter !== letter || !a || a.fraction === undefined) return;
+      if (a.fraction === null) continue;
+      swap(cover, h("p", {}, `${words} ${Math.round(a.fraction * 100)}%`), h("div", {class: "row center"}, h("button",
+        {type: "button", class: "plain", onclick: () => server.replays({key, letter, drop: true}).catch(() => null)}, "Cancel")));
+    }
+  },
   trouble: t => {
     const name = `${S.key}/${S.letter}/${S.layer}`;
     if (t.auto && !S.failed.has(name)) {
-      if (S.tried.has(name)) say(`Replaying variant ${S.letter} to capture its attention…`);
-      else { S.tried.add(name); S.replay(); }
+      if (S.tried.has(name)) S.wait(); else { S.tried.add(name); S.replay(); }
     } else {
       const offered = (S.now.layers || []).slice(0, 12).map(l =>
         h("button", {type: "button", class: "plain", onclick: () => S.choose({layer: l, over: null})}, `Show layer ${l}`));

@@ -84,7 +84,7 @@ function gridDraw(problem) {
   if (!S.now) return;
   const missing = S.now.layers_total - (G.data ? G.data.layers.length : S.now.layers.length);
   const replay = missing && G.replay && S.now.layers.length < S.now.layers_total
-    ? h("button", {type: "button", class: "quiet", onclick: () => trigger("replay", S.ask())}, "Replay to capture them") : null;
+    ? h("button", {type: "button", class: "quiet", onclick: S.replay}, "Replay to capture them") : null;
   if (!G.data) return gridEmpty(problem, missing, replay);
   const chosen = gridChosen(), m = MEASURES.find(x => x[0] === G.by), redrawn = () => gridDraw();
   const focus = gridtools.contains(document.activeElement) ? document.activeElement.dataset.key : null;

@@ -135,7 +135,7 @@ async function sharpen(more) {
   sharpening = null; if (!tile.error) tiles.near = tile; draw(); S.drawn();
 }
 const near = debounce(() => sharpen({}), 90);
-function say(text) { cover.hidden = !text; swap(cover, text ? h("p", {}, text) : ""); }
+function say(text) { if (!text) S.waiting = null; cover.hidden = !text; swap(cover, text ? h("p", {}, text) : ""); }
 function zoom(factor, px = .5, py = .5) {
   const span = Math.max(Math.min(16, total()), Math.min(total(), V.span * factor));
   V.c += (V.span - span) * px; V.r += (V.span - span) * py; V.span = span; clampView(); draw(); near(); S.moved();

@@ -165,22 +165,29 @@ def write_json(record: dict[str, Any], path: Path) -> None:
 
 def table(record: dict[str, Any], out) -> None:
     """The figures of a run as text."""
+    from lab.measure.told import sentences
+
     print(f"run {record['run_id']} · {record['model']['id']} · {record['model']['weights']} weights · {record['device']}", file=out)
-    head = f"{'':2} {'variant':<36} {'TTFT':>9} {'per token':>10} {'KV':>10} {'ratio':>6} {'kept':>6} {'agree':>6} {'KL':>7} {'fork':>5}"
+    head = f"{'':2} {'variant':<36} {'TTFT':>9} {'per token':>10} {'KV':>10} {'ratio':>6} {'kept':>6} {'read':>6} {'agree':>6} {'KL':>7} {'fork':>5}"
     print(head, file=out)
     for v in record["variants"]:
         if v["error"]:
             print(f"{v['letter']:2} {v['spec']:<36.36} {v['error']}", file=out)
             continue
         ratio = v["kv_bytes"] / v["kv_bytes_dense"] if v["kv_bytes"] is not None and v["kv_bytes_dense"] else None
+        reads = v.get("reads")
+        read = reads["attend"] + reads["choose"] if reads else None
         cells = [
             _number(v["ttft_ms"], "{:.0f} ms"), _number(v["tpot_ms"], "{:.1f} ms"),
             _number(v["kv_bytes"] and v["kv_bytes"] / 2**20, "{:.2f} MiB"), _number(ratio, "{:.2f}x"),
-            _number(v["kept_fraction"], "{:.0%}"), _number(v["top1_agreement"], "{:.2f}"), _number(v["kl_mean"], "{:.3f}"),
+            _number(v["kept_fraction"], "{:.0%}"), _number(read, "{:.0%}"), _number(v["top1_agreement"], "{:.2f}"), _number(v["kl_mean"], "{:.3f}"),
             _number(v["first_divergence"], "{}"),
         ]
-        widths = (9, 10, 10, 6, 6, 6, 7, 5)
+        widths = (9, 10, 10, 6, 6, 6, 6, 7, 5)
         print(f"{v['letter']:2} {v['spec']:<36.36} " + " ".join(f"{c:>{w}}" for c, w in zip(cells, widths)), file=out)
+    for v in record["variants"]:
+        for sentence in [] if v["error"] else sentences(v):
+            print(f"{v['letter']:2} {sentence}", file=out)
 
 
 def _number(value: Any, form: str) -> str:

@@ -19,6 +19,7 @@ from lab import __version__
 from lab.engine.cache import LabCache
 from lab.engine.events import Fidelity, Token
 from lab.engine.stack import Stack
+from lab.measure.ledger import Ledger
 from lab.measure.request import LETTERS, RunRequest
 from lab.measure.stream import Stream
 
@@ -88,7 +89,7 @@ def _blank(letter: str, spec: str, stack: Stack) -> dict[str, Any]:
     return {
         "letter": letter, "spec": spec, "title": stack.title, "techniques": stack.describe(),
         "text": "", "samples": [], "token_ids": [], "finish": None, "error": None, **dict.fromkeys(empty),
-        "simulated": any(t.saves == "simulated" for t in stack.techniques),
+        "reads": None, "simulated": any(t.saves == "simulated" for t in stack.techniques),
         "saves": sorted({t.saves for t in stack.techniques}), "tokens": [], "fidelity": [], "layers": [],
     }
 
@@ -118,6 +119,7 @@ def fill_variant(variant: dict[str, Any], stream: Stream, reference: dict[str, A
         variant["kv_bytes"], variant["slack_bytes"] = cache.kv_bytes, cache.slack_bytes
         variant["kv_bytes_dense"] = dense_bytes(cache)
         variant["kept_fraction"], variant["read_fraction"] = cache.kept_fraction, cache.read_fraction
+        variant["reads"] = reads(cache) if steps else None
         variant["layers"] = [layer_row(layer) for layer in cache.lab_layers]
     if variant is reference:
         logps = [t["logprob"] for t in variant["tokens"]]
@@ -129,6 +131,14 @@ def fill_variant(variant: dict[str, Any], stream: Stream, reference: dict[str, A
         logps = [math.log(max(r["var_prob"], 1e-45)) for r in rows]
         variant["first_divergence"] = first_divergence(variant["token_ids"], reference["token_ids"])
     variant["perplexity"] = math.exp(-float(np.mean(logps))) if logps else None
+
+
+def reads(cache: LabCache) -> dict[str, Any]:
+    """What the newest step read, as shares of the bytes a dense exact cache reads: attend, choose, and whether that pays."""
+    ledger = Ledger()
+    ledger.note(cache)
+    total = ledger.totals()
+    return {"attend": total["read_fraction"], "choose": total["probe_fraction"], "pays": bool(total["pays"])}
 
 
 def first_divergence(tokens: list[int], reference: list[int]) -> int | None:

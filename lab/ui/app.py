@@ -65,13 +65,14 @@ def build(lab: Lab | None = None) -> gr.Blocks:
         work = diagnostics.runner(lab)
         probe.compute(work, None, probed, show_progress="hidden", trigger_mode="once", concurrency_limit=2, **PRIVATE)
         probe.probe(work, None, probed, show_progress="hidden", trigger_mode="once", concurrency_id="model", **PRIVATE)
+        mem.control.pick(memory.picker(lab), followed, [mem.picked, *mem.outputs[4:]], **QUIET)
         opened = table.open(opener(lab), c.settings, [view, tabs, *shown], **QUIET)
         arrived = demo.load(None, None, owner, js=OWNER, **PRIVATE)
         looked = arrived.then(arrival(lab), owner, [view, tabs, att, *shown], **QUIET)
         looked.then(None, None, None, js=ARRIVED, **PRIVATE)
         for event in (ran, opened, looked):
-            event.then(follow(lab), [view, followed],
-                       [followed, header, att, *mem, table, *probed], **QUIET)
+            event.then(follow(lab), [view, followed, mem.picked],
+                       [followed, header, att, *mem.outputs, table, *probed], **QUIET)
     demo.queue(default_concurrency_limit=4, max_size=32)
     return demo
 
@@ -90,11 +91,11 @@ def _compare_events(lab: Lab, c: compare.Parts, view: gr.State, owner: gr.Textbo
 
 def follow(lab: Lab) -> Any:
     """When another run is opened: header, map, figures and the marked line of the table follow."""
-    def moved(key: str, before: str) -> tuple[Any, ...]:
+    def moved(key: str, before: str, picked: Any) -> tuple[Any, ...]:
         if key == before:
-            return tuple(gr.skip() for _ in range(9 + len(diagnostics.empty())))
+            return tuple(gr.skip() for _ in range(13 + len(diagnostics.empty())))
         run = lab.shelf.get(key)
-        return (key, header_of(lab, key), attention.value(lab, key), *memory.draw(lab, key),
+        return (key, header_of(lab, key), attention.value(lab, key), *memory.draw(lab, key, picked),
                 {"current": run.record.get("run_id") if run else None}, diagnostics.value(lab, key), *diagnostics.empty())
     return moved
 

@@ -120,9 +120,12 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
     def exported(ask: dict[str, Any]) -> dict[str, Any]:
         return answer(lambda run, ask: export.follow(lab, run, ask), ask)
 
+    def replays(ask: dict[str, Any]) -> dict[str, Any]:
+        return answer(replaying, ask)
+
     def tokens(ask: dict[str, Any]) -> dict[str, Any]:
         return answer(lambda run, _: {"tokens": words(run, str(ask.get("letter")))}, ask)
-    return [tile, drawing, cell, row, largest, stats, cache, life, heads, texts, attended, exported, tokens]
+    return [tile, drawing, cell, row, largest, stats, cache, life, heads, texts, attended, exported, replays, tokens]
 
 
 def words(run: OpenRun, letter: str) -> list[str]:
@@ -140,8 +143,43 @@ def build(lab: Lab) -> tuple[gr.HTML, gr.HTML]:
     return view, status
 
 
+class Replay(Told):
+    """One variant run through the model again, in a thread of its own; every page that asks follows the same one."""
+
+    def __init__(self, lab: Lab, run: OpenRun, letter: str, layer: int) -> None:
+        super().__init__()
+        self.text, self.problem = "Replaying", None
+        self._thread = threading.Thread(target=self._work, args=(lab, run, letter, layer), daemon=True)
+        self._thread.start()
+
+    def _work(self, lab: Lab, run: OpenRun, letter: str, layer: int) -> None:
+        try:
+            lab.replay(run, letter, layer, self._report, self.cancelled)
+        except Exception as problem:
+            self.problem = "The replay was cancelled." if self.cancelled() else sentence(problem)
+
+    def _report(self, fraction: float, text: str) -> None:
+        self.progress(fraction)
+        self.text = text
+
+    def join(self, seconds: float) -> bool:
+        """Wait a moment; True once it is over."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+
+def replaying(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
+    """How far a variant's replay is, {"fraction": None} when none is under way; `drop` gives it up."""
+    task = run.tasks.get(("replay", str(ask.get("letter"))))
+    if task is None or task.join(0):
+        return {"fraction": None}
+    if ask.get("drop"):
+        task.cancel()
+    return {"fraction": task.fraction, "text": task.text}
+
+
 def replayer(lab: Lab) -> Any:
-    """Run a saved variant through the model again to capture a layer that was not recorded."""
+    """Run a saved variant through the model again to capture what was not recorded."""
 
     def replay(event: gr.EventData) -> Iterator[Any]:
         ask = event._data
@@ -150,20 +188,15 @@ def replayer(lab: Lab) -> Any:
         if run is None:
             yield gr.skip(), cards.error(GONE)
             return
-        told: dict[str, Any] = {"fraction": 0.0, "text": "Replaying", "problem": None}
-
-        def work() -> None:
-            try:
-                lab.replay(run, letter, layer, lambda fraction, text: told.update(fraction=fraction, text=text))
-            except Exception as problem:
-                told["problem"] = problem
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            yield gr.skip(), cards.status(f"{told['text']} variant {letter} to capture its attention", told["fraction"], True)
-            thread.join(0.3)
-        if told["problem"] is not None:
-            yield {**value(lab, key), "failed": f"{key}/{letter}/{layer}"}, cards.error(sentence(told["problem"]))
+        task = run.tasks.get(("replay", letter))
+        if task is not None and not task.join(0):
+            pass  # another page asked for the same variant: follow it
+        else:
+            task = run.tasks["replay", letter] = Replay(lab, run, letter, layer)
+        while not task.join(0.3):
+            yield gr.skip(), cards.status(f"{task.text} variant {letter} to capture its attention", task.fraction, True)
+        if task.problem is not None:
+            yield {**value(lab, key), "failed": f"{key}/{letter}/{layer}"}, cards.error(task.problem)
             return
         yield value(lab, key, Address(variant=letter, layer=layer)), ""
     return replay

@@ -308,8 +308,9 @@ class Lab:
         yield from kept(experiment, checkpoint)
         yield Outcome(experiment.record, experiment.arrays)
 
-    def replay(self, run: OpenRun, letter: str, layer: int, report: Report | None = None) -> None:
-        """Feed a saved variant's tokens through the model again to capture one layer's queries and keys."""
+    def replay(self, run: OpenRun, letter: str, layer: int, report: Report | None = None,
+               cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Feed a saved variant's tokens through the model again to capture every layer's queries and keys, or one layer's."""
         from lab.measure.replay import replay
 
         loaded = self.ensure_model(report)
@@ -318,7 +319,8 @@ class Lab:
         size = facts.layers * (facts.heads + facts.kv_heads) * facts.head_dim * rows * 2
         every = size <= min(REPLAY_ALL_BYTES, free_bytes() / 6)
         run.add(replay(loaded, run.record, letter, layers=None if every else {layer},
-                       progress=None if report is None else lambda fraction: report(fraction, "Replaying")))
+                       progress=None if report is None else lambda fraction: report(fraction, "Replaying"),
+                       cancelled=cancelled))
         self.shelf.make_room()
 
     def replays_by_itself(self, run: OpenRun) -> bool:
@@ -348,7 +350,8 @@ class Lab:
 
     def keep(self, outcome: Outcome, owner: str) -> tuple[str, str | None]:
         """Put a finished run on the shelf and save it. Returns (key, sentence about a failed save or None)."""
-        key = self.shelf.put(OpenRun(outcome.record, outcome.arrays, save=self._saver(outcome.record, owner)))
+        whose = owner if self.public else ""
+        key = self.shelf.put(OpenRun(outcome.record, outcome.arrays, save=self._saver(outcome.record, owner), owner=whose))
         try:
             self.library.save(outcome.record, outcome.arrays, owner if self.public else "")
         except Exception as problem:
@@ -358,8 +361,10 @@ class Lab:
 
     def open(self, run_id: str, owner: str) -> str:
         """Open a saved run and return its key. Raises LabError when it is not there or not this visitor's."""
-        record, arrays = self.library.load(run_id, owner if self.public else "")
-        return self.shelf.put(OpenRun(record, arrays, save=self._saver(record, owner)))
+        whose = owner if self.public else ""
+        record, arrays = self.library.load(run_id, whose)
+        there = self.shelf.find(record, whose)  # so that a reload keeps what was replayed
+        return self.shelf.put(there or OpenRun(record, arrays, save=self._saver(record, owner), owner=whose))
 
     def _saver(self, record: dict[str, Any], owner: str) -> Callable[[str, dict[str, Any]], None]:
         """How what is computed from a run is kept with it."""

@@ -4,15 +4,18 @@ Measured is solid, predicted is dashed, everywhere; a variant keeps its colour a
 """
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import plotly.graph_objects as go
 
 from .format import duration, missing, size
 
+NEUTRAL = "#7d8594"
+SHAPES = {"decode": "circle", "prompt": "diamond"}
 COLOURS = {"A": "#7d8594", "B": "#d98a00", "C": "#2a8fd0", "D": "#009e73"}
 MARKERS = {"A": "circle", "B": "square", "C": "diamond", "D": "triangle-up"}
-MIB = 1024 * 1024
+MIB, GIB = 2**20, 2**30
 Growth = dict[str, tuple[list[int], list[float]]]
 
 
@@ -27,7 +30,8 @@ def layout(figure: go.Figure, x: str, y: str, height: int = 340) -> go.Figure:
     return figure
 
 
-def _label(variant: dict[str, Any]) -> str:
+def named(variant: dict[str, Any]) -> str:
+    """"A · dense": letter and spec."""
     text = f"{variant.get('letter')} · {variant.get('spec') if variant.get('techniques') else 'dense'}"
     return text.replace("<", "&lt;")  # Plotly reads a little HTML in names
 
@@ -41,7 +45,7 @@ def kv_growth(record: dict[str, Any], growth: Growth) -> go.Figure:
         points = [(start + i, t["kv_bytes"]) for i, t in enumerate(variant.get("tokens") or []) if not missing(t.get("kv_bytes"))]
         if points:
             figure.add_scatter(
-                x=[x for x, _ in points], y=[y / MIB for _, y in points], mode="lines+markers", name=_label(variant),
+                x=[x for x, _ in points], y=[y / MIB for _, y in points], mode="lines+markers", name=named(variant),
                 line={"color": COLOURS.get(letter, "#7d8594"), "width": 3},
                 marker={"symbol": MARKERS.get(letter, "circle"), "size": [0] * (len(points) - 1) + [8], "opacity": 1},
                 customdata=[size(y) for _, y in points],
@@ -65,9 +69,83 @@ def step_latency(record: dict[str, Any]) -> go.Figure:
         points = [(i + 1, t["step_ms"]) for i, t in enumerate(variant.get("tokens") or []) if not missing(t.get("step_ms"))]
         if points:
             figure.add_scatter(
-                x=[x for x, _ in points], y=[y for _, y in points], mode="lines+markers", name=_label(variant),
+                x=[x for x, _ in points], y=[y for _, y in points], mode="lines+markers", name=named(variant),
                 line={"color": COLOURS.get(letter, "#7d8594"), "width": 1.5},
                 marker={"symbol": MARKERS.get(letter, "circle"), "size": 5},
                 customdata=[duration(y) for _, y in points],
                 hovertemplate=f"{letter} · step %{{x}}<br>%{{customdata}} measured<extra></extra>")
     return layout(figure, "generated token", "step time, ms")
+
+
+def roofline(roof: dict[str, Any], dots: list[dict[str, Any]]) -> go.Figure:
+    """A machine's roof and the work under it, on two logarithmic axes.
+
+    roof: {name, flops, bandwidth, measured}. dots: [{letter, kind "decode" | "prompt", intensity, flops (per second), measured,
+    text}]; predicted ones are open and lie on the roof, measured ones are filled and lie below it.
+    """
+    ridge = roof["flops"] / roof["bandwidth"]
+    low = min([d["intensity"] for d in dots] + [ridge]) / 3
+    high = max([d["intensity"] for d in dots] + [ridge]) * 6
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[low, ridge, high], y=[low * roof["bandwidth"], roof["flops"], roof["flops"]], mode="lines", showlegend=True,
+        name="roof, measured" if roof["measured"] else "roof, from its data sheet",
+        line={"color": NEUTRAL, "width": 2, "dash": "solid" if roof["measured"] else "dash"},
+        hovertemplate="%{x:.3g} FLOP/byte<br>at most %{y:.3s}FLOP/s<extra></extra>")
+    for measured in (False, True):
+        for kind, shape in SHAPES.items():
+            mine = [d for d in dots if d["measured"] == measured and d["kind"] == kind]
+            if mine:
+                figure.add_scatter(
+                    x=[d["intensity"] for d in mine], y=[d["flops"] for d in mine], mode="markers+text", text=_named(mine),
+                    textposition="bottom center" if measured else "top center", textfont={"size": 12},
+                    name=f"{kind}, {'measured' if measured else 'predicted'}", customdata=[d["text"] for d in mine],
+                    marker={"symbol": shape if measured else f"{shape}-open", "size": 11, "color": [_colour(d) for d in mine],
+                            "line": {"width": 2, "color": [_colour(d) for d in mine]}},
+                    hovertemplate="%{customdata}<extra></extra>")
+    layout(figure, "arithmetic intensity, FLOP per byte", "FLOP/s", 360)
+    heights = [d["flops"] for d in dots if d["flops"]] + [low * roof["bandwidth"], roof["flops"]]
+    figure.update_xaxes(type="log", tickformat="~g", dtick=1)
+    return figure.update_yaxes(type="log", tickformat="~s", dtick=1, range=[math.log10(min(heights) / 4), math.log10(max(heights) * 4)])
+
+
+def _colour(dot: dict[str, Any]) -> str:
+    return COLOURS.get(dot["letter"], NEUTRAL)
+
+
+def _named(dots: list[dict[str, Any]]) -> list[str]:
+    """Letters beside dots; those that touch each other on these scales share one label."""
+    names = [d["letter"] for d in dots]
+    for i, d in enumerate(dots):
+        for j in range(i):
+            other = dots[j]
+            if names[j] and all(abs(d[k] / other[k] - 1) < 0.2 for k in ("intensity", "flops") if other[k]):
+                names[j], names[i] = f"{names[j]} {names[i]}", ""
+                break
+    return names
+
+
+def memory_context(lines: list[dict[str, Any]], limit: float | None, machine: str) -> go.Figure:
+    """Predicted bytes of weights and caches against the context, and the memory they have to fit.
+
+    lines: [{letter, label, contexts, bytes, longest}]; longest: the context at which memory runs out, None where it does not.
+    """
+    figure = go.Figure()
+    for line in lines:
+        letter, colour = line["letter"], COLOURS.get(line["letter"], NEUTRAL)
+        figure.add_scatter(
+            x=line["contexts"], y=[b / GIB for b in line["bytes"]], mode="lines", name=line["label"].replace("<", "&lt;"),
+            line={"color": colour, "width": 2, "dash": "dash"}, customdata=[size(b) for b in line["bytes"]],
+            hovertemplate=f"{letter} · %{{x:,}} tokens<br>%{{customdata}} predicted<extra></extra>")
+        if line["longest"] and limit:
+            figure.add_scatter(
+                x=[line["longest"]], y=[limit / GIB], mode="markers+text", text=[letter], textposition="top center", showlegend=False,
+                marker={"symbol": "x", "size": 10, "color": colour},
+                hovertemplate=f"{letter} · memory runs out after %{{x:,}} tokens, predicted<extra></extra>")
+    if limit and lines:
+        ends = [min(line["contexts"][0] for line in lines), max(line["contexts"][-1] for line in lines)]
+        figure.add_scatter(
+            x=ends, y=[limit / GIB] * 2, mode="lines", name=f"memory of {machine}".replace("<", "&lt;"),
+            line={"color": NEUTRAL, "width": 2}, customdata=[size(limit)] * 2, hovertemplate="%{customdata}<extra></extra>")
+    return layout(figure, "tokens of context, each sequence", "weights and caches, GiB", 360).update_yaxes(
+        type="log", dtick=1, rangemode="normal", tickformat="~g")

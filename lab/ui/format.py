@@ -52,10 +52,22 @@ def size(value: float | None) -> str:
     return f"{step:.0f} B" if unit == "B" else f"{step:,.1f} {unit}"
 
 
+def rate(value: float | None, unit: str = "") -> str:
+    """A large number in decimal units: 9.89e14 -> '989 T'; the unit follows."""
+    if missing(value):
+        return DASH
+    for prefix, step in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= step:
+            return f"{value / step:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
+
+
 def duration(ms: float | None) -> str:
-    """Milliseconds below one second, seconds above: 21.43 -> '21.4 ms', 1920 -> '1.92 s'."""
+    """Milliseconds below one second, seconds above, microseconds below a tenth of one: 21.43 -> '21.4 ms', 1920 -> '1.92 s'."""
     if missing(ms):
         return DASH
+    if 0 < ms < 0.1:
+        return f"{ms * 1000:.3g} µs"
     if ms >= 60_000:
         return f"{int(ms // 60_000)} min {int(ms % 60_000 // 1000)} s"
     if ms >= 1000:

@@ -26,8 +26,9 @@ class OpenRun:
     """Record and arrays of one run. Captures and head figures are computed once and kept with it."""
 
     def __init__(self, record: dict[str, Any], arrays: dict[str, np.ndarray] | None, recorded: bool = False,
-                 save: Save | None = None) -> None:
+                 save: Save | None = None, owner: str | None = None) -> None:
         self.record, self.arrays, self.recorded, self._save = record, dict(arrays or {}), recorded, save
+        self.owner = owner  # who opened it: what is computed and replayed is shared by one owner's pages, never by two owners'
         self._replayed: set[str] = set()
         self._captures: dict[tuple[str, int], Any] = {}
         self._stats: dict[tuple[str, int], Any] = {}
@@ -200,10 +201,18 @@ class Shelf:
                 del self._runs[old]
         return key
 
+    def find(self, record: dict[str, Any], owner: str) -> OpenRun | None:
+        """A run that this owner has open already, the same in every respect, or None."""
+        with self._lock:
+            for run in self._runs.values():
+                if run.owner == owner and run.record.get("run_id") == record.get("run_id") and run.record == record:
+                    return run
+        return None
+
     def make_room(self, limit: int = REPLAYED_BYTES) -> None:
         """Let go of what replays brought to the runs that were used least recently, until the rest fits."""
         with self._lock:
-            runs = list(self._runs.values())
+            runs = list(dict.fromkeys(self._runs.values()))  # one run may lie here under several keys
         for run in runs[:-1]:
             if sum(r.replayed_bytes() for r in runs) <= limit:
                 return

@@ -63,6 +63,19 @@ def test_run_writes_what_it_promises_and_saves(tiny, files, capsys):
     assert json.loads(capsys.readouterr().out) == out
 
 
+def test_reads_and_break_even_are_told(tiny, files, capsys):
+    cheap, dear = "quest(budget=0.1,page=8,dense_layers=0)", "quest(budget=0.3,page=1,dense_layers=0)"
+    assert run(files, "--variant", "dense", "--variant", cheap, "--variant", dear, "--variant", "h2o(budget=0.5)") == 0
+    out = json.loads((files / "out.json").read_text())
+    reads = [v["reads"] for v in out["variants"]]
+    assert reads[0] == {"attend": 1.0, "choose": 0.0, "pays": False}
+    assert reads[1]["pays"] and 0 < reads[1]["attend"] + reads[1]["choose"] < 1
+    assert not reads[2]["pays"] and reads[2]["choose"] == pytest.approx(1.0, rel=0.05)  # bounds of single tokens are all keys twice
+    text = capsys.readouterr().out
+    assert " read " in text and text.count("stores everything") == 2
+    assert "which pays" in text and "which does not pay" in text
+
+
 def test_runs_compare_export_import(tiny, files, capsys):
     ids = []
     for seed in ("0", "1"):

@@ -151,3 +151,24 @@ def test_continuations_are_asked_for_when_sampling_and_shown_beside_the_first():
     shown = columns.others({"samples": ["one", "<b>two</b>", "three"]})
     assert "2 more continuations" in shown and "&lt;b&gt;two" in shown and "one" not in shown
     assert columns.others({"samples": []}) == "" == columns.others({})
+
+
+def test_small_times_and_large_rates():
+    from lab.ui.format import duration, rate
+
+    assert duration(0.0123) == "12.3 µs" and duration(0.0) == "0.0 ms" and duration(0.2) == "0.2 ms"
+    assert rate(9.89e14, "FLOP/s") == "989 TFLOP/s" and rate(320e9, "B/s") == "320 GB/s" and rate(None) == "–" and rate(12) == "12"
+
+
+def test_costs_say_what_a_step_reads_and_whether_choosing_pays(record):
+    record = copy.deepcopy(record)
+    a, b, c = record["variants"]
+    a["reads"] = {"attend": 1.0, "choose": 0.0, "pays": False}
+    b.update(reads={"attend": 0.25, "choose": 0.0625, "pays": True}, saves=["reads less, stores the same"], kept_fraction=1.0)
+    c.update(reads={"attend": 0.4, "choose": 1.0, "pays": False}, saves=["memory", "reads less, stores the same"], kept_fraction=1.0)
+    rows = tables.costs(record).split("<tr>")[2:]
+    cells = [re.findall(r'<td class="num">(.*?)</td>', row)[7:10] for row in rows]
+    assert cells == [["100%", "–", "–"], ["25%", "6%", "pays"], ["40%", "100%", "does not pay"]]
+    assert ["stores everything" in row for row in rows] == [False, True, False]
+    del record["variants"][0]["reads"]  # runs saved before there was a ledger in them
+    assert "does not pay" in tables.costs(record)

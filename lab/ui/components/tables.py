@@ -3,27 +3,54 @@ from __future__ import annotations
 
 from typing import Any
 
+from lab.measure.told import stores_all, verdict
+
 from ..format import BITS, DASH, decimal, duration, esc, missing, percent, ratio, size
 from .dial import label
 
+STORES_ALL = "stores everything, reads less"
+
+
+def badge(letter: Any) -> str:
+    """A variant's letter in its colour."""
+    return f'<span class="badge v{esc(letter)}">{esc(letter)}</span>'
+
 
 def _letter(variant: dict[str, Any]) -> str:
-    return f'<span class="badge v{esc(variant.get("letter"))}">{esc(variant.get("letter"))}</span>'
+    return badge(variant.get("letter"))
+
+
+def folded(summary: str, caption: str, head: tuple[str, ...], body: list[tuple[str, list[str]]], note: str, opened: bool = False) -> str:
+    """A table behind a figure. body: (row's head as HTML, cells as text); note is HTML."""
+    heads = "".join(f'<th scope="col">{esc(h)}</th>' for h in head)
+    lines = "".join(f'<tr><th scope="row">{name}</th>' + "".join(f'<td class="num">{esc(c)}</td>' for c in cells) + "</tr>"
+                    for name, cells in body)
+    table = (f'<div class="tablebox"><table class="lines"><caption class="sr">{esc(caption)}</caption><thead><tr>{heads}</tr></thead>'
+             f"<tbody>{lines}</tbody></table></div>") if body else '<p class="soft note">Nothing to show for this run.</p>'
+    return f'{note}<details class="figtable"{" open" if opened else ""}><summary>{esc(summary)}</summary>{table}</details>'
+
+
+def _reads(variant: dict[str, Any]) -> list[str]:
+    """Bytes that the newest step read to attend and to choose, of a dense step's, and whether choosing paid."""
+    reads = variant.get("reads") or {}
+    attend, choose = reads.get("attend"), reads.get("choose")
+    return [percent(attend), percent(choose) if choose else DASH, verdict(variant) or DASH]
 
 
 def costs(record: dict[str, Any]) -> str:
     """One line a variant: times, bytes, entries. All measured."""
     heads = ("variant", "time to first token", "per token", "KV cache", "of dense", "allocated, empty", "kept", "read",
-             "perplexity", "KL, nats", "agreement")
+             "bytes read", "to choose", "break-even", "perplexity", "KL, nats", "agreement")
     rows = []
     for i, v in enumerate(record.get("variants") or []):
         cells = [duration(v.get("ttft_ms")), duration(v.get("tpot_ms")), size(v.get("kv_bytes")),
                  ratio(v.get("kv_bytes"), v.get("kv_bytes_dense")) or DASH, size(v.get("slack_bytes")),
-                 percent(v.get("kept_fraction")), percent(v.get("read_fraction")), decimal(v.get("perplexity"), 2),
+                 percent(v.get("kept_fraction")), percent(v.get("read_fraction")), *_reads(v), decimal(v.get("perplexity"), 2),
                  decimal(v.get("kl_mean"), 3) if i else DASH, decimal(v.get("top1_agreement"), 2) if i else DASH]
         title = esc(v.get("title") or v.get("spec"))
         if v.get("techniques"):
             title += f' <span class="soft num">{esc(v.get("spec"))}</span>'
+            title += f'<span class="soft stores">{STORES_ALL}</span>' if stores_all(v) else ""
         figures = "".join(f'<td class="num">{esc(c)}</td>' for c in cells)
         rows.append(f'<tr><th scope="row">{_letter(v)} {title}</th>{figures}</tr>')
     head = "".join(f'<th scope="col">{esc(h)}</th>' for h in heads)
