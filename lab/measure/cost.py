@@ -130,6 +130,12 @@ def predict(
     )
 
 
+def stored(facts: Any, stack: Stack | str, prompt: int, total: int, element: int = 4) -> int:
+    """`predict`'s kv_bytes alone, for curves of many points."""
+    plan = _Plan(_facts(facts), Stack.parse(stack) if isinstance(stack, str) else stack, prompt, element)
+    return sum(plan.stored(layer, total) for layer in plan.attending)
+
+
 def prompt_work(facts: Any, stack: Stack | str, prompt: int, element: int = 4) -> tuple[float, float]:
     """(attention FLOPs, bytes moved) of reading a prompt of `prompt` tokens, all layers.
 
@@ -220,17 +226,20 @@ class _Plan:
         trim = self.stack.one("trim")
         return self.prompt if trim is None else trim.planned_rows(self.prompt, layer, self.f["layers"])
 
+    def stored(self, layer: int, total: int) -> int:
+        """Bytes of one layer, all KV heads."""
+        return sum(self._bytes(int(n[0]), layer) for n in self.entries(layer, np.array([total])))
+
     def layer(self, layer: int, total: int) -> LayerCost:
         f, d = self.f, self.f["head_dim"]
         held = [int(n[0]) for n in self.entries(layer, np.array([total]))]
-        stored = sum(self._bytes(n, layer) for n in held)
         probes, reads = zip(*(self._read(layer, n) for n in self.attended(layer, np.array([total]))))
         read = float(sum(r[0] for r in reads))
         per_entry = self._row_bytes(max(held))
         groups = f["heads"] / f["kv_heads"]
         probe = float(sum(p[0] for p in probes)) * d * self.element
         flops = 4 * groups * d * read + 2 * groups * d * float(sum(p[0] for p in probes))
-        return LayerCost(layer, sum(held), stored, read, probe, read * per_entry, flops)
+        return LayerCost(layer, sum(held), self.stored(layer, total), read, probe, read * per_entry, flops)
 
     def decode_work(self, total: int, trials: int, shared: bool) -> tuple[float, float]:
         """(attention FLOPs, KV bytes) of all decode steps from prompt to total, as exact sums."""

@@ -85,7 +85,7 @@ def works(facts: dict[str, Any], stack: Stack | str, prompt: int, total: int, ma
 def memory(facts: dict[str, Any], stack: Stack | str, contexts: Iterable[int], machine: Machine, sequences: int = 1) -> list[float]:
     """Bytes of weights and caches once `sequences` prompts of each length in `contexts` were read."""
     element, weights = element_of(facts, machine), weight_bytes(facts, machine)
-    return [weights + sequences * cost.predict(facts, stack, n, n, element).kv_bytes for n in contexts]
+    return [weights + sequences * cost.stored(facts, stack, n, n, element) for n in contexts]
 
 
 def room(facts: dict[str, Any], stack: Stack | str, machine: Machine, sequences: int = 1) -> Room | None:
