@@ -1,13 +1,13 @@
 """How fast attention is drawn: the overview of one head, then 512 x 512 views anywhere in the run.
 
     python benchmarks/map.py --context 8192 --json
+    python benchmarks/map.py --context 32768 --device cuda --json
 
-Synthetic queries and keys with the default model's geometry (9 query heads, 3 KV heads, 64 channels), a
-quarter of
-the entries evicted. The last line is one JSON object: ``overview_s`` is the first drawing of the whole run
-by one head
-(the larger of max and mean pooling), ``view_ms_median`` the median over windows, zooms, heads and poolings
-after that.
+Synthetic queries and keys with the default model's geometry (9 query heads, 3 KV heads, 64 channels), a quarter of the
+entries evicted; float32 on a CPU, float16 on a GPU, as captures are. The last line is one JSON object: ``overview_s`` is
+the first drawing of the whole run by one head (the larger of max and mean pooling), ``view_ms_median`` the median over
+windows, zooms, heads and poolings after that. On CUDA single heads, and reductions that commute with pooling, go through
+``kernels.view``; ``kernel`` says whether it served. Imports torch, numpy and, on CUDA, triton; nothing else.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from kernels.backend import has_triton  # noqa: E402
 from lab.inspect import store  # noqa: E402
 from lab.inspect.capture import NEVER, Capture  # noqa: E402
 from lab.inspect.view import overview, view  # noqa: E402
@@ -39,12 +40,12 @@ def synthetic(context: int, heads: int, kv_heads: int, dim: int, evicted: float,
     life = (torch.rand(kv_heads, context, generator=g) * (context - own)).long() + own + 1
     death = torch.where(torch.rand(kv_heads, context, generator=g) < evicted, life, NEVER).int()
     bits = torch.where(death < NEVER, 0, 16).to(torch.uint8)
-    return Capture(q.to(device), k.to(device), death=death, bits=bits, layer=0)
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    return Capture(q.to(device, dtype), k.to(device, dtype), death=death, bits=bits, layer=0)
 
 
 def windows(context: int, count: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Square windows of every zoom from 512 tokens to the whole run, at reproducible places on or under the
-    diagonal."""
+    """Square windows of every zoom from 512 tokens to the whole run, at reproducible places on or under the diagonal."""
     rng = random.Random(0)
     out = []
     while len(out) < count:
@@ -81,7 +82,7 @@ def main() -> None:
     capture = synthetic(a.context, a.heads, a.kv_heads, a.dim, a.evicted, a.device)
     if a.device != "cpu":
         overview(synthetic(256, a.heads, a.kv_heads, a.dim, 0.0, a.device), 0)
-    result = {"context": a.context, "device": a.device, "threads": torch.get_num_threads(), "size": a.size}
+    result = {"context": a.context, "kernel": a.device != "cpu" and has_triton(), "device": a.device, "threads": torch.get_num_threads(), "size": a.size}
     last = (a.context - min(512, a.context), a.context)
     first = clock(a.device, view, capture, 1, last, None, a.size, a.size)
     result["first_window_ms"] = round(1000 * first, 1)

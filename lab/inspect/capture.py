@@ -162,12 +162,15 @@ class Capture:
         return value
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray], letter: str, layer: int, **extra) -> Capture:
+    def from_arrays(
+        cls, arrays: Mapping[str, np.ndarray], letter: str, layer: int, device: str = "cpu", **extra
+    ) -> Capture:
         """The capture of ``layer`` of variant ``letter`` from a run's arrays, named as in the contract.
 
         Args:
             arrays: ``qk/{letter}/{layer}/q|k|meta`` and, where the cache changed,
                 ``cache/{letter}/bits|death|demoted``.
+            device: where views are computed.
             extra: further fields, such as ``key_bias``.
 
         Raises:
@@ -202,7 +205,7 @@ class Capture:
                 )
             per_layer[name] = np.asarray(stack[layer])[:, :t]
         return cls(
-            q=torch.as_tensor(np.asarray(arrays[f"{prefix}q"])),
+            q=torch.as_tensor(np.asarray(arrays[f"{prefix}q"])).to(device),
             k=torch.as_tensor(np.asarray(arrays[f"{prefix}k"])),
             scale=meta[0],
             softcap=meta[1],
@@ -214,8 +217,7 @@ class Capture:
         )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """``qk/{letter}/{layer}/...`` arrays of the contract (float16); the cache arrays belong to the whole
-        run."""
+        """``qk/{letter}/{layer}/...`` arrays of the contract (float16); the cache arrays belong to the whole run."""
         prefix = f"qk/{self.letter or 'A'}/{self.layer or 0}/"
         return {
             f"{prefix}q": self.q.to("cpu", torch.float16).numpy(),

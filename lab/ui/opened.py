@@ -56,8 +56,14 @@ class OpenRun:
 
         with self._lock:
             if (letter, layer) not in self._captures:
-                self._captures[letter, layer] = Capture.from_arrays(self.arrays, letter, layer)
+                self._captures[letter, layer] = Capture.from_arrays(self.arrays, letter, layer, self._device())
             return self._captures[letter, layer]
+
+    def _device(self) -> str:
+        """Where to draw: on the GPU for a run that was made on one, while there is one."""
+        import torch
+
+        return "cuda" if str(self.record.get("device") or "").startswith("cuda") and torch.cuda.is_available() else "cpu"
 
     def lens(self, letter: str, layer: int | str, head: int | str, minus: str | None = None, exact: bool = False) -> Any:
         """lab.inspect Lens: one head, "mean", "max" or "rollout" of a variant, or its difference from variant `minus`.
