@@ -1,0 +1,139 @@
+"""Codes per channel and by table: the same as the torch path, and as float64 wherever the nearest level is not a tie."""
+
+import pytest
+import torch
+from kernel_caches import DEVICE, error, make_tier
+
+from kernels import codes, decode, encode, levels
+from kernels.decode.reference import dequantise
+
+
+def numbers(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("shape,dtype", [((3, 32, 64), torch.float32), ((1, 2, 2, 16, 80), torch.float16), ((2, 24, 96), torch.float32)])
+def test_channels_equal_torch(bits, shape, dtype):
+    x = numbers(*shape, dtype=dtype) * 3
+    x[..., 5] = 1.25  # a constant channel
+    x[..., 7] = 0
+    x[..., 9] *= 1000
+    got, want = encode.channels(x, bits, impl="triton"), codes.encode_channels(x.cpu(), bits)
+    for a, b in zip(got, want):
+        assert a.shape == b.shape and torch.equal(a.cpu(), b)
+    back = codes.unpack(got[0], bits).double() * got[1].double().unsqueeze(-2) + got[2].double().unsqueeze(-2)
+    assert ((back - x.double()).abs() <= got[1].double().unsqueeze(-2) / 2 * 1.001 + 1e-5).all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_blocks_land_in_their_slots_and_are_read_back(impl):
+    """Into the middle of a KIVI tier: the named slots and rows alone change, and decode attends to what was written."""
+    make = lambda: make_tier(4, [64, 96], 64, channels=32, kind="block", device=DEVICE, generator=torch.Generator().manual_seed(1))  # noqa: E731
+    tier, old = make(), make()
+    k, v = numbers(3, 32, 64, seed=2), numbers(3, 32, 64, seed=3)
+    slots, rows = torch.tensor([32, -1, 64], device=DEVICE), torch.tensor([4, 0, 1], device=DEVICE)
+    encode.append_blocks(tier, k, v, slots, rows, impl=impl)
+    written = torch.cat([torch.arange(32, 64), torch.arange(64, 96)]).to(DEVICE)
+    got = dequantise(tier, written, torch.float64)
+    for a, x in zip(got, (k, v)):
+        assert error(a, x[[0, 2]].flatten(0, 1)) < 0.1
+    untouched = torch.ones(tier.slots, dtype=torch.bool, device=DEVICE)
+    untouched[written] = False
+    for name in ("k", "v", "v_scale", "v_zero", "k_group"):
+        assert torch.equal(getattr(tier, name)[untouched], getattr(old, name)[untouched])
+    assert torch.equal(tier.k_scale[[0, 2, 3]], old.k_scale[[0, 2, 3]]) and (tier.k_group[64:96] == 1).all()
+    q = numbers(1, 4, 64, dtype=torch.float16)
+    want = decode.reference.attend(q, [tier], 0.125)[0]
+    assert error(decode.attend(q, [tier], 0.125, impl="triton").out, want) < 2e-3
+    with pytest.raises(ValueError, match="per-channel"):
+        encode.append_blocks(make_tier(4, [8], 64, device=DEVICE), k, v, slots, rows)
+
+
+def uneven(bits, seed=0):
+    return numbers(2**bits, seed=seed).sort().values
+
+
+def unlike(got: torch.Tensor, want: torch.Tensor, y: torch.Tensor, table: torch.Tensor, bits: int, slack: float) -> None:
+    """Codes may differ only where a number stands within `slack` of the middle of two levels."""
+    a, b = levels.unpack(got, bits).long(), levels.unpack(want, bits).long()
+    edges = (table[1:].double() + table[:-1].double()) / 2
+    near = (y.double().unsqueeze(-1) - edges).abs().amin(-1) <= slack
+    assert ((a == b) | near).all() and (a == b).double().mean() > 0.98
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_table_of_given_numbers(bits):
+    """Nothing is rounded on the way, so codes are those of float64 and of torch, ties included."""
+    table = uneven(bits)
+    x = numbers(2, 9, 72, seed=1)
+    x[0, 0, : 2**bits - 1] = ((table[1:] + table[:-1]) / 2)[:72]  # on the edges
+    got, norm = encode.table(x, table, bits, impl="triton")
+    assert norm is None and torch.equal(got, encode.table(x, table, bits, impl="torch")[0])
+    far = (x.double().unsqueeze(-1) - table.double()).abs()
+    best = far.gather(-1, levels.unpack(got, bits).long().unsqueeze(-1)).squeeze(-1)
+    assert (best <= far.amin(-1) + 1e-6).all()
+
+
+@pytest.mark.parametrize("bits,dim", [(2, 64), (3, 128), (4, 80), (4, 16), (8, 64)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_table_by_norm_and_rotation(bits, dim, turned):
+    """TurboQuant's codes: the turned vector over its length, against float64."""
+    table = levels.normal_levels(bits) if bits < 8 else uneven(8)
+    table = table.to(DEVICE)
+    x = numbers(3, 7, dim, seed=4) * 5
+    x[1, 2] = 0
+    turn = levels.rotation(dim, 3).to(DEVICE) if turned else None
+    got, norm = encode.table(x, table, bits, turn=turn, by_norm=True, impl="triton")
+    want, length = encode.table(x, table, bits, turn=turn, by_norm=True, impl="torch")
+    exact = x.double().norm(dim=-1, keepdim=True)
+    assert ((norm.double() - exact).abs() <= exact * 2**-11 * 1.01).all() and norm.shape == length.shape
+    y = x.double() if turn is None else x.double() @ turn.double().mT
+    y = y / norm.double().clamp_min(1e-12) * dim**0.5
+    float64 = levels.pack(levels.nearest(y, table.double()), bits)
+    unlike(got, float64, y, table, bits, 1e-4)
+    same = (norm == length).squeeze(-1)
+    assert same.double().mean() > 0.9
+    unlike(got[same], want[same], y[same], table, bits, 1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("per", ["vector", "channel"])
+def test_table_by_range(bits, per):
+    """KVQuant's codes, bit for bit those of torch: every operation is the same."""
+    table = uneven(bits, 5).clamp(-1, 1)
+    x = numbers(2, 3, 11, 64, seed=6)
+    if per == "vector":
+        low, high = x.amin(-1, keepdim=True).half(), x.amax(-1, keepdim=True).half()
+    else:
+        low, high = x.amin((0, 2)).unsqueeze(1), x.amax((0, 2)).unsqueeze(1)
+    got = encode.table(x, table, bits, low=low, high=high, impl="triton")[0]
+    assert torch.equal(got, encode.table(x, table, bits, low=low, high=high, impl="torch")[0])
+    y = 2 * (x.double() - low.double()) / (high.double() - low.double()) - 1
+    unlike(got, levels.pack(levels.nearest(y, table.double()), bits), y, table, bits, 1e-5)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_table_in_place(impl):
+    x, table = numbers(4, 64, seed=7), levels.normal_levels(4).to(DEVICE)
+    slots = torch.tensor([5, -1, 0, 9], device=DEVICE)
+    held, norms = torch.full((12, 32), 77, dtype=torch.uint8, device=DEVICE), torch.full((12, 1), 9.0, device=DEVICE).half()
+    encode.table(x, table, 4, by_norm=True, out=(held, norms), slots=slots, impl=impl)
+    want, length = encode.table(x, table, 4, by_norm=True, impl=impl)
+    live = slots >= 0
+    assert torch.equal(held[slots[live]], want[live]) and torch.equal(norms[slots[live]], length[live])
+    others = torch.ones(12, dtype=torch.bool, device=DEVICE)
+    others[slots[live]] = False
+    assert (held[others] == 77).all() and (norms[others] == 9).all()
+
+
+def test_tokens_of_any_shape_and_refusals():
+    x = numbers(2, 3, 5, 64)
+    for a, b in zip(encode.tokens(x, 4, 32, impl="triton"), codes.encode_tokens(x.cpu(), 4, 32)):
+        assert torch.equal(a.cpu(), b)
+    with pytest.raises(ValueError, match="whole bytes"):
+        encode.channels(numbers(1, 16, 6), 2)
+    with pytest.raises(ValueError, match="levels"):
+        encode.table(x, uneven(3), 4)
+    with pytest.raises(ValueError, match="in place"):
+        encode.channels(numbers(1, 16, 8), 2, out=(x, x, x))
