@@ -7,9 +7,13 @@ up. Unpacking is then a shift and a mask per contiguous slice, never an interlea
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import torch
 
 WIDTHS = (8, 4, 2)
+FEW = 4096  # numbers up to which a CPU codes them by numpy
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -37,6 +41,21 @@ def streams(packed: torch.Tensor, bits: int) -> list[torch.Tensor]:
     return [(packed >> (bits * i)) & mask if i < count - 1 else packed >> (bits * i) for i in range(count)]
 
 
+def masked(packed: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """As `streams`, but slice i comes as codes * 2**(bits*i): one operation a slice instead of two. See `units`."""
+    return [packed] if bits == 8 else [packed & (((1 << bits) - 1) << (bits * i)) for i in range(8 // bits)]
+
+
+@functools.cache
+def _units(width: int, bits: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.cat([torch.full((width * bits // 8,), 0.5 ** (bits * i), dtype=dtype, device=device) for i in range(8 // bits)])
+
+
+def units(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """What each channel of `masked` codes has to be multiplied by, [d] in x's dtype for x [..., d]: powers of two, exact."""
+    return _units(x.shape[-1], bits, x.dtype, x.device)
+
+
 def affine_range(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """fp16 (scale, zero) whose grid covers [low, high], rounded outwards so that |x - x_hat| <= scale/2 holds (I8)."""
     low, high = low.float(), high.float()
@@ -56,10 +75,36 @@ def quantise(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
 def encode_tokens(x: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per-token affine codes. x [..., d] -> (bytes [..., d*bits/8], scale fp16 [..., d/group], zero fp16 [..., d/group])."""
     d = x.shape[-1]
-    grouped = x.float().unflatten(-1, (d // group, group))
-    scale, zero = affine_range(grouped.amin(-1), grouped.amax(-1), bits)
-    codes = quantise(grouped, scale.unsqueeze(-1), zero.unsqueeze(-1), bits).flatten(-2)
-    return pack(codes, bits), scale, zero
+    if x.device.type == "cpu" and x.numel() <= FEW:
+        return _encode_few(x, bits, group)
+    grouped = x.float().view(*x.shape[:-1], d // group, group) if x.is_contiguous() else x.float().unflatten(-1, (d // group, group))
+    # `affine_range` and `quantise` in fewer operations, bit for bit: a decode step codes one row, so operations are its cost.
+    # Scales are never 0 here (the second term of `affine_range`), and half meets float by promotion, exactly.
+    low, high = torch.aminmax(grouped, dim=-1, keepdim=True)
+    zero = torch.sub(low, low.abs(), alpha=2**-10).half()
+    scale = torch.sub(high, zero).clamp_min_(0).div_(2**bits - 1).mul_(1 + 2**-10).add_(2**-24).half()
+    codes = torch.sub(grouped, zero).div_(scale).round_().clamp_(0, 2**bits - 1).to(torch.uint8).flatten(-2)
+    return pack(codes, bits), scale.squeeze(-1), zero.squeeze(-1)
+
+
+def _encode_few(x: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`encode_tokens` for the few numbers of a decode step on a CPU, bit for bit: numpy's calls cost a fraction of torch's."""
+    d, top = x.shape[-1], np.float32(2**bits - 1)
+    grouped = x.float().detach().contiguous().numpy().reshape(*x.shape[:-1], d // group, group)
+    low, high = grouped.min(-1, keepdims=True), grouped.max(-1, keepdims=True)
+    zero = (low - np.abs(low) * np.float32(2**-10)).astype(np.float16)
+    wide = zero.astype(np.float32)
+    step = np.maximum(high - wide, np.float32(0)) / top
+    scale = (step * np.float32(1 + 2**-10) + np.float32(2**-24)).astype(np.float16)
+    found = np.rint((grouped - wide) / scale.astype(np.float32))
+    codes = np.clip(found, np.float32(0), top, out=found).astype(np.uint8).reshape(x.shape)
+    if bits < 8:
+        width = d * bits // 8
+        packed = codes[..., :width].copy()
+        for i in range(1, 8 // bits):
+            packed |= codes[..., i * width : (i + 1) * width] << np.uint8(bits * i)
+        codes = packed
+    return torch.from_numpy(codes), torch.from_numpy(scale[..., 0]), torch.from_numpy(zero[..., 0])
 
 
 def decode_tokens(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
@@ -81,9 +126,11 @@ def token_logits(
 
     scale and zero [..., N, 1] come out of the sum: q.(c*s + z) = s*(q.c) + z*sum(q), so the codes are only converted.
     """
-    parts = streams(packed, bits)
-    raw = sum(qs @ part.to(q.dtype).mT for qs, part in zip(q.chunk(len(parts), -1), parts))
-    return raw * scale.to(q.dtype).mT + q.sum(-1, keepdim=True) * zero.to(q.dtype).mT
+    parts = masked(packed, bits)
+    codes = parts[0] if bits == 8 else torch.cat(parts, -1)
+    turned = q if bits == 8 else q * units(q, bits)
+    shift = q.sum(-1, keepdim=True) * zero.to(q.dtype).mT
+    return torch.addcmul(shift, turned @ codes.to(q.dtype).mT, scale.to(q.dtype).mT)
 
 
 def token_mix(
@@ -91,5 +138,9 @@ def token_mix(
 ) -> torch.Tensor:
     """p @ x_hat without building x_hat, for one group per token: p [..., R, N] -> [..., R, d]."""
     weighted = p * scale.to(p.dtype).mT
-    parts = [weighted @ part.to(p.dtype) for part in streams(packed, bits)]
-    return torch.cat(parts, -1) + p @ zero.to(p.dtype)
+    parts = [weighted @ part.to(p.dtype) for part in masked(packed, bits)]
+    shift = (p * zero.to(p.dtype).mT).sum(-1, keepdim=True)
+    if bits == 8:
+        return parts[0].add_(shift)
+    out = torch.cat(parts, -1)
+    return torch.addcmul(shift, out, units(out, bits))

@@ -22,8 +22,8 @@ def plain(
     a row that sees no key gives zeros and -inf.
     """
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and q.dtype != torch.float16 and q.dtype != torch.float64:
-        if mask is None:
-            return _flash_cpu(q, k, v, 0.0, causal, scale=scale)
+        if mask is None or (mask.dtype == q.dtype and mask.dim() == 4 and not causal):
+            return _flash_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     return materialised(q, k, v, scale, causal=causal, mask=mask)
 
 

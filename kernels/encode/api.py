@@ -46,6 +46,37 @@ def encode_tokens(
     return out
 
 
+def encode_sides(
+    xs: Sequence[torch.Tensor], bits: int, group: int, outs: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    slots: torch.Tensor, *, stride: int = 0, source: torch.Tensor | None = None, impl: str = "auto",
+) -> None:
+    """Per-token affine codes of one row per lane, of one or two tensors (keys and values) in one launch.
+
+    xs [.,d] contiguous; row r, or source[r] where int64 [n] is given, is coded into slot slots[r] + r*stride (int64 [n]) of its
+    (bytes, scale, zero), as `encode_tokens`. Nothing synchronises.
+    """
+    n, dim = slots.shape[0], xs[0].shape[-1]
+    if dim % group or (dim * bits) % 8:
+        raise ValueError(f"{dim} channels do not split into groups of {group} and whole bytes of {bits}-bit codes.")
+    if choose(impl, slots, *xs) == "torch":
+        place = slots + torch.arange(n, device=slots.device) * stride if stride else slots
+        for x, out in zip(xs, outs):
+            picked = x if source is None else x.index_select(0, source)
+            for target, value in zip(out, codes.encode_tokens(picked, bits, group)):
+                target.index_copy_(0, place, value)
+        return
+    import triton
+
+    from kernels.encode.triton_encode import encode_sides_kernel
+
+    width = dim * bits // 8
+    encode_sides_kernel[(triton.cdiv(n, 4), len(xs))](
+        xs[0], xs[-1], slots if source is None else source, slots, *outs[0], *outs[-1], n, stride, D=dim, BITS=bits, GROUP=group,
+        GP=triton.next_power_of_2(group), W=width, WP=triton.next_power_of_2(width), BR=4, GATHER=source is not None, num_warps=2,
+        **({} if interpreting() else {"enable_fp_fusion": False}),
+    )
+
+
 def append(tier: TierView, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, impl: str = "auto") -> None:
     """Write keys and values [n,d] into slots int64 [n] of a tier: copied at 16 bits, else encoded per token.
 

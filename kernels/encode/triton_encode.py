@@ -11,19 +11,14 @@ def _round(x):
 
 
 @triton.jit
-def encode_kernel(
-    x_ptr, slot_ptr, code_ptr, scale_ptr, zero_ptr, rows,
-    D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    BR: tl.constexpr,
+def _encode(
+    x_ptr, r, slot, ok, code_ptr, scale_ptr, zero_ptr,
+    D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BR: tl.constexpr,
 ):
-    """Per-token affine codes of x [rows,D] into the slots named by slot_ptr (-1: skip): code [slots,W] uint8, scale and
-    zero [slots, D/GROUP] float16."""
+    """Rows r int64 [BR] of x [.,D] coded into slots slot int64 [BR], where ok bool [BR]."""
     PARTS: tl.constexpr = 8 // BITS
     TOP: tl.constexpr = (1 << BITS) - 1
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
-    slot = tl.load(slot_ptr + r, mask=r < rows, other=-1).to(tl.int64)
-    ok = slot >= 0
-    x_row = x_ptr + r.to(tl.int64)[:, None] * D
+    x_row = x_ptr + r[:, None] * D
     scales = ()
     zeros = ()
     c = tl.arange(0, GP)
@@ -59,6 +54,39 @@ def encode_kernel(
         code = tl.where(scale == 0.0, 0.0, code).to(tl.int32)
         byte = byte | (code << (BITS * p))
     tl.store(code_ptr + slot[:, None] * W + j[None, :], byte.to(tl.uint8), mask=ok[:, None] & (j < W)[None, :])
+
+
+@triton.jit
+def encode_kernel(
+    x_ptr, slot_ptr, code_ptr, scale_ptr, zero_ptr, rows,
+    D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Per-token affine codes of x [rows,D] into the slots named by slot_ptr (-1: skip): code [slots,W] uint8, scale and
+    zero [slots, D/GROUP] float16."""
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    slot = tl.load(slot_ptr + r, mask=r < rows, other=-1).to(tl.int64)
+    _encode(x_ptr, r.to(tl.int64), slot, slot >= 0, code_ptr, scale_ptr, zero_ptr, D, BITS, GROUP, GP, W, WP, BR)
+
+
+@triton.jit
+def encode_sides_kernel(
+    x0_ptr, x1_ptr, source_ptr, slot_ptr, code0_ptr, scale0_ptr, zero0_ptr, code1_ptr, scale1_ptr, zero1_ptr, rows, stride,
+    D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    BR: tl.constexpr, GATHER: tl.constexpr,
+):
+    """As `encode_kernel` for one or two tensors at once (the second program axis), whose row r is source[r] with GATHER; the
+    slot of row r is slot[r] + r * stride."""
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    ok = r < rows
+    slot = tl.load(slot_ptr + r, mask=ok, other=0).to(tl.int64) + r * stride
+    source = r.to(tl.int64)
+    if GATHER:
+        source = tl.load(source_ptr + r, mask=ok, other=0).to(tl.int64)
+    if tl.program_id(1) == 0:
+        _encode(x0_ptr, source, slot, ok, code0_ptr, scale0_ptr, zero0_ptr, D, BITS, GROUP, GP, W, WP, BR)
+    else:
+        _encode(x1_ptr, source, slot, ok, code1_ptr, scale1_ptr, zero1_ptr, D, BITS, GROUP, GP, W, WP, BR)
 
 
 @triton.jit
@@ -120,10 +148,10 @@ def _move(x_ptr, stride, source, target, D: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def evict_kernel(
-    tag_ptr, score_ptr, stat_ptr, one_ptr, two_ptr, log_ptr, step_ptr, slot_ptr, n, first, last,
-    tag_stride, score_stride, stat_stride, one_stride, two_stride, lanes,
+    tag_ptr, score_ptr, stat_ptr, one_ptr, two_ptr, log_ptr, step_ptr, slot_ptr, base_ptr, quarter_ptr, cos_ptr, sin_ptr,
+    n, first, last, tag_stride, score_stride, stat_stride, one_stride, two_stride, lanes,
     BN: tl.constexpr, D1: tl.constexpr, P1: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
-    SCORE: tl.constexpr, STAT: tl.constexpr, ROWS: tl.constexpr, LOG: tl.constexpr,
+    SCORE: tl.constexpr, STAT: tl.constexpr, ROWS: tl.constexpr, LOG: tl.constexpr, FRONT: tl.constexpr,
 ):
     """One lane: the unprotected entry with the lowest score leaves, the newest (n-1) takes its place; see `evict`."""
     lane = tl.program_id(0).to(tl.int64)
@@ -161,4 +189,15 @@ def evict_kernel(
         _move(one_ptr, lane * one_stride, n - 1, at, D1, P1)
     if ROWS > 1:
         _move(two_ptr, lane * two_stride, n - 1, at, D2, P2)
+    if FRONT > 0:
+        d = tl.arange(0, P1)
+        turn = (tl.load(step_ptr) + 1) * D1 + d
+        cos = tl.load(cos_ptr + turn, mask=d < D1, other=0.0)
+        sin = tl.load(sin_ptr + turn, mask=d < D1, other=0.0)
+        for row in range(FRONT):
+            own = (lane * FRONT + row) * D1 + d
+            base = tl.load(base_ptr + own, mask=d < D1, other=0.0)
+            quarter = tl.load(quarter_ptr + own, mask=d < D1, other=0.0)
+            turned = base * cos + quarter * sin
+            tl.store(one_ptr + lane * one_stride + row * D1 + d, turned.to(one_ptr.dtype.element_ty), mask=d < D1)
     tl.store(slot_ptr + lane, at.to(tl.int64))

@@ -37,6 +37,7 @@ class LayerContext:
     seed: int = 0
     rope: Rope | None = None
     last_p: torch.Tensor | None = None  # [B, Hq, N] weights of the newest row, where a technique needs them
+    now: torch.Tensor | None = None  # [B, Hk, N] weights of the newest decode row, summed over each group, where one needs them
     out: torch.Tensor | None = None  # [B, Hq, T, d] outputs of these rows, before routing
     scorer: Technique | None = None  # the technique that ranks entries, and the one that codes them, under this stack
     encoder: Technique | None = None

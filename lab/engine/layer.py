@@ -62,6 +62,7 @@ class LabLayer(CacheLayerMixin):
         self.tap: Tap | None = None
         self.static = None  # its place in a captured graph, while there is one
         self.witness = None  # is told the queries, keys and values the model brings, while two ways of a step are compared
+        self.step = None  # its step in place (lab.engine.steady), while decode steps take it
         self.reset()
 
     def reset(self) -> None:
@@ -75,7 +76,9 @@ class LabLayer(CacheLayerMixin):
         self.meta: Ragged | None = None
         self.queries: torch.Tensor | None = None
         self.state: dict = {}
-        self.history: History | None = None
+        self.step = None
+        self.step_refused = False  # asked once after each prompt
+        self._history: History | None = None
         self.prompt_done = False
         self.budget: torch.Tensor | int | None = None
         self.last_read: float = 0  # entries read by the newest query row, summed over lanes; a lone key or value is half
@@ -119,12 +122,38 @@ class LabLayer(CacheLayerMixin):
         self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.settle()
         chosen = [int(i) for i in indices]
         for part in self._parts():
             part.select_sequences(chosen)
         if self.history is not None:
             self.history.select(chosen)
         self._each_sequence(lambda x: x[torch.tensor(chosen, device=x.device)])
+
+    @property
+    def in_place(self):
+        """The step in place that is running, on a CPU or in a graph, or None."""
+        return self.static if self.static is not None else self.step
+
+    def settle(self) -> None:
+        """Go back to ordinary steps: storage in ordinary order, history complete."""
+        running, self.step, self.static, self.step_refused = self.in_place, None, None, False
+        if running is not None:
+            with torch.inference_mode():
+                running.settle(self)
+
+    @property
+    def history(self) -> History | None:
+        """The life of every position, where it is recorded; what steps in place have noted is told first."""
+        running = self.in_place
+        if running is not None and self._history is not None:
+            with torch.inference_mode():
+                running.note(self)
+        return self._history
+
+    @history.setter
+    def history(self, value: History | None) -> None:
+        self._history = value
 
     # -- what is stored --------------------------------------------------------------------------------------------
     @property
@@ -221,11 +250,13 @@ class LabLayer(CacheLayerMixin):
 
     def all_keys(self) -> torch.Tensor:
         """Stored keys in logical order, decoded: [B, Hk, longest, d]."""
-        return self._gathered(self.keys_side)
+        layer = self._orderly()
+        return layer._gathered(layer.keys_side)
 
     def all_values(self) -> torch.Tensor:
         """Stored values in logical order, decoded: [B, Hk, longest, d]."""
-        return self._gathered(self.values_side)
+        layer = self._orderly()
+        return layer._gathered(layer.values_side)
 
     # -- changes ---------------------------------------------------------------------------------------------------
     def append(self, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor | None, keep: torch.Tensor | None) -> None:
@@ -354,6 +385,7 @@ class LabLayer(CacheLayerMixin):
 
     def repeat(self, times: int) -> None:
         """Turn one prompt's cache into `times` samples of it."""
+        self.settle()
         for part in self._parts():
             part.repeat(times)
         if self.history is not None:
@@ -363,14 +395,18 @@ class LabLayer(CacheLayerMixin):
     def clone(self) -> "LabLayer":
         """An independent copy: the fork of a stream."""
         twin = LabLayer(self.index, self.reserve, self.track, self.window, self.slack)
-        twin.__dict__.update({k: v for k, v in self.__dict__.items()})
+        running, history = self.in_place, self.history
+        twin.__dict__.update(self.__dict__)
         twin.coded_k, twin.coded_v = [s.clone() for s in self.coded_k], [s.clone() for s in self.coded_v]
         if self.is_initialized:
             twin.exact_k, twin.exact_v = self.exact_k.clone(), self.exact_v.clone()
         twin.meta = self.meta.clone() if self.meta is not None else None
-        twin.tap = twin.static = None
-        twin.history = self.history.clone() if self.history is not None else None
+        twin.tap = twin.static = twin.step = None
+        twin.history = history.clone() if history is not None else None
         twin.state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.state.items()}
+        if running is not None:
+            with torch.inference_mode():
+                running.settle(twin)
         return twin
 
     # -- inside ----------------------------------------------------------------------------------------------------
@@ -378,6 +414,10 @@ class LabLayer(CacheLayerMixin):
         if not self.is_initialized:
             return []
         return [*self.keys_side, *self.values_side] + ([self.meta] if self.meta is not None else [])
+
+    def _orderly(self) -> "LabLayer":
+        """This layer, or a copy in ordinary order where a running step keeps it in its own."""
+        return self.clone() if self.in_place is not None and not self.in_place.orderly else self
 
     def _each_sequence(self, change) -> None:
         """Apply a change of the batch to what is kept beside the stored rows: [B, ...] tensors."""

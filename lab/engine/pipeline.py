@@ -9,7 +9,7 @@ import torch
 from kernels import cpu_attention as core
 from kernels.backend import has_triton
 from kernels.merge import sink_logit
-from lab.engine import attend, fused, graph, sparse
+from lab.engine import attend, fused, sparse, steady
 from lab.engine.context import LayerContext
 from lab.engine.history import History
 from lab.engine.layer import Handle, LabLayer
@@ -33,9 +33,13 @@ def run(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> torch.Te
     """One layer's step. q [B,Hq,T,d]; returns [B,T,Hq,dv]. Stores the handle's rows, attends, then applies the dial."""
     store = handle.layer
     if store.static is not None:
-        return graph.attend(policy, handle, q, call)
+        return store.static(handle, q, call)
     if policy.bare and policy.probe is None and q.shape[2] == 1:
         out = _dense_row(handle, q, call)
+        if out is not None:
+            return out
+    elif policy.not_in_place is None and policy.probe is None and store.seen:
+        out = steady.run(policy, handle, q, call)
         if out is not None:
             return out
     ctx = _append(policy, handle, q, call)
@@ -148,14 +152,14 @@ def _context(policy: Policy, store: LabLayer, q: torch.Tensor, call: Call, first
 
 def _attend(policy: Policy, ctx: LayerContext, handle: Handle, call: Call) -> attend.Result:
     store, rows = ctx.store, ctx.q.shape[2]
-    prompt = ctx.phase == "prefill"
+    prompt, want_mass = ctx.phase == "prefill", policy.wants_mass(ctx)
     chosen = [c for c in (t.select(ctx) for t in policy.selects if ctx.phase in t.select_phases) if c is not None]
     bands = [c for c in chosen if isinstance(c, Band)]
     edits = [e for t in policy.edits for e in t.edit(ctx)]
     weigh = policy.weigh(ctx)
     if weigh is not None or len(chosen) > len(bands) or (bands and not prompt):
         picks = [c for c in chosen if not isinstance(c, Band)]
-        result = sparse.attend(ctx, bands, picks, edits, weigh, policy.want_mass, policy.want_last)
+        result = sparse.attend(ctx, bands, picks, edits, weigh, want_mass, policy.want_last)
         return _finish(policy, ctx, result, chosen, edits)
     store.last_probe = 0
     quick = ctx.pos_q is None and not call.softcap and store.plain and store.longest == store.seen - store.base
@@ -170,14 +174,14 @@ def _attend(policy: Policy, ctx: LayerContext, handle: Handle, call: Call) -> at
                 result = attend.biased_columns(ctx, result, edits)
             return _finish(policy, ctx, _with_sink(ctx, result), bands, edits)
     if rows == 1 and fusable(ctx.q) and not bands and not edits and not policy.want_last and ctx.pos_q is None:
-        found = fused.one_row(ctx, policy.want_mass)
+        found = fused.one_row(ctx, want_mass)
         if found is not None:
             store.last_read = min(sum(store.counts), (ctx.window or store.longest) * store.batch * store.heads)
             return attend.Result(*found)
     alone = rows == 1 and store.plain and not ctx.window and not call.softcap and ctx.pos_q is None  # sees all there is
-    if rows == 1 and (quick or alone) and not bands and not edits and not policy.want_mass and not policy.want_last:
+    if rows == 1 and (quick or alone) and not bands and not edits and not want_mass and not policy.want_last:
         return _with_sink(ctx, attend.one_row(ctx))
-    return _finish(policy, ctx, attend.general(ctx, bands, edits, policy.want_mass, policy.want_last), bands, edits)
+    return _finish(policy, ctx, attend.general(ctx, bands, edits, want_mass, policy.want_last), bands, edits)
 
 
 def fusable(q: torch.Tensor) -> bool:
@@ -194,7 +198,7 @@ def _with_sink(ctx: LayerContext, result: attend.Result) -> attend.Result:
 def _finish(policy: Policy, ctx: LayerContext, result: attend.Result, bands: list, edits: list) -> attend.Result:
     if policy.combine is not None and bands and ctx.phase in policy.combine.combine_phases:
         result.out = policy.combine.combine(ctx, result.out, lambda rows: attend.dense_rows(ctx, rows, edits))
-    if policy.want_mass and result.mass is None:
+    if policy.wants_mass(ctx) and result.mass is None:
         result.mass = _prompt_mass(ctx, result.lse, bands, edits)
     return result
 

@@ -10,6 +10,7 @@ from lab.engine.layer import LabLayer
 from lab.engine.rope import Rope, rope_of
 from lab.engine.slots import Forward
 from lab.engine.stack import Stack
+from lab.engine.steady.plan import not_in_place
 from lab.engine.tiers import narrow
 from lab.errors import LabError
 
@@ -56,10 +57,11 @@ class Policy:
         self._contexts: list[LayerContext] = []
         needs = frozenset().union(*(t.needs for t in self.members))
         self.want_mass, self.want_last, self.want_queries = "mass" in needs, "last" in needs, "queries" in needs
-        self.want_rope = "rope" in needs
+        self.want_now, self.want_rope = "now" in needs, "rope" in needs
         self.window_rows = max([t.observation_window for t in self.members], default=0)
         self.bare = not stack.techniques  # dense attention: nothing to ask, nothing to change
         self._ropes: dict[int, Rope] = {}
+        self.not_in_place = not_in_place(self)  # why decode steps cannot change the cache in place, or None
 
     @classmethod
     def dense(cls) -> "Policy":
@@ -90,6 +92,10 @@ class Policy:
         """The function that turns this step's logits into weights; None for the softmax."""
         return self.weigher.weigh if self.weigher is not None and self.weigher.weighs(ctx) else None
 
+    def wants_mass(self, ctx: LayerContext) -> bool:
+        """Whether these rows' attention has to come back per entry."""
+        return self.want_mass or (self.want_now and ctx.phase == "decode")
+
     def early(self, ctx: LayerContext) -> Result | None:
         """An output that stands for this step's attention, where a technique has one; nothing is then read."""
         for technique in self.routes:
@@ -97,7 +103,8 @@ class Policy:
             if out is not None:
                 store = ctx.store
                 store.last_read = store.last_probe = 0
-                mass = torch.zeros(store.positions().shape, device=out.device) if self.want_mass else None
+                wanted = self.wants_mass(ctx)
+                mass = torch.zeros(store.positions().shape, device=out.device) if wanted else None
                 last = torch.zeros(*ctx.q.shape[:2], store.longest, device=out.device) if self.want_last else None
                 return Result(out, None, mass, last)
         return None
@@ -179,17 +186,18 @@ class Policy:
     def _observe(self, ctx: LayerContext, result) -> None:
         store = ctx.store
         ctx.out, ctx.scorer, ctx.encoder = result.out, self.scorer, self.encoder
-        ctx.model, ctx.calibrated = self.model, self._calibrated(ctx.layer)
+        ctx.model, ctx.calibrated = self.model, self.calibrated_for(ctx.layer)
         if self.want_mass:
             store.set_attribute("mass", ctx.mass() + result.mass)
         ctx.last_p = result.last
+        ctx.now = result.mass if ctx.phase == "decode" else None
         if ctx.phase == "prefill" and (self.window_rows or self.want_queries):
             rows = ctx.q if store.queries is None else torch.cat([store.queries, ctx.q], 2)
             store.queries = rows if self.want_queries else rows[:, :, -self.window_rows :].clone()
         for technique in self.observers:
             technique.observe(ctx)
 
-    def _calibrated(self, layer: int) -> dict[str, torch.Tensor]:
+    def calibrated_for(self, layer: int) -> dict[str, torch.Tensor]:
         return self.calibration[layer] if self.calibration else {}
 
     def _squeeze(self, ctx: LayerContext) -> None:

@@ -249,12 +249,20 @@ class Ragged:
         if self.fields and not self._fits([spare] * self.lanes):
             self._grow(self.lens, spare, {})
 
+    def resize(self, capacity: int) -> None:
+        """Give every lane exactly `capacity` slots; no lane may hold more."""
+        if self.caps != [capacity] * self.lanes:
+            self._lay([capacity] * self.lanes, {})
+
     # -- inside --------------------------------------------------------------------------------------------------
     def _fits(self, added: list[int]) -> bool:
         return bool(self.fields) and all(n + a <= c for n, a, c in zip(self.lens, added, self.caps))
 
     def _grow(self, needed: list[int], spare: int, rows: Fields) -> None:
-        caps = [max(need + spare, cap) for need, cap in zip(needed, self.caps)]
+        self._lay([max(need + spare, cap) for need, cap in zip(needed, self.caps)], rows)
+
+    def _lay(self, caps: list[int], rows: Fields) -> None:
+        """New tensors for lanes of these capacities, entries carried over; fields not known yet are like `rows`."""
         starts = _starts(caps)
         names = rows if not self.fields else self.fields
         old, self_starts = self.fields, self.starts

@@ -19,6 +19,7 @@ class Rope:
     frequencies: torch.Tensor
     interleaved: bool = False
     _table: list[torch.Tensor] = field(default_factory=list, repr=False)
+    _last: list = field(default_factory=list, repr=False)
 
     def rotate(self, x: torch.Tensor, delta: int | torch.Tensor) -> torch.Tensor:
         """Turn vectors x [..., d] by `delta` positions: an int, or a tensor broadcastable to x.shape[:-1]."""
@@ -36,6 +37,31 @@ class Rope:
         index = place.abs().long()
         sin = table[1][index]
         return self._mixed(x, table[0][index], -sin if bool((place < 0).any()) else sin)
+
+    def wave(self, delta: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) float32 [..., width] of turning by delta [..., 1] positions: x turned is x*cos + quarter(x)*sin."""
+        angle = delta * self.frequencies.to(delta.device)
+        angle = angle.repeat_interleave(2, -1) if self.interleaved else torch.cat([angle, angle], -1)
+        still = width - angle.shape[-1]
+        angle = torch.nn.functional.pad(angle, (0, still)) if still else angle
+        return angle.cos(), angle.sin()
+
+    def gap(self, delta: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`wave` of one number of positions, kept for the layers that ask for the same."""
+        if not self._last or self._last[0] != (delta, width):
+            self._last[:] = [(delta, width), self.wave(torch.tensor([float(delta)], device=self.frequencies.device), width)]
+        return self._last[1]
+
+    def quarter(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., d] float32 with every channel pair turned by a right angle; 0 in channels that are not rotated."""
+        width = 2 * self.frequencies.numel()
+        turned, rest = x[..., :width].float(), x[..., width:]
+        if self.interleaved:
+            turned = torch.stack([-turned[..., 1::2], turned[..., 0::2]], -1).flatten(-2)
+        else:
+            a, b = turned.chunk(2, -1)
+            turned = torch.cat([-b, a], -1)
+        return torch.cat([turned, torch.zeros_like(rest, dtype=torch.float32)], -1) if rest.shape[-1] else turned
 
     def _mixed(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         width = 2 * self.frequencies.numel()

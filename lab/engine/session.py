@@ -12,6 +12,7 @@ from kernels import first_use
 from lab.engine.cache import LabCache
 from lab.engine.graph import GraphedDecode, why_not
 from lab.engine.stack import Stack
+from lab.engine.steady import FILLING, Unfit
 from lab.engine.tap import Tap
 from lab.errors import LabError
 
@@ -101,7 +102,7 @@ class Session:
 
         On CUDA the first step captures a graph where the stack allows it (not counted in last_ms).
         """
-        if self.device.type == "cuda" and self._graph is None and self.path is None:
+        if self.device.type == "cuda" and self._graph is None and (self.path is None or self.path.endswith(FILLING)):
             self._prepare_graph(ids.shape[0])
         if self._graph is not None and self._graph.left == 0:
             self._leave_graph("the reserved room is used up")
@@ -126,6 +127,8 @@ class Session:
                     self._graph = GraphedDecode(self.model, self.cache, batch, self.new_tokens + 1, shorten=self.shorten)
                 self.path, self.own = "CUDA graph", self._graph.own
                 return
+            except Unfit as unfit:
+                reason = str(unfit)
             except RuntimeError as error:  # a model whose forward cannot be captured still runs step by step
                 log.warning("capturing the decode step failed: %s", error)
                 reason = "this model's step cannot be captured"
@@ -133,7 +136,7 @@ class Session:
 
     def _leave_graph(self, reason: str) -> None:
         for layer in self.cache.lab_layers:
-            layer.static = None
+            layer.settle()
         self._graph, self.path = None, f"step by step: {reason}"
 
     def fork(self) -> "Session":

@@ -150,6 +150,14 @@ class Shift:
 
 
 @dataclass(frozen=True)
+class Trailing:
+    """The stored keys before position `before` always read as if they stood right before the rest: a Shift whose delta grows
+    by one with every entry that leaves between them."""
+
+    before: int
+
+
+@dataclass(frozen=True)
 class Technique:
     """Base of every technique. Subclasses are frozen dataclasses; their fields are their parameters."""
 
@@ -160,7 +168,8 @@ class Technique:
     help: ClassVar[str]
     saves: ClassVar[str] = "memory"
     does_not_save: ClassVar[str] = ""
-    needs: ClassVar[frozenset[str]] = frozenset()  # "mass", "last", "queries": what the engine should observe
+    # what the engine should observe: "mass" (a running sum), "now" and "last" (the newest row, per entry or per head), "queries"
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         for p in self.parameters():
@@ -215,6 +224,11 @@ class Technique:
     def edit(self, ctx: "LayerContext") -> list[ColumnBias | EntryBias | Shift]:
         """Changes to this step's logits."""
         return []
+
+    def standing_edit(self, ctx: "LayerContext") -> list[ColumnBias | Trailing] | None:
+        """What `edit` amounts to in every decode step from here on, for steps in place (lab.engine.steady); None where it
+        depends on the step."""
+        return None if "edit" in self.slots else []
 
     enters: ClassVar[bool] = False  # `enter` is called with the hidden states before each layer
 
@@ -282,6 +296,10 @@ class Technique:
         return None if budget is None else resolve_budget(self.name, budget, prompt)
 
     evicts_in_decode: ClassVar[bool] = False
+    # for steps in place: `score` in decode reads nothing but running statistics, `ctx.now`, positions and `ctx.newest`, and sizes
+    # nothing on the host; oldest_leaves says more: the lowest score is always the lowest unprotected position
+    scores_in_place: ClassVar[bool] = False
+    oldest_leaves: ClassVar[bool] = False
     fixed_gate: ClassVar[bool] = False  # `route` gives the same gate at every step and keeps it in ctx.shared[(name, layer)]
 
     def allocate(self, ctx: "LayerContext", total: int, scores: torch.Tensor | None) -> int | torch.Tensor:
@@ -391,6 +409,12 @@ class Technique:
     def due(self, side: str, exact: int) -> tuple[int, int]:
         """(first, count) of the exact rows, oldest first, of side "key" or "value" that must be coded now."""
         return 0, 0
+
+    @property
+    def codes_in_place(self) -> str:
+        """How decode steps in place may code: "rows" (each step codes the row it attended), "blocks" (values one by one behind
+        `residual` exact rows, keys `residual` at a time), or "" (only the ordinary path can)."""
+        return ""
 
     @property
     def keeps_order(self) -> bool:

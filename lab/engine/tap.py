@@ -21,9 +21,13 @@ class Tap:
 
     def add(self, ctx: "LayerContext", handle: "Handle") -> None:
         """Note the rows of one call. Keys may exceed half precision in outlier channels; they are clamped."""
-        self.scale, self.softcap, self.window = ctx.scale, ctx.softcap, ctx.window
-        self._q.append(_half(ctx.q[0]))
-        self._k.append(_half(handle.k[0]))
+        self.note(ctx.q, handle.k, ctx.scale, ctx.softcap, ctx.window)
+
+    def note(self, q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None, window: int | None) -> None:
+        """As `add`, from q [B,Hq,T,d] and k [B,Hk,T,d] themselves."""
+        self.scale, self.softcap, self.window = scale, softcap, window
+        self._q.append(_half(q[0]))
+        self._k.append(_half(k[0]))
 
     @property
     def q(self) -> torch.Tensor:

@@ -26,8 +26,9 @@ class ArkvScore(Technique):
         "multiplies very small variances by a large number, which works where it was tuned."
     )
     does_not_save: ClassVar[str] = "Every step needs the attention weights, so fused attention without weights cannot be used."
-    needs: ClassVar[frozenset[str]] = frozenset({"last"})
+    needs: ClassVar[frozenset[str]] = frozenset({"now"})
     evicts_in_decode: ClassVar[bool] = True
+    scores_in_place: ClassVar[bool] = True
 
     budget: float = param(0.25, BUDGET_HELP + " The paper uses 512 to 2048 entries.", min=0.001, max=1_000_000)
     window: int = param(32, "Last rows that are asked; they always stay.", min=1, max=1024, unit="tokens")
@@ -46,7 +47,7 @@ class ArkvScore(Technique):
             weights = ctx.window_weights(self.window)[0]
             raw = ctx.per_kv_head(weights.mean(2) + self.gamma * weights.var(2, correction=0))
         else:
-            raw = ctx.per_kv_head(ctx.last_p)
+            raw = ctx.now / ctx.groups
         valid = ctx.store.valid()
         pos = ctx.positions() if valid is None else ctx.positions().masked_fill(~valid, torch.iinfo(torch.int64).max)
         order = pos.argsort(dim=-1)  # neighbours in the text, wherever they are stored

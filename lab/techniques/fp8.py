@@ -56,6 +56,10 @@ class Fp8(Technique):
     def label(self) -> str:
         return "fp8"
 
+    @property
+    def codes_in_place(self) -> str:
+        return "rows"
+
     def codecs(self, ctx: LayerContext) -> tuple[FloatCodec, FloatCodec]:
         return FloatCodec(), FloatCodec()
 

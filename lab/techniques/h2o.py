@@ -27,6 +27,7 @@ class H2O(Technique):
     does_not_save: ClassVar[str] = "Every step needs the attention weights, so fused attention without weights cannot be used."
     needs: ClassVar[frozenset[str]] = frozenset({"mass"})
     evicts_in_decode: ClassVar[bool] = True
+    scores_in_place: ClassVar[bool] = True
 
     budget: float = param(0.25, BUDGET_HELP, min=0.001, max=1_000_000)
     recent: float = param(0.5, "Share of the budget reserved for the most recent tokens.", min=0, max=1)

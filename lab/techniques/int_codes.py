@@ -66,6 +66,10 @@ class IntCodes(Technique):
         return f"int{self.bits}"
 
     @property
+    def codes_in_place(self) -> str:
+        return "" if self.sinks else "rows"
+
+    @property
     def keeps_order(self) -> bool:
         return self.sinks == 0
 

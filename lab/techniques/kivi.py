@@ -34,11 +34,15 @@ class ChannelCodec:
         """Fold the scales into q, one scaled q per block, so that codes are only converted, never rescaled."""
         if not whole:
             return None
-        scaled = q.unsqueeze(2) * blocks["scale"].to(q.dtype).unsqueeze(3)  # [B,Hk,blocks,R,d]
-        parts = codes.streams(rows["codes"].unflatten(2, (-1, self.block)), self.bits)
-        raw = sum(qs @ part.to(q.dtype).mT for qs, part in zip(scaled.chunk(len(parts), -1), parts))
-        raw = raw + (q @ blocks["zero"].to(q.dtype).mT).permute(0, 1, 3, 2).unsqueeze(-1)
-        return raw.permute(0, 1, 3, 2, 4).flatten(3)
+        factors = blocks["scale"].to(q.dtype)
+        if self.bits < 8:
+            factors = factors * codes.units(q, self.bits)
+        parts = codes.masked(rows["codes"], self.bits)
+        joined = parts[0] if self.bits == 8 else torch.cat(parts, -1)
+        scaled = q.unsqueeze(2) * factors.unsqueeze(3)  # [B,Hk,blocks,R,d]
+        raw = scaled @ joined.to(q.dtype).unflatten(2, (-1, self.block)).mT
+        raw += (q @ blocks["zero"].to(q.dtype).mT).mT.unsqueeze(-1)
+        return raw.transpose(2, 3).flatten(3)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,10 @@ class Kivi(Technique):
     @property
     def label(self) -> str:
         return f"KIVI {self.bits}-bit"
+
+    @property
+    def codes_in_place(self) -> str:
+        return "blocks"
 
     def codecs(self, ctx: LayerContext) -> tuple[ChannelCodec, TokenCodec]:
         return ChannelCodec(self.bits, self.group), TokenCodec(self.bits, self.group)

@@ -26,6 +26,7 @@ class KeyNorm(Technique):
     )
     does_not_save: ClassVar[str] = "The prompt itself is still read with full attention."
     evicts_in_decode: ClassVar[bool] = True
+    scores_in_place: ClassVar[bool] = True
 
     budget: float = param(0.25, BUDGET_HELP, min=0.001, max=1_000_000)
     window: int = param(32, "Most recent tokens that always stay.", min=0, max=4096, unit="tokens")

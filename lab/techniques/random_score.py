@@ -28,6 +28,7 @@ class RandomScore(Technique):
     )
     does_not_save: ClassVar[str] = "The prompt itself is still read with full attention."
     evicts_in_decode: ClassVar[bool] = True
+    scores_in_place: ClassVar[bool] = True
 
     budget: float = param(0.25, BUDGET_HELP, min=0.001, max=1_000_000)
     sinks: int = param(4, "First tokens that always stay: without them every eviction fails for another reason.",

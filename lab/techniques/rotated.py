@@ -130,6 +130,10 @@ class Rotated(Technique):
             return self.value_bits
         return self.bits if self.mode == "quarot" or self.bits in (2, 8) else self.bits - 1
 
+    @property
+    def codes_in_place(self) -> str:
+        return "rows"
+
     def codecs(self, ctx: LayerContext) -> tuple[AffineRotated | NormalRotated, AffineRotated | NormalRotated]:
         return self._codec(self.bits, self.mode == "inner"), self._codec(self._value_bits, False)
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from lab.engine.context import LayerContext
-from lab.engine.slots import BUDGET_HELP, Paper, Shift, Technique, param
+from lab.engine.slots import BUDGET_HELP, Paper, Shift, Technique, Trailing, param
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class StreamingLLM(Technique):
     )
     does_not_save: ClassVar[str] = "The prompt itself is still read with full attention."
     evicts_in_decode: ClassVar[bool] = True
+    scores_in_place: ClassVar[bool] = True
+    oldest_leaves: ClassVar[bool] = True
 
     budget: float = param(0.25, BUDGET_HELP, min=0.001, max=1_000_000)
     sinks: int = param(4, "How many of the first tokens always stay.", min=0, max=1024, unit="tokens")
@@ -47,6 +49,9 @@ class StreamingLLM(Technique):
     def score(self, ctx: LayerContext) -> torch.Tensor:
         """Later is better; the sinks are protected."""
         return ctx.positions().float()
+
+    def standing_edit(self, ctx: LayerContext) -> list[Trailing]:
+        return [Trailing(self.sinks)] if self.renumber and self.sinks else []
 
     def edit(self, ctx: LayerContext) -> list[Shift]:
         store = ctx.store

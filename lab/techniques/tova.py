@@ -25,8 +25,9 @@ class Tova(Technique):
         "noisy witness, so a token that is needed later may be gone."
     )
     does_not_save: ClassVar[str] = "Every step needs the attention weights, so fused attention without weights cannot be used."
-    needs: ClassVar[frozenset[str]] = frozenset({"last"})
+    needs: ClassVar[frozenset[str]] = frozenset({"now"})
     evicts_in_decode: ClassVar[bool] = True
+    scores_in_place: ClassVar[bool] = True
 
     budget: float = param(0.25, BUDGET_HELP, min=0.001, max=1_000_000)
     newest: bool = param(False, "Always keep the newest token, whatever it thinks of itself.")
@@ -39,7 +40,10 @@ class Tova(Technique):
         return 0, int(self.newest)
 
     def score(self, ctx: LayerContext) -> torch.Tensor:
-        weights = ctx.window_weights(1)[0].squeeze(2) if ctx.phase == "prefill" else ctx.last_p
+        if ctx.phase == "prefill":
+            mean = ctx.per_kv_head(ctx.window_weights(1)[0].squeeze(2))
+        else:
+            mean = ctx.now / ctx.groups
         if isinstance(ctx.store.budget, torch.Tensor):  # heads keep different entries, so they cannot vote together
-            return ctx.per_kv_head(weights)
-        return weights.mean(1, keepdim=True).expand(-1, ctx.kv_heads, -1)
+            return mean
+        return mean.mean(1, keepdim=True).expand(-1, ctx.kv_heads, -1)

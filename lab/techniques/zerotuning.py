@@ -46,6 +46,9 @@ class ZeroTuning(Technique):
         span(self.name, "layers", self.layers, "-")
         picked(self.name, "heads", self.heads)
 
+    def standing_edit(self, ctx: LayerContext) -> list[ColumnBias]:
+        return self.edit(ctx)
+
     def edit(self, ctx: LayerContext) -> list[ColumnBias]:
         if self.calibrated:
             gamma = ctx.learnt(self)["gamma"][ctx.layer].float()

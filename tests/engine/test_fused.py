@@ -33,6 +33,7 @@ def fuse_everywhere(monkeypatch):
 
     monkeypatch.setattr(pipeline, "fusable", lambda q: True)
     monkeypatch.setattr(pipeline, "_dense_row", lambda *_: None)
+    monkeypatch.setattr(pipeline.steady, "run", lambda *_: None)
     monkeypatch.setattr(fused, "one_row", counted)
     return served
 

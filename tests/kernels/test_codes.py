@@ -26,6 +26,16 @@ def test_unpack_inverts_pack(seed, bits, d):
     assert torch.equal(codes.unpack(packed, bits), x)
 
 
+@given(SEEDS, BITS, st.sampled_from([8, 16, 32]), st.floats(-6, 3), st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=60)
+def test_a_few_rows_are_coded_as_many_are(seed, bits, group, magnitude, dtype):
+    """The short way that a decode step takes on a CPU gives the same bytes."""
+    x = rows(seed, codes.FEW // 32 + 1, 32, spread=10.0**magnitude).to(dtype)
+    x[3], x[5] = 1.25, 0
+    for few, many in zip(codes.encode_tokens(x[:9].unsqueeze(1), bits, group), codes.encode_tokens(x, bits, group)):
+        assert few.dtype == many.dtype and torch.equal(few[:, 0], many[:9])
+
+
 def test_the_layout_of_bytes_is_the_documented_one():
     """CONTRACT: byte j of int4 holds channels j (low) and j+d/2; of int2 channels j, j+d/4, j+d/2, j+3d/4."""
     x = torch.arange(8, dtype=torch.uint8)

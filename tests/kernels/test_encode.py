@@ -23,6 +23,25 @@ def test_codes_equal_torch(bits, dim, group):
     assert ((decoded - x).abs() <= scale / 2 + 1e-5).all()
 
 
+@pytest.mark.parametrize("bits,dim,group", [(8, 64, 64), (4, 96, 32), (2, 64, 16)])
+def test_both_sides_in_one_launch(bits, dim, group):
+    """Rows gathered or in order, into places that start further on for each lane."""
+    g = torch.Generator().manual_seed(dim)
+    k, v = (torch.randn(7, dim, generator=g).to(DEVICE) for _ in range(2))
+    source, slots = torch.tensor([6, 0, 3, 3, 1], device=DEVICE), torch.tensor([4, 0, 2, 1, 3], device=DEVICE)
+    made = lambda: tuple(torch.zeros(50, w, dtype=t, device=DEVICE) for w, t in (  # noqa: E731
+        (dim * bits // 8, torch.uint8), (dim // group, torch.float16), (dim // group, torch.float16)))
+    got, want = (made(), made()), (made(), made())
+    encode.encode_sides((k, v), bits, group, got, slots, stride=9, source=source, impl="triton")
+    encode.encode_sides((k, v), bits, group, want, slots, stride=9, source=source, impl="torch")
+    one = made()
+    encode.encode_sides((v,), bits, group, (one,), slots, impl="triton")
+    for a, b in zip((*got[0], *got[1]), (*want[0], *want[1])):
+        assert torch.equal(a, b) and a.any()
+    for a, b in zip(one, codes.encode_tokens(v.cpu(), bits, group)):
+        assert torch.equal(a[slots].cpu(), b[:5])
+
+
 def test_append_skips_negative_slots_and_demote_moves_rows():
     generator = torch.Generator().manual_seed(1)
     wide = make_tier(16, [20, 9], 64, device=DEVICE, generator=generator)

@@ -14,7 +14,7 @@ def by_hand(pos, score, n, first, last):
     return max(free, key=lambda i: (-score[i], i)) if free else n - 1
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", "triton", "auto"])
 @pytest.mark.parametrize("n,first,last,kind", [(9, 0, 1, "score"), (40, 4, 1, "age"), (1100, 3, 20, "ties"), (6, 3, 3, "score"), (7, 0, 0, "score")])
 def test_evict(impl, n, first, last, kind):
     lanes, cap = 3, n + 3
@@ -52,3 +52,16 @@ def test_the_newest_leaves_where_it_scores_lowest():
     for impl in ("torch", "triton"):
         mine = tags.clone()
         assert encode.evict(mine, 5, 0, 0, score=score, impl=impl).tolist() == [4] and mine[0].tolist() == [0, 1, 2, 3, 5]
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "auto"])
+def test_the_first_rows_turn_on(impl):
+    g = torch.Generator().manual_seed(3)
+    tags = torch.arange(9, dtype=torch.int32).repeat(2, 1).to(DEVICE)
+    k, v = (torch.randn(2, 9, 16, generator=g).to(DEVICE) for _ in range(2))
+    base, quarter = (torch.randn(2, 3, 16, generator=g).to(DEVICE) for _ in range(2))
+    cos, sin = (torch.randn(5, 16, generator=g).to(DEVICE) for _ in range(2))
+    old = k.clone()
+    encode.evict(tags, 9, 3, 1, rows=(k, v), step=torch.tensor([2], device=DEVICE), front=encode.Front(base, quarter, cos, sin), impl=impl)
+    assert torch.allclose(k[:, :3], base * cos[3] + quarter * sin[3], atol=1e-6)
+    assert torch.equal(k[:, 3], old[:, 8]) and torch.equal(k[:, 4:], old[:, 4:])
