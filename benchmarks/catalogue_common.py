@@ -79,9 +79,11 @@ def read(model, ids: list[int]) -> tuple[Read, LabCache]:
 
 
 @torch.inference_mode()
-def compressed(model, prompt: Read, spec: str, seed: int) -> LabCache:
-    """The cache a policy leaves after this prompt."""
+def compressed(model, prompt: Read, spec: str, seed: int, first: Callable[[LabCache], object] | None = None) -> LabCache:
+    """The cache a policy leaves after this prompt; `first` sees it while it is empty."""
     cache = LabCache(model, spec, prompt=prompt.ids.shape[1], seed=seed)
+    if first is not None:
+        first(cache)
     for layer, (q, k, v), call in zip(cache.lab_layers, prompt.layers, prompt.calls):
         run(cache.policy, layer.update(k, v)[0], q, Call(call.scale, call.softcap, call.window, call.sink))
     if cache.policy.watchers or cache.policy.waits:
@@ -237,7 +239,7 @@ def earlier(side: Side, options: argparse.Namespace) -> tuple[dict[Key, list[dic
     """
     saved = json.loads((RESULTS / f"{side.name}.json").read_text())
     asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    other = [k for k in ("model", "shares", "prompt", "next", "text") if saved["settings"].get(k) != asked[k]]
+    other = [k for k in ("model", "prompt", "next", "text") if saved["settings"].get(k) != asked[k]]
     if other:
         raise LabError(f"The saved run has another {', '.join(other)}", fix="Run without --resume, or with its settings")
     specs: dict[Key, str | None] = {(name, share): None for name, share in saved.get("unreached", [])}

@@ -11,7 +11,7 @@ from typing import Any, Callable
 import torch
 
 from benchmarks import catalogue_page
-from benchmarks.catalogue_common import Key, Read, Side, bisect, interval, quality, sweep
+from benchmarks.catalogue_common import Key, Read, Side, bisect, compressed, interval, quality, sweep
 from lab.engine.cache import LabCache
 from lab.engine.context import LayerContext
 from lab.engine.slots import Band
@@ -96,24 +96,44 @@ def choosing(spec: str, n: int) -> float:
     return 0.0
 
 
-@torch.inference_mode()
-def sparse(model, ids: torch.Tensor, spec: str, seed: int) -> tuple[LabCache, torch.Tensor, float]:
-    """(cache, logits [V] after the prompt, share of the dense pairs that were read) of a prompt read under `spec`."""
-    n, pairs = ids.shape[1], [0]
-    cache = LabCache(model, spec, prompt=n, seed=seed)
-    policy = cache.policy
+def counted(cache: LabCache) -> list[int]:
+    """Let a cache count the pairs its prompt reads; the number is in the list from then on."""
+    pairs, policy = [0], cache.policy
     policy.selects = [Counted(t, pairs) for t in policy.selects]
     if policy.combine is not None:
         policy.combine = Corrected(policy.combine, pairs)
+    return pairs
+
+
+def share_of(cache: LabCache, pairs: list[int], heads: int, n: int) -> float:
+    """Pairs that were read over those of a dense causal prompt of n tokens with `heads` query heads."""
+    return pairs[0] / (n * (n + 1) // 2 * heads * len(cache.lab_layers)) if cache.policy.selects else 1.0
+
+
+@torch.inference_mode()
+def sparse(model, ids: torch.Tensor, spec: str, seed: int) -> tuple[LabCache, torch.Tensor, float]:
+    """(cache, logits [V] after the prompt, share of the dense pairs that were read) of a prompt read under `spec`."""
+    n = ids.shape[1]
+    cache = LabCache(model, spec, prompt=n, seed=seed)
+    pairs = counted(cache)
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    dense = n * (n + 1) // 2 * model.config.num_attention_heads * len(cache.lab_layers)
-    return cache, out.logits[0, -1].float(), pairs[0] / dense if policy.selects else 1.0
+    return cache, out.logits[0, -1].float(), share_of(cache, pairs, model.config.num_attention_heads, n)
 
 
 def solve(model, prompts: dict, template: str, share: float, seed: int) -> str | None:
-    """The spec that reads `share` of the pairs, or None where there is none."""
-    ids = prompts["prose"][0].ids
-    return bisect(template, share, ids.shape[1], lambda spec: sparse(model, ids, spec, seed)[2])
+    """The spec that reads `share` of the pairs, or None where there is none.
+
+    Shares are counted on the dense prompt's own queries and keys, layer by layer, which saves the model's other work; the
+    figure that is reported is counted while the sparse prompt is read.
+    """
+    reading = prompts["prose"][0]
+
+    def reads(spec: str) -> float:
+        watched: list[list[int]] = []
+        cache = compressed(model, reading, spec, seed, lambda c: watched.append(counted(c)))
+        return share_of(cache, watched[0], reading.layers[0][0].shape[1], reading.ids.shape[1])
+
+    return bisect(template, share, reading.ids.shape[1], reads)
 
 
 def measure(model, prompts: dict, spec: str, dense_rows: torch.Tensor, seed: int) -> dict:

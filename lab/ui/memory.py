@@ -18,6 +18,8 @@ ROOF_NOTE = ('<p class="soft note"><span class="openmark"></span> predicted: on 
              '<span class="fullmark"></span> measured in this run, on this machine</p>')
 MEMORY_NOTE = ('<p class="soft note"><span class="predmark"></span> predicted for a prompt of that length '
                '<span class="solidmark"></span> what the machine has</p>')
+WAITING = '<p class="soft note">Waits for a run.</p>'
+NOTHING = (None, WAITING, None, WAITING)  # the figures that depend on the control, without a run
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def picker(lab: Lab) -> Callable[..., tuple[Any, ...]]:
     """Something else was chosen in the control: the two figures and their tables follow."""
     def choose(key: str, event: gr.EventData) -> tuple[Any, ...]:
         value = dict(event._data or {})
-        return (value, *draw(lab, key, value)[4:])
+        run = lab.shelf.get(key)
+        return (value, *(NOTHING if run is None else roof.draw(lab, run.record, roof.Pick.read(value))))
     return choose
 
 
@@ -82,8 +85,7 @@ def draw(lab: Lab, key: str | None, picked: Any) -> tuple[Any, ...]:
     run = lab.shelf.get(key)
     if run is None:
         nothing = cards.empty("No run is open. Make one in Compare, or open one from Runs.", "Go to Compare", "compare")
-        waiting = '<p class="soft note">Waits for a run.</p>'
-        return nothing, None, None, "", None, waiting, None, waiting
+        return nothing, None, None, "", *NOTHING
     record = run.record
     growth = {str(v.get("letter")): lab.growth(record, v) for v in record.get("variants") or [] if not v.get("error")}
     return (tables.costs(record), figures.kv_growth(record, growth), figures.step_latency(record), tables.layers(record),

@@ -126,6 +126,15 @@ def test_densely_corrected_rows_count():
     assert fixed - plain == pytest.approx(sum(i + 1 for i in [*anchors, *range(n - tail, n)]))
 
 
+@pytest.mark.parametrize("template", ["a_shape(sinks=2,window={b})", "vertical_slash(vertical={b},slash={b},window=8)",
+                                      "xattention(tau={t},block=16,stride=4)"])
+def test_prompts_meet_their_share(template):
+    model = tiny()
+    read, _ = common.read(model, tokens(128).tolist())
+    spec = prefill.solve(model, {"prose": (read, [])}, template, 0.5, 0)
+    assert spec is not None and abs(prefill.sparse(model, read.ids, spec, 0)[2] / 0.5 - 1) < 0.25  # deeper layers see other inputs
+
+
 def test_work_of_choosing():
     n = 512
     dense = n * (n + 1) / 2
