@@ -82,7 +82,8 @@ def main() -> None:
     capture = synthetic(a.context, a.heads, a.kv_heads, a.dim, a.evicted, a.device)
     if a.device != "cpu":
         overview(synthetic(256, a.heads, a.kv_heads, a.dim, 0.0, a.device), 0)
-    result = {"context": a.context, "kernel": a.device != "cpu" and has_triton(), "device": a.device, "threads": torch.get_num_threads(), "size": a.size}
+    result = {"context": a.context, "kernel": a.device != "cpu" and has_triton(),
+              "device": a.device, "threads": torch.get_num_threads(), "size": a.size}
     last = (a.context - min(512, a.context), a.context)
     first = clock(a.device, view, capture, 1, last, None, a.size, a.size)
     result["first_window_ms"] = round(1000 * first, 1)

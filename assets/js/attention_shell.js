@@ -1,11 +1,13 @@
 /* Puts the pieces of the Attention tab together; runs after all of them. */
-const tools = h("div", {class: "row maptools"}), caption = h("div", {class: "h mapnote"}), scalebox = h("div", {class: "mapscale"});
+const tools = h("div", {class: "row maptools"}), caption = h("div", {class: "h mapnote"}),
+  scalebox = h("div", {class: "mapscale"});
 const captured = () => S.now.layers.length === S.now.layers_total ? `all ${S.now.layers_total} layers`
   : `only the captured layers ${S.now.layers.join(", ")}`;
 function cellsAre(tile) { // what one cell of a tile stands for
   if (S.head === "rollout" && (tile.row_step > 1 || tile.col_step > 1))
     return ` · each cell shows its last row${tile.col_step > 1 ? `, ${S.pool} of ${tile.col_step} columns` : ""}`;
-  if (tile.row_step > 1) return ` · ${S.minus ? "difference of the " : ""}${S.pool} of ${tile.row_step} × ${tile.col_step} a cell`;
+  const what = S.minus ? `difference of the ${S.pool}` : S.pool;
+  if (tile.row_step > 1) return ` · ${what} of ${tile.row_step} × ${tile.col_step} a cell`;
   return " · exact, one weight a cell";
 }
 function note() {
@@ -24,7 +26,8 @@ function note() {
       ? `From token ${fmt.int(S.fork)} on (the red lines) the two texts differ.` : ""].filter(Boolean);
   const widths = new Set(); for (const t of [tiles.over, tiles.near]) if (t && t.width) for (const b of t.width) widths.add(b);
   const key = (b, text) => h("span", {}, h("s", {class: `bits b${b}`}), text), ends = tile ? fmt.dec(tile.top, 3) : "";
-  swap(scalebox, tile ? [h("span", {class: "num"}, S.minus ? `${S.minus} more, ${ends}` : "0"), h("i", {class: S.minus ? "div" : "seq"}),
+  swap(scalebox, tile ? [h("span", {class: "num"}, S.minus ? `${S.minus} more, ${ends}` : "0"),
+    h("i", {class: S.minus ? "div" : "seq"}),
     h("span", {class: "num"}, S.minus ? `${S.letter} more, ${ends}` : ends), h("span", {}, S.log ? "log" : "linear"),
     [8, 4, 3, 2].filter(b => widths.has(b)).map(b => key(b, `read at ${b} bit`)), key(0, "evicted")] : "",
     parts.length ? h("span", {class: "said"}, parts.join(" ")) : "");
@@ -60,8 +63,12 @@ function headPicker() {
   return h("span", {class: "stepbox"}, back, h("select", {"aria-label": "head", "data-key": "head", onchange: pick},
     list.map(x => h("option", {value: x, selected: x === S.head}, name(x)))), on);
 }
+function newest() { // the generated rows over the newest tokens; drag or arrow left to what they look back at
+  const v = S.now; V.span = Math.max(64, (total() - v.prompt) * 2); V.r = V.c = total(); clampView(); draw(); near(); S.moved();
+}
 function drawTools() {
-  const focus = tools.contains(document.activeElement) ? document.activeElement.dataset.key : null, all = props.value.variants;
+  const focus = tools.contains(document.activeElement) ? document.activeElement.dataset.key : null, v = S.now;
+  const all = props.value.variants;
   const pairs = all.slice(1).map(x => [`${x.letter}-${all[0].letter}`, `${x.letter} − ${all[0].letter}`,
     `${x.title} minus ${all[0].title}: blue where ${x.letter} looks more, orange where ${all[0].letter} does`]);
   const button = (name, text, more) => h("button", {type: "button", "data-key": name, ...more}, text);
@@ -73,11 +80,13 @@ function drawTools() {
       pool => { S.pool = pool; redraw(); }),
     seg("scale", [[true, "log"], [false, "linear"]], S.log, log => { S.log = log; redraw(); }),
     h("span", {class: "sp"}),
-    button("page", "Export page", {class: "plain", title: "One HTML file of this view that opens without the lab", onclick: exportPage}),
+    button("page", "Export page", {class: "plain", title: "One HTML file of this view that opens without the lab",
+      onclick: exportPage}),
     h("span", {class: "seg", role: "group", "aria-label": "zoom"},
       button("out", "−", {"data-zoom": "out", "aria-label": "zoom out", onclick: () => zoom(1.6)}),
       button("in", "+", {"data-zoom": "in", "aria-label": "zoom in", onclick: () => zoom(.6)}),
-      button("whole", "Whole run", {onclick: reset})));
+      button("newest", "Generated", {title: "zoom to the rows that were generated", onclick: newest,
+        disabled: v.tokens <= v.prompt}), button("whole", "Whole run", {onclick: reset})));
   if (focus) { const node = tools.querySelector(`[data-key="${CSS.escape(focus)}"]`); if (node) node.focus(); }
 }
 const exporting = h("div", {class: "row exporting", role: "status", hidden: true});
@@ -136,6 +145,7 @@ async function load() {
     swap(kvpick, h("option", {value: "all"}, "all KV heads"), ...Array.from({length: v.kv_heads}, (_, i) =>
       h("option", {value: i, selected: String(i) === was}, `KV head ${i}`)));
   }
+  dispatchEvent(new CustomEvent("al-variant", {detail: S.letter}));
   drawTools(); size(); clampView(); overview(); rowChanged(S.row, true); drawHeads(); gridShow(); tokShow(); drawCache(); note();
   if (S.want !== null) { const row = S.want; S.want = null; if (row < total()) S.chooseRow(row, true); }
 }

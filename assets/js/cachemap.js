@@ -2,13 +2,16 @@
 const cmap = h("canvas", {class: "cachecanvas", height: 10, width: 10, tabindex: "0", role: "application",
   "aria-label": "cache map, layers by tokens: arrow keys choose a token, Enter tells its life"});
 const slider = h("input", {type: "range", "aria-label": "step: the row that was fed last", min: 0, max: 1, value: 1});
-const cnote = h("span", {class: "num"}), clegend = h("span", {class: "key"}), lifebox = h("div", {class: "life", "aria-live": "polite"});
+const cnote = h("span", {class: "num"}), clegend = h("span", {class: "key"}),
+  lifebox = h("div", {class: "life", "aria-live": "polite"});
 const kvpick = h("select", {"aria-label": "KV head of the cache map"}), ctable = h("div");
-const cerror = h("p", {class: "soft", hidden: true}), cmark = h("div", {class: "cachemark"}), ctoken = h("div", {class: "cachetoken"});
+const cerror = h("p", {class: "soft", hidden: true}), cmark = h("div", {class: "cachemark"}),
+  ctoken = h("div", {class: "cachetoken"});
 const cdetails = h("details", {class: "figtable"}, h("summary", {}, "Table: entries by layer at this step"), ctable);
 const cbody = h("div", {class: "cachebody"}, h("div", {class: "cachewrap"}, cmap, cmark, ctoken), slider);
 const cachebox = h("section", {class: "cachebox", "aria-label": "cache map"},
-  h("div", {class: "row"}, h("span", {class: "h"}, "Cache map · layers × tokens"), cnote, kvpick, h("span", {class: "sp"}), clegend),
+  h("div", {class: "row"}, h("span", {class: "h"}, "Cache map · layers × tokens"), cnote, kvpick, h("span", {class: "sp"}),
+    clegend),
   cerror, cbody, lifebox, cdetails);
 const WIDTHS = ["16", "8", "4", "3", "2", "0"], widthName = b => b === "0" ? "evicted" : `${b} bit`;
 let cacheAsk = 0, lastCache = null, stops = null, lifeToken = null, lifeAsk = 0;
@@ -17,7 +20,8 @@ function cacheReset() { stops = null; lifeToken = null; lifebox.replaceChildren(
 const stopRow = () => stops ? stops[Number(slider.value)] : null;
 function stepName(row) {
   const step = row - S.now.prompt + 1, all = S.now.tokens - S.now.prompt;
-  return step > 0 ? `step ${fmt.int(step)} of ${fmt.int(all)}` : row === S.now.prompt - 1 ? "the prompt is read" : `prompt row ${fmt.int(row)}`;
+  return step > 0 ? `step ${fmt.int(step)} of ${fmt.int(all)}` : row === S.now.prompt - 1 ? "the prompt is read"
+    : `prompt row ${fmt.int(row)}`;
 }
 const drawCache = debounce(async () => {
   drawLarge();
@@ -34,7 +38,8 @@ const drawCache = debounce(async () => {
   swap(clegend, ...WIDTHS.filter(b => a.totals[b]).map(b => h("span", {}, h("s", {class: `bits b${b}`}), widthName(b) + " ",
     h("b", {class: "num"}, Math.round(a.totals[b] / all * 100) + "%"))));
   const shown = WIDTHS.filter(b => a.layers[b]);
-  swap(ctable, h("div", {class: "tablebox tall"}, h("table", {class: "lines"}, h("caption", {class: "sr"}, `entries at ${stepName(a.row)}`),
+  swap(ctable, h("div", {class: "tablebox tall"}, h("table", {class: "lines"},
+    h("caption", {class: "sr"}, `entries at ${stepName(a.row)}`),
     h("thead", {}, h("tr", {}, ["layer", ...shown.map(widthName)].map(t => h("th", {scope: "col"}, t)))),
     h("tbody", {}, Array.from({length: S.now.layers_total}, (_, l) => h("tr", {}, h("th", {scope: "row", class: "num"}, l),
       shown.map(b => h("td", {class: "num"}, fmt.int(a.layers[b][l])))))))));
@@ -97,9 +102,12 @@ async function tellLife(i) {
 }
 function lifeTable(a) {
   const into = d => d.into === null ? "" : [h("code", {}, fmt.tok(S.tokens[d.into])), ` ${fmt.int(d.into)}`];
-  return h("div", {class: "tablebox tall"}, h("table", {class: "lines"}, h("caption", {class: "sr"}, "what befell each entry of the token"),
+  return h("div", {class: "tablebox tall"}, h("table", {class: "lines"}, h("caption", {class: "sr"},
+    "what befell each entry of the token"),
     h("thead", {}, h("tr", {}, ["row", "layer", "KV head", "what", "into"].map(t => h("th", {scope: "col"}, t)))),
-    h("tbody", {}, a.detail.map(d => h("tr", {}, h("th", {scope: "row", class: "num"}, fmt.int(d.row)), h("td", {class: "num"}, d.layer),
-      h("td", {class: "num"}, d.kv), h("td", {}, d.what === "narrowed" ? `narrowed to ${d.bits} bit` : d.what), h("td", {}, into(d)))))),
+    h("tbody", {}, a.detail.map(d => h("tr", {}, h("th", {scope: "row", class: "num"}, fmt.int(d.row)),
+      h("td", {class: "num"}, d.layer),
+      h("td", {class: "num"}, d.kv), h("td", {}, d.what === "narrowed" ? `narrowed to ${d.bits} bit` : d.what),
+        h("td", {}, into(d)))))),
     a.more ? h("p", {class: "soft note"}, `${fmt.int(a.more)} more.`) : null);
 }

@@ -6,7 +6,8 @@ const given = name => (D.given[name] = D.given[name] || {});
 const has = (v, name) => ((v.kept || {})[D.letter] || []).includes(name);
 function start(d, show) {
   D.asked = true;
-  trigger(d.model && !show ? "probe" : "compute", {key: props.value.key, letter: D.letter, name: d.name, given: given(d.name), show});
+  trigger(d.model && !show ? "probe" : "compute", {key: props.value.key, letter: D.letter, name: d.name, given: given(d.name),
+    show});
   draw();
 }
 function choose(d) {
@@ -21,20 +22,26 @@ function field(d, i) {
   const box = area ? node("textarea", {...common, rows: 7}) : node("input", {...common, type: "text", inputmode:
     i.kind === "number" || i.kind === "position" ? "numeric" : null, placeholder: i.default === null ? "" : String(i.default)});
   box.value = area && mine[i.name] === undefined ? i.example : text;
-  const put = (value, words) => h("button", {type: "button", class: "quiet", onclick: () => { mine[i.name] = value; draw(); }}, words);
-  return h("div", {class: "given" + (area ? " wide" : "")}, h("label", {for: id}, i.label), box, h("span", {class: "soft note"}, i.help,
+  const put = (value, words) => h("button", {type: "button", class: "quiet", onclick: () => { mine[i.name] = value; draw(); }},
+    words);
+  return h("div", {class: "given" + (area ? " wide" : "")}, h("label", {for: id}, i.label), box,
+    h("span", {class: "soft note"}, i.help,
     i.kind === "position" && D.pinned !== null ? put(String(D.pinned), `use the pinned row, ${fmt.int(D.pinned)}`) : null,
     area && mine[i.name] !== undefined && mine[i.name] !== i.example ? put(undefined, "back to the example") : null));
 }
 function describe(d, v, running) {
-  const variant = v.variants.find(x => x.letter === D.letter), some = variant && variant.layers.length && v.total > variant.layers.length;
+  const variant = v.variants.find(x => x.letter === D.letter), some = variant && variant.layers.length
+    && v.total > variant.layers.length;
   const facts = [d.model ? "feeds tokens through the loaded model again" : "", d.captures && some
-    ? `captured layers only: ${variant.layers.join(", ")} of ${v.total}` : "", has(v, d.name) ? "a result is kept with this run" : ""];
+    ? `captured layers only: ${variant.layers.join(", ")} of ${v.total}` : "",
+      has(v, d.name) ? "a result is kept with this run" : ""];
   const bar = [h("progress", {max: 1, value: v.fraction || 0, "aria-label": "progress"}),
     h("span", {class: "num"}, `${Math.round((v.fraction || 0) * 100)}%`),
-    h("button", {type: "button", class: "quiet", "data-key": "d-stop", onclick: () => server.stop({key: v.key}).catch(() => null)}, "Cancel")];
+    h("button", {type: "button", class: "quiet", "data-key": "d-stop",
+      onclick: () => server.stop({key: v.key}).catch(() => null)}, "Cancel")];
   return h("div", {class: "probe"}, h("p", {}, d.help), h("p", {class: "soft"}, d.explanation),
-    h("p", {class: "soft note"}, h("a", {href: `https://arxiv.org/abs/${d.arxiv}`, target: "_blank", rel: "noopener noreferrer"}, d.paper),
+    h("p", {class: "soft note"}, h("a", {href: `https://arxiv.org/abs/${d.arxiv}`, target: "_blank", rel: "noopener noreferrer"},
+      d.paper),
       ` · ${d.year}`, facts.filter(Boolean).map(f => ` · ${f}`)),
     d.inputs.map(i => field(d, i)),
     h("div", {class: "row"}, running ? bar : h("button", {type: "button", class: "plain", "data-key": "d-run",
@@ -57,8 +64,10 @@ function draw() {
   }
   if (!v.key) { swap(element); return; }
   const d = v.list.find(x => x.name === D.name), running = D.asked || v.fraction !== undefined;
-  const letter = x => h("button", {type: "button", title: x.title, "data-key": `d-${x.letter}`, "aria-pressed": String(x.letter === D.letter),
-    onclick: () => { D.letter = x.letter; const one = v.list.find(y => y.name === D.name); if (one && has(v, one.name)) start(one, true); else draw(); }},
+  const letter = x => h("button", {type: "button", title: x.title, "data-key": `d-${x.letter}`,
+    "aria-pressed": String(x.letter === D.letter),
+    onclick: () => { D.letter = x.letter; const one = v.list.find(y => y.name === D.name);
+      if (one && has(v, one.name)) start(one, true); else draw(); }},
     x.letter);
   const chip = x => h("button", {type: "button", class: "chip" + (has(v, x.name) ? " kept" : ""), "data-key": `p-${x.name}`,
     "aria-pressed": String(x.name === D.name), title: has(v, x.name) ? "computed and kept with this run"
@@ -68,10 +77,18 @@ function draw() {
       ? h("span", {class: "seg small", role: "group", "aria-label": "variant to look at"}, v.variants.map(letter)) : null),
     h("div", {class: "chips probelist"}, v.list.map(chip)), d ? describe(d, v, running) : null, v.done ? result(v) : null));
   if (!focus) return;
-  const back = element.querySelector(`[data-key="${CSS.escape(focus)}"]`) || element.querySelector('[data-key="d-run"], [data-key="d-stop"]');
+  const back = element.querySelector(`[data-key="${CSS.escape(focus)}"]`)
+    || element.querySelector('[data-key="d-run"], [data-key="d-stop"]');
   if (back) back.focus();
 }
-addEventListener("al-pin", e => { D.pinned = e.detail; const v = props.value || {}, d = (v.list || []).find(x => x.name === D.name);
+addEventListener("al-variant", e => { // the variant that the map shows is the one to look at next
+  const v = props.value || {}; if (D.asked || v.done || e.detail === D.letter
+    || !(v.variants || []).some(x => x.letter === e.detail)) return;
+  D.letter = e.detail; draw();
+});
+addEventListener("al-pin", e => { D.pinned = e.detail; const v = props.value || {},
+  d = (v.list || []).find(x => x.name === D.name);
   if (d && d.inputs.some(i => i.kind === "position") && !element.contains(document.activeElement)) draw(); });
-watch("value", () => { const v = props.value || {}; if (v.fraction === undefined) D.asked = false; if (v.chosen && D.name === null) D.name = v.chosen; draw(); });
+watch("value", () => { const v = props.value || {}; if (v.fraction === undefined) D.asked = false;
+  if (v.chosen && D.name === null) D.name = v.chosen; draw(); });
 draw();

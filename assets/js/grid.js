@@ -28,7 +28,8 @@ function gridShow() {
   G.shown = gridKey(); G.data = null; G.thumbs = []; gridDraw(); gridFollow(false);
 }
 function gridWait(fraction) {
-  swap(gridtools, h("span", {class: "h"}, "All heads"), h("progress", {value: fraction, max: 1, "aria-label": "drawing the heads"}),
+  swap(gridtools, h("span", {class: "h"}, "All heads"), h("progress", {value: fraction, max: 1,
+    "aria-label": "drawing the heads"}),
     h("span", {class: "num"}, `${Math.round(fraction * 100)}%`), h("button", {type: "button", class: "quiet",
       onclick: () => { server.heads({key: S.key, letter: S.letter, drop: true}).catch(() => null); }}, "Cancel"));
   gridnote.textContent = "Reading every head of every captured layer."; gridbody.replaceChildren();
@@ -76,7 +77,8 @@ function gridEmpty(problem, missing, replay) {
   swap(gridtools, h("span", {class: "h"}, "All heads"), heads ? h("button", {type: "button", class: "plain", "data-key": "grid",
     onclick: () => gridFollow(true)}, `Draw ${fmt.int(heads)} heads`) : null);
   const none = "This variant holds no captured attention. Load the run's model and replay it.";
-  swap(gridnote, problem || (heads ? missing ? `${fmt.int(missing)} of ${fmt.int(S.now.layers_total)} layers are not captured. ` : "" : none),
+  swap(gridnote, problem || (heads ? missing ? `${fmt.int(missing)} of ${fmt.int(S.now.layers_total)} layers are not captured. `
+    : "" : none),
     problem ? null : replay);
   gridbody.replaceChildren();
 }
@@ -88,29 +90,36 @@ function gridDraw(problem) {
   if (!G.data) return gridEmpty(problem, missing, replay);
   const chosen = gridChosen(), m = MEASURES.find(x => x[0] === G.by), redrawn = () => gridDraw();
   const focus = gridtools.contains(document.activeElement) ? document.activeElement.dataset.key : null;
-  const bound = (name, text) => h("label", {class: "soft"}, `${text} `, h("input", {type: "text", inputmode: "decimal", class: "least",
+  const bound = (name, text) => h("label", {class: "soft"}, `${text} `, h("input", {type: "text", inputmode: "decimal",
+    class: "least",
     value: G[name], "data-key": name, "aria-label": `${text === "from" ? "least" : "most"} ${m[1]}`,
     onchange: e => { G[name] = e.target.value; redrawn(); }}));
-  const pair = (label, options, now, pick) => h("span", {class: "seg small", role: "group", "aria-label": label}, options.map(([v, t]) =>
+  const pair = (label, options, now, pick) => h("span", {class: "seg small", role: "group", "aria-label": label},
+    options.map(([v, t]) =>
     h("button", {type: "button", "data-key": `${label === "heads as" ? "as" : "dir"}-${v}`, "aria-pressed": String(now === v),
       onclick: () => { pick(v); redrawn(); }}, t)));
   swap(gridtools, h("span", {class: "h"}, "All heads"),
-    h("select", {"aria-label": "sort heads by", "data-key": "by", onchange: e => { G.by = e.target.value; G.least = G.most = ""; redrawn(); }},
+    h("select", {"aria-label": "sort heads by", "data-key": "by", onchange: e => { G.by = e.target.value; G.least = G.most = "";
+      redrawn(); }},
       MEASURES.map(x => h("option", {value: x[0], selected: x[0] === G.by}, x[0] === "layer" ? x[1] : `by ${x[1]}`))),
     G.by === "layer" ? null : [pair("order", [[true, "high first"], [false, "low first"]], G.high, v => { G.high = v; }),
-      bound("least", "from"), bound("most", "to"), h("span", {class: "num soft"}, `${fmt.int(chosen.length)} of ${fmt.int(G.data.heads.length)}`)],
-    G.data.better ? h("button", {type: "button", class: "plain", "data-key": "grid", onclick: () => gridFollow(true)}, "Draw again with what is known now") : null,
+      bound("least", "from"), bound("most", "to"), h("span", {class: "num soft"},
+        `${fmt.int(chosen.length)} of ${fmt.int(G.data.heads.length)}`)],
+    G.data.better ? h("button", {type: "button", class: "plain", "data-key": "grid", onclick: () => gridFollow(true)},
+      "Draw again with what is known now") : null,
     h("span", {class: "sp"}), pair("heads as", [[false, "pictures"], [true, "table"]], G.table, v => { G.table = v; }));
   swap(gridnote, gridWords(m, missing), problem || null, replay);
   if (G.table) swap(gridbody, gridTable(chosen));
   else if (G.by === "layer") swap(gridbody, gridLayers(chosen));
-  else swap(gridbody, chosen.length ? h("div", {class: "gridsorted"}, chosen.map((k, o) => h("span", {class: "sortedhead"}, thumb(k, o),
+  else swap(gridbody, chosen.length ? h("div", {class: "gridsorted"}, chosen.map((k, o) => h("span", {class: "sortedhead"},
+    thumb(k, o),
     h("small", {class: "num"}, `${G.data.heads[k].layer}·${G.data.heads[k].head}`),
     h("small", {class: "num soft"}, measured(G.data.heads[k], G.by))))) : h("p", {class: "soft"}, "No head reaches this value."));
   gridMark(); if (focus) { const node = gridtools.querySelector(`[data-key="${focus}"]`); if (node) node.focus(); }
 }
 function gridWords(m, missing) {
-  const d = G.data, pixel = `A pixel is the largest weight of ${d.step} × ${d.step} tokens, square-root scale, each head to its own maximum`;
+  const d = G.data, scale = "square-root scale, each head to its own maximum";
+  const pixel = `A pixel is the largest weight of ${d.step} × ${d.step} tokens, ${scale}`;
   return [m[2] ? `${m[1]}: ${m[2]}. ` : "", pixel, d.sampled ? ", last 8 rows of each cell read" : "",
     d.tokens > 512 ? "; measures are means over about 512 sampled rows. " : ". ",
     d.importance ? "" : "Importance is measured once the run's model is loaded. ",
@@ -118,7 +127,8 @@ function gridWords(m, missing) {
 }
 function gridTable(chosen) {
   const row = k => { const r = G.data.heads[k];
-    return h("tr", {}, h("th", {scope: "row"}, h("button", {type: "button", class: "link", "data-k": k, onclick: () => openHead(r)}, headName(r))),
+    return h("tr", {}, h("th", {scope: "row"}, h("button", {type: "button", class: "link", "data-k": k,
+      onclick: () => openHead(r)}, headName(r))),
       MEASURES.slice(1).map(x => h("td", {class: "num"}, measured(r, x[0])))); };
   return h("div", {class: "tablebox tall"}, h("table", {class: "lines"}, h("caption", {class: "sr"}, "measures of every head"),
     h("thead", {}, h("tr", {}, ["head", ...MEASURES.slice(1).map(x => x[1])].map(t => h("th", {scope: "col"}, t)))),
@@ -128,7 +138,8 @@ function gridLayers(chosen) {
   const per = S.now.heads / S.now.kv_heads; let o = 0;
   const group = (layer, kv) => h("span", {class: "kvgroup", title: `layer ${layer}, KV head ${kv}`},
     chosen.filter(k => G.data.heads[k].layer === layer && Math.floor(G.data.heads[k].head / per) === kv).map(k => thumb(k, o++)));
-  return h("div", {class: "gridrows"}, G.data.layers.map(layer => h("div", {class: "gridrow"}, h("span", {class: "num soft"}, layer),
+  return h("div", {class: "gridrows"}, G.data.layers.map(layer => h("div", {class: "gridrow"},
+    h("span", {class: "num soft"}, layer),
     Array.from({length: S.now.kv_heads}, (_, kv) => group(layer, kv)))));
 }
 gridbody.addEventListener("keydown", e => {

@@ -1,4 +1,5 @@
-/* Around the map: the token strip, where a row looks, the heads of the layer, the largest weights. Needs `S` from attention.js. */
+/* Around the map: the token strip, where a row looks, the heads of the layer, the largest weights.
+   Needs `S` from attention.js. */
 const strip = h("div", {class: "tokstrip", role: "group", "aria-label": "tokens of the run, arrow keys move"});
 const bars = h("div", {class: "bars"}), figures = h("div", {class: "heads"});
 let stripFrom = 0, stripTo = 0, rowAsk = 0, shownRow = null;
@@ -90,11 +91,13 @@ async function drawHeads() {
 }
 
 /* The table behind the map: computed when it is opened, and again when the view has moved. */
-const largebody = h("div"), large = h("details", {class: "figtable"}, h("summary", {}, "Table: largest weights in sight"), largebody);
+const largebody = h("div"), large = h("details", {class: "figtable"}, h("summary", {}, "Table: largest weights in sight"),
+  largebody);
 let largeAsk = 0;
 const drawLarge = debounce(async () => {
   if (!large.open || !S.now) return;
-  const mine = ++largeAsk, view = {rows: [Math.floor(V.r), Math.ceil(V.r + V.span)], cols: [Math.floor(V.c), Math.ceil(V.c + V.span)]};
+  const mine = ++largeAsk, view = {rows: [Math.floor(V.r), Math.ceil(V.r + V.span)],
+    cols: [Math.floor(V.c), Math.ceil(V.c + V.span)]};
   const a = await server.largest({...S.ask(), ...view}).catch(() => ({error: LOST}));
   if (mine !== largeAsk) return;
   if (a.error) { swap(largebody, h("p", {class: "soft note"}, a.error)); return; }

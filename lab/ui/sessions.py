@@ -71,13 +71,14 @@ def _probe(lab: Lab, run: OpenRun) -> Any:
     """The loaded model. Raises LabError where none is, or another than the run's."""
     from lab.inspect.diagnostics.probe import ModelProbe
 
-    made = (run.record.get("model") or {}).get("id")
+    model = run.record.get("model") or {}
+    made = model.get("id")
     if not lab.loaded:
         raise LabError("This diagnostic reads the model itself, and none is loaded",
                        fix=f"Load {made or 'the model of this run'}: press Run in Compare once")
     if not lab.replayable(run):
         raise LabError(f"This run was made with {made}, and another model is loaded",
-                       fix=f"Start the lab with it: python -m lab serve --model {(run.record.get('model') or {}).get('source') or made}")
+                       fix=f"Load that one first, in Compare or with: python -m lab serve --model {model.get('source') or made}")
     return ModelProbe(lab.ensure_model().model)
 
 
@@ -121,7 +122,8 @@ def position(text: str, fed: int) -> int:
     """A token's position as typed. Raises LabError for what is none."""
     plain = re.sub(r"[\s,]", "", text)
     if not plain.isdigit() or not 0 <= int(plain) < fed:
-        raise LabError(f'"{text[:40]}" is no position in this run', f"Positions are 0 to {fed - 1:,}", "Leave it empty for the last")
+        raise LabError(f'"{text[:40]}" is no position in this run', f"Positions are 0 to {fed - 1:,}",
+                       "Leave it empty for the last")
     return int(plain)
 
 

@@ -30,7 +30,8 @@ class Address:
         run = str(query.get("run") or "")[:80]
         letter = str(query.get("variant") or "")
         return cls(tab if tab in TABS else "compare", run or None, letter if letter in ("A", "B", "C", "D") else None,
-                   layer if (layer := str(query.get("layer") or "")) in ("mean", "max") else number("layer"), head if head in ("mean", "max", "rollout") else number("head"),
+                   layer if (layer := str(query.get("layer") or "")) in ("mean", "max") else number("layer"),
+                   head if head in ("mean", "max", "rollout") else number("head"),
                    minus if (minus := str(query.get("minus") or "")) in ("A", "B", "C", "D") else None)
 
 

@@ -20,11 +20,11 @@ def _column(run: OpenRun, variant: dict[str, Any], reference: dict[str, Any]) ->
     tokens, fidelity, fork = variant.get("tokens") or [], variant.get("fidelity") or [], variant.get("first_divergence")
     theirs = reference.get("tokens") or []
     shared = len(tokens) if fork is None else fork + 1
-    measures = recorded(tokens, fidelity, shared)
+    measures, both = recorded(tokens, fidelity, shared), min(shared, len(theirs))
     return {"letter": variant["letter"], "title": variant.get("title") or variant.get("spec") or "", "fork": fork,
             "layers": run.layers(variant["letter"]), "text": [str(t.get("text") or "") for t in tokens],
             "own": [_alternatives(t.get("alternatives")) for t in tokens], "values": measures,
-            "other": [_alternatives(theirs[i].get("alternatives")) if variant is not reference and i < min(shared, len(theirs)) else []
+            "other": [_alternatives(theirs[i].get("alternatives")) if variant is not reference and i < both else []
                       for i in range(len(tokens))]}
 
 

@@ -130,7 +130,8 @@ def test_strength_by_distance_of_known_heads():
     assert atlas.strength(from_weights([torch.eye(t)]))[0] == pytest.approx(1, abs=1e-4)
     assert atlas.strength(from_weights([before]))[1] == pytest.approx(1, abs=1e-4)
     even = atlas.strength(from_weights([uniform(t)]))
-    assert even.sum() == pytest.approx(1, abs=1e-4) and even[0] == pytest.approx(np.mean([1 / i for i in range(2, t + 1)]), abs=1e-4)
+    assert even.sum() == pytest.approx(1, abs=1e-4)
+    assert even[0] == pytest.approx(np.mean([1 / i for i in range(2, t + 1)]), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", list(own_kernels.kernels(torch.device("cpu"))))

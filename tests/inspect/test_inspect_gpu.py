@@ -54,7 +54,7 @@ def test_views(monkeypatch, head, pool, stored):
 @pytest.mark.parametrize("pool", ["max", "mean"])
 def test_layers_on_both(pool, head, over):
     (h1, d1), (h2, d2) = pair(), pair()
-    a, b = view([h1, h2], head, (3, 39), (1, 38), 6, 7, pool, layers=over), view([d1, d2], head, (3, 39), (1, 38), 6, 7, pool, layers=over)
+    a, b = (view(c, head, (3, 39), (1, 38), 6, 7, pool, layers=over) for c in ([h1, h2], [d1, d2]))
     np.testing.assert_allclose(a.values, b.values, atol=1e-5)
 
 

@@ -189,7 +189,8 @@ def test_a_long_run_is_exported_with_finer_levels_that_are_exact_where_they_say(
     from lab.ui import export
 
     rng, n = np.random.default_rng(0), 700
-    arrays = {"qk/A/0/q": rng.standard_normal((2, n, 8)).astype(np.float16), "qk/A/0/k": rng.standard_normal((1, n, 8)).astype(np.float16)}
+    arrays = {"qk/A/0/q": rng.standard_normal((2, n, 8)).astype(np.float16),
+              "qk/A/0/k": rng.standard_normal((1, n, 8)).astype(np.float16)}
     record, _ = fixture.record_and_arrays()
     long = OpenRun(record, arrays)
     view, told = {**ask("A", 0), "pool": "max", "log": True}, Told()

@@ -17,13 +17,15 @@ def test_a_difference_names_both_sides_and_survives_a_reload(page):
     assert "minus=A" in page.url and "variant=C" in page.url
     assert "texts differ" in page.inner_text(".mapscale")
     page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.6)
-    page.wait_for_function("[...document.querySelectorAll('.al-tip')].some(t => !t.hidden && /C − A .* A .* C /.test(t.innerText))")
+    page.wait_for_function("[...document.querySelectorAll('.al-tip')].some(t => !t.hidden "
+                           "&& /C − A .* A .* C /.test(t.innerText))")
     page.mouse.down(), page.mouse.up()
     page.wait_for_function("document.querySelector('.mapnote').innerText.includes('pinned')")
     page.keyboard.press("Escape")
     page.wait_for_function("!document.querySelector('.mapnote').innerText.includes('pinned')")
     page.goto(page.url)
-    page.wait_for_function("document.querySelector('.bars') && /differ/i.test(document.querySelector('.bars').innerText)", timeout=20_000)
+    page.wait_for_function("document.querySelector('.bars') && /differ/i.test(document.querySelector('.bars').innerText)",
+                           timeout=20_000)
 
 
 def test_rollout_says_which_layers_it_saw(page):
@@ -90,10 +92,11 @@ def test_a_click_on_a_token_tells_its_life_and_what_it_was_merged_into(page):
     page.keyboard.press("ArrowRight")
     page.wait_for_function("/life of token 2/i.test(document.querySelector('.life').innerText)")
     page.locator(".tokview .vC .tv").nth(3).click()
-    page.wait_for_function("location.search.includes('variant=C') && document.querySelector('.mapnote').innerText.includes('pinned')")
+    page.wait_for_function("location.search.includes('variant=C') "
+                           "&& document.querySelector('.mapnote').innerText.includes('pinned')")
 
 
-def test_layers_are_combined_and_the_link_remembers(page):
+def test_layers_are_combined_and_the_link_remembers(page, site):
     canvas(page)
     page.get_by_label("layer", exact=True).select_option("mean")
     page.wait_for_function("document.querySelector('.mapscale').innerText.includes('Mean over only the captured layers 0, 3, 7')")
@@ -103,7 +106,7 @@ def test_layers_are_combined_and_the_link_remembers(page):
     box = page.locator(".mapcanvas").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.6)
     page.wait_for_function("[...document.querySelectorAll('.al-tip')].some(t => !t.hidden && /weight .* rank/.test(t.innerText))")
-    page.goto(page.url)
+    page.goto(site[0] + "?tab=attention&variant=A&layer=mean&head=max")
     page.wait_for_selector(".bars tr", timeout=20_000)
     assert page.get_by_label("layer", exact=True).input_value() == "mean"
     page.get_by_label("layer", exact=True).select_option("max")
@@ -217,7 +220,8 @@ def test_an_exported_page_opens_from_a_file_without_network(page, browser, tmp_p
     alone.on("pageerror", lambda e: wrong.append(str(e)))
     alone.goto(file.as_uri())
     alone.wait_for_selector("body[data-ready]")
-    shades = alone.evaluate("""() => { const c = document.querySelector('#map'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+    shades = alone.evaluate("""() => { const c = document.querySelector('#map'), g = c.getContext('2d');
+                               const d = g.getImageData(0, 0, c.width, c.height).data;
                                return new Set(d.filter((_, i) => i % 4 === 0)).size; }""")
     assert shades > 10
     alone.hover("#map", position={"x": 40, "y": 300})

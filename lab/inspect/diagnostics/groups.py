@@ -177,7 +177,8 @@ This meadow is mown only if the rain has left it dry enough."""
     ),
     inputs=(
         Input("first", "prompts", "first set", "One prompt a line, at least three.", example=SELF),
-        Input("second", "prompts", "second set", "One prompt a line; the same line of both sets is a matched pair.", example=PLAIN),
+        Input("second", "prompts", "second set", "One prompt a line; the same line of both sets is a matched pair.",
+              example=PLAIN),
     ),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
