@@ -78,6 +78,12 @@ def rotation(d: int, seed: int) -> torch.Tensor:
 
 
 @cache
+def turn(d: int, seed: int, device: torch.device) -> torch.Tensor:
+    """`rotation` on a device, always the same tensor: what is under one rotation is recognised by it (`kernels.decode`)."""
+    return rotation(d, seed).to(device)
+
+
+@cache
 def projection(d: int, seed: int) -> torch.Tensor:
     """Gaussian [d, d] whose signs measure a residual without bias (QJL, arXiv 2406.03482)."""
     return torch.randn(d, d, generator=torch.Generator().manual_seed(104_729 * seed + d))

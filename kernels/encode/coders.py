@@ -110,8 +110,8 @@ def table(
     bits 1, 2, 3, 4 or 8, packed as `kernels.levels.pack`. ValueError where d does not fill whole bytes.
     """
     dim = x.shape[-1]
-    if dim % 8 or levels.numel() != 2**bits:
-        raise ValueError(f"{dim} channels (whole eights are needed) and {levels.numel()} levels do not make {bits}-bit codes.")
+    if dim * (1 if bits == 3 else bits) % 8 or levels.numel() != 2**bits:
+        raise ValueError(f"{dim} channels and {levels.numel()} levels do not make whole bytes of {bits}-bit codes.")
     if choose(impl, x) == "torch":
         found, norm = _table_torch(x, levels, bits, low, high, turn, by_norm)
         if out is None:

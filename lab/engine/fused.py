@@ -12,7 +12,7 @@ from kernels import decode, prefill
 from kernels.decode import TierView
 from lab.engine.context import LayerContext
 from lab.engine.layer import LabLayer
-from lab.engine.segments import Coded, Exact
+from lab.engine.segments import Codec, Coded, Exact
 from lab.engine.slots import Band
 
 
@@ -38,11 +38,11 @@ def column_mass(ctx: LayerContext, lse: torch.Tensor, band: Band | None) -> torc
 def one_row(ctx: LayerContext, want_mass: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
     """(out [B,Hq,1,d], lse [B,Hq,1], mass [B,Hk,N] or None) of a decode step over every tier, or None.
 
-    Served: exact rows in any lanes, and integer codes whose keys and values were coded together.
+    Served: exact rows in any lanes, and integer codes whose keys and values were coded together, turned alike or not at all.
     """
     store = ctx.store
     tiers = _tiers(store, ctx.window)
-    if tiers is None:
+    if tiers is None or (want_mass and any(t.rotation is not None for t in tiers)):
         return None
     got = decode.attend(ctx.q[:, :, 0].contiguous(), tiers, ctx.scale, softcap=ctx.softcap, sink=ctx.sink, want_mass=want_mass)
     mass = _in_logical_order(store, got.mass) if want_mass else None
@@ -84,10 +84,19 @@ def _coded(key: Coded, value: Coded, device: torch.device) -> TierView | None:
         return None
     if k["codes"].shape != v["codes"].shape:
         return None
+    turn, other = (rotation_of(s.codec, device, k["codes"].shape[-1] * 8 // key.bits) for s in (key, value))
+    if turn is not other:
+        return None
     return TierView(
         key.bits, k["codes"], v["codes"], _int(key.rows.starts, device), _int(key.rows.lens, device), key.rows.longest,
-        k_scale=k["scale"], k_zero=k["zero"], v_scale=v["scale"], v_zero=v["zero"],
+        k_scale=k["scale"], k_zero=k["zero"], v_scale=v["scale"], v_zero=v["zero"], rotation=turn,
     )
+
+
+def rotation_of(codec: Codec, device: torch.device, dim: int) -> torch.Tensor | None:
+    """The rotation [dim,dim] under which a codec stores its vectors, the same tensor at every call, or None."""
+    turn = getattr(codec, "turn", None)
+    return None if turn is None else turn(dim, device)
 
 
 def _int(values: list[int], device: torch.device) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from kernels import codes
+from kernels import codes, encode
 from lab.engine.context import LayerContext
 from lab.engine.ragged import Fields
 from lab.engine.slots import Paper, Technique, param
@@ -22,7 +22,7 @@ class TokenCodec:
     block: ClassVar[int] = 1
 
     def encode(self, x: torch.Tensor, pos: torch.Tensor) -> tuple[Fields, Fields]:
-        packed, scale, zero = codes.encode_tokens(x, self.bits, min(self.group, x.shape[-1]))
+        packed, scale, zero = encode.tokens(x, self.bits, min(self.group, x.shape[-1]))
         return {"codes": packed, "scale": scale, "zero": zero}, {}
 
     def decode(self, rows: Fields, blocks: Fields, pos: torch.Tensor | None) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from kernels import codes
+from kernels import codes, encode
 from lab.engine.context import LayerContext
 from lab.engine.ragged import Fields
 from lab.engine.slots import Paper, Technique, param
@@ -24,7 +24,7 @@ class ChannelCodec:
 
     def encode(self, x: torch.Tensor, pos: torch.Tensor) -> tuple[Fields, Fields]:
         blocks = x.unflatten(2, (-1, self.block))
-        packed, scale, zero = codes.encode_channels(blocks, self.bits)
+        packed, scale, zero = encode.channels(blocks, self.bits)
         return {"codes": packed.flatten(2, 3)}, {"scale": scale, "zero": zero}
 
     def decode(self, rows: Fields, blocks: Fields, pos: torch.Tensor | None) -> torch.Tensor:

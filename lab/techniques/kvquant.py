@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from kernels import encode
 from kernels import levels as grid
 from lab.engine.context import LayerContext
 from lab.engine.ragged import Fields
@@ -56,8 +57,7 @@ class LevelCodec:
                 low, high = inner.amin(-1, keepdim=True), inner.amax(-1, keepdim=True)
             rows["range"] = torch.cat([low, high], -1).half()
             low, high = rows["range"].float().split(1, -1)
-        unit = (2 * (x - low) / (high - low).clamp_min(1e-6) - 1).clamp(-1.5, 1.5)
-        rows["codes"] = grid.pack(grid.nearest(unit, self.levels), self.bits)
+        rows["codes"], _ = encode.table(x, self.levels, self.bits, low=low, high=high)
         return rows, {}
 
     def decode(self, rows: Fields, blocks: Fields, pos: torch.Tensor | None) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from kernels import levels
+from kernels import encode, levels
 from lab.engine.context import LayerContext
 from lab.engine.ragged import Fields
 from lab.engine.slots import Paper, Technique, param
@@ -29,19 +29,23 @@ class AffineRotated:
     def inner(self) -> TokenCodec:
         return TokenCodec(self.bits, self.group)
 
+    def turn(self, d: int, device: torch.device) -> torch.Tensor:
+        """The rotation [d,d] that stored vectors are under: the decode kernel turns the query and the output instead of them."""
+        return levels.turn(d, self.seed, device)
+
     def encode(self, x: torch.Tensor, pos: torch.Tensor) -> tuple[Fields, Fields]:
         return self.inner.encode(turned(x, self.seed), pos)
 
     def decode(self, rows: Fields, blocks: Fields, pos: torch.Tensor | None) -> torch.Tensor:
         y = self.inner.decode(rows, blocks, pos)
-        return y @ levels.rotation(y.shape[-1], self.seed).to(y.device)
+        return y @ levels.turn(y.shape[-1], self.seed, y.device)
 
     def logits(self, q: torch.Tensor, rows: Fields, blocks: Fields, whole: bool) -> torch.Tensor | None:
         return self.inner.logits(turned(q, self.seed).to(q.dtype), rows, blocks, whole)
 
     def mix(self, p: torch.Tensor, rows: Fields) -> torch.Tensor:
         y = self.inner.mix(p, rows)
-        return y @ levels.rotation(y.shape[-1], self.seed).to(y)
+        return y @ levels.turn(y.shape[-1], self.seed, y.device).to(y.dtype)
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,19 @@ class NormalRotated:
 
     def encode(self, x: torch.Tensor, pos: torch.Tensor) -> tuple[Fields, Fields]:
         d = x.shape[-1]
+        if not self.signs:
+            packed, norm = encode.table(
+                x, levels.normal_levels(self.bits), self.bits, turn=levels.turn(d, self.seed, x.device), by_norm=True
+            )
+            return {"codes": packed, "norm": norm}, {}
         norm = x.float().norm(dim=-1, keepdim=True).half()
         y = turned(x, self.seed) / norm.float().clamp_min(1e-12) * math.sqrt(d)
-        width = self.bits - self.signs
+        width = self.bits - 1
         picked = levels.nearest(y, levels.normal_levels(width))
+        rest = (y - levels.normal_levels(width).to(y.device)[picked.long()]) / math.sqrt(d)
+        up = (rest @ levels.projection(d, self.seed).to(y.device).mT >= 0).to(torch.uint8)
         rows = {"codes": levels.pack(picked, width), "norm": norm}
-        if self.signs:
-            rest = (y - levels.normal_levels(width).to(y.device)[picked.long()]) / math.sqrt(d)
-            up = (rest @ levels.projection(d, self.seed).to(y.device).mT >= 0).to(torch.uint8)
-            rows |= {"signs": levels.pack(up, 1), "rest": rest.norm(dim=-1, keepdim=True).half()}
-        return rows, {}
+        return rows | {"signs": levels.pack(up, 1), "rest": rest.norm(dim=-1, keepdim=True).half()}, {}
 
     def unit(self, rows: Fields) -> torch.Tensor:
         """The rotated unit vectors as stored, float32 [B,Hk,N,d]."""
@@ -79,7 +86,7 @@ class NormalRotated:
 
     def decode(self, rows: Fields, blocks: Fields, pos: torch.Tensor | None) -> torch.Tensor:
         y = self.unit(rows)
-        return rows["norm"].float() * (y @ levels.rotation(y.shape[-1], self.seed).to(y.device))
+        return rows["norm"].float() * (y @ levels.turn(y.shape[-1], self.seed, y.device))
 
     def logits(self, q: torch.Tensor, rows: Fields, blocks: Fields, whole: bool) -> torch.Tensor:
         """(Rq).y times the norm: keys are never turned back."""
@@ -88,7 +95,7 @@ class NormalRotated:
     def mix(self, p: torch.Tensor, rows: Fields) -> torch.Tensor:
         """Values add up in rotated space; one turn back per output."""
         y = (p.float() * rows["norm"].float().mT) @ self.unit(rows)
-        return (y @ levels.rotation(y.shape[-1], self.seed).to(y.device)).to(p.dtype)
+        return (y @ levels.turn(y.shape[-1], self.seed, y.device)).to(p.dtype)
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ class Rotated(Technique):
 
 def turned(x: torch.Tensor, seed: int) -> torch.Tensor:
     """x [..., d] in the rotated frame, float32; dot products are unchanged."""
-    return x.float() @ levels.rotation(x.shape[-1], seed).to(x.device).mT
+    return x.float() @ levels.turn(x.shape[-1], seed, x.device).mT
 
 
 __all__ = ["AffineRotated", "NormalRotated", "Rotated", "turned"]

@@ -47,6 +47,17 @@ def test_kernels_see_the_same_entries(spec, monkeypatch):
     assert served and all(served)
 
 
+@pytest.mark.parametrize("spec,by_kernel", [
+    ("rotated(mode=quarot,bits=4)", True), ("rotated(bits=8)", True), ("rotated(mode=quarot,bits=4)+h2o(budget=24)", False), ("rotated(bits=3)", False),
+])
+def test_turned_codes_are_read_as_turned(spec, by_kernel, monkeypatch):
+    """Codes of a rotated vector look like any others; read without the rotation they are noise. Its rounding may move a code."""
+    model = tiny_models.llama()
+    expected = steps(model, spec)
+    served = fuse_everywhere(monkeypatch)
+    assert (steps(model, spec) - expected).abs().max() < 0.02 * expected.abs().max() and set(served) == {by_kernel}
+
+
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "mistral", "gpt_oss", "gpt2"])
 def test_windows_caps_and_sinks(architecture, monkeypatch):
     model = tiny_models.build(architecture)
@@ -73,7 +84,7 @@ def test_prompts(spec, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("spec", SPECS + ["kivi(group=16,residual=16)", "a_shape(window=16)+delta(gamma=8)", "streaming_llm(budget=20)"])
+@pytest.mark.parametrize("spec", SPECS + ["rotated(mode=quarot,bits=4)", "rotated(bits=4)", "kivi(group=16,residual=16)", "a_shape(window=16)+delta(gamma=8)", "streaming_llm(budget=20)"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 0.1)])
 def test_on_the_gpu(spec, dtype, tolerance, monkeypatch):
     """Through Triton as through torch, on the same device in the same dtype."""

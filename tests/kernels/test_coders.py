@@ -6,6 +6,11 @@ from kernel_caches import DEVICE, error, make_tier
 
 from kernels import codes, decode, encode, levels
 from kernels.decode.reference import dequantise
+from kernels.encode import coders
+from lab.techniques.int_codes import TokenCodec
+from lab.techniques.kivi import ChannelCodec
+from lab.techniques.kvquant import LevelCodec
+from lab.techniques.rotated import AffineRotated, NormalRotated
 
 
 def numbers(*shape, seed=0, dtype=torch.float32):
@@ -137,3 +142,27 @@ def test_tokens_of_any_shape_and_refusals():
         encode.table(x, uneven(3), 4)
     with pytest.raises(ValueError, match="in place"):
         encode.channels(numbers(1, 16, 8), 2, out=(x, x, x))
+
+
+CODECS = [
+    lambda g: TokenCodec(4, 32), lambda g: ChannelCodec(2, 16), lambda g: AffineRotated(4, 64, 1), lambda g: NormalRotated(3, 1),
+    lambda g: LevelCodec(3, 1, uneven(3, 5).clamp(-1, 1)),
+    lambda g: LevelCodec(4, 2, uneven(4, 5).clamp(-1, 1), low=-2 - torch.rand(2, 1, 64, generator=g), high=2 + torch.rand(2, 1, 64, generator=g)),
+]
+
+
+@pytest.mark.parametrize("make", CODECS)
+def test_codecs_of_the_engine_give_the_same_fields_through_triton(make, monkeypatch):
+    """What `encode` techniques store does not depend on where it was coded."""
+    codec = make(torch.Generator().manual_seed(0))
+    x, pos = numbers(2, 2, 32, 64, seed=8).cpu(), torch.arange(32).expand(2, 2, 32)
+    want = codec.encode(x, pos)
+    used = []
+    monkeypatch.setattr(coders, "choose", lambda *_: used.append(1) or "triton")
+    got = codec.encode(x.to(DEVICE), pos.to(DEVICE))
+    assert used
+    for a, b in zip(got, want):
+        assert a.keys() == b.keys()
+        for name in a:
+            same = (a[name].cpu() == b[name]).double().mean()
+            assert a[name].dtype == b[name].dtype and same == 1 if "Rotated" not in type(codec).__name__ else same > 0.995
