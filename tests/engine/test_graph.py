@@ -13,6 +13,7 @@ from lab.engine.session import Session
 from lab.engine.steady import FILLING, Unfit
 from lab.engine.steady import exact as steady_exact
 from lab.engine.steady import step as steady_step
+from lab.techniques import registry
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 GRAPHABLE = ["dense", "snapkv(budget=0.5,window=8)", "snapkv(budget=0.5,window=8)+pyramidkv(window=8)", "snapkv(budget=0.5,window=8)+adakv",
@@ -22,7 +23,8 @@ CHANGING = ["streaming_llm(budget=20)", "streaming_llm(budget=20,renumber=false)
 CODING = ["int_codes", "int_codes(bits=4)", "int_codes(bits=2)", "snapkv(budget=0.5,window=8)+int_codes(bits=4)", "int_codes+zerotuning(gamma=3)",
           "kivi(group=16,residual=16)", "kivi(group=32,residual=32,bits=4)", "snapkv(budget=0.7,window=8)+kivi(group=16,residual=32)",
           "kivi(group=16,residual=16)+head_pruning(heads=1)", "h2o(budget=20)+int_codes(bits=4)"]
-OTHERS = ["quest", "moh", "fp8", "h2o(budget=20)+kivi(group=16,residual=16)", "h2o(budget=20)+cam", "int_codes(sinks=2)"]
+OTHERS = ["quest", "moh", "fp8", "h2o(budget=20)+kivi(group=16,residual=16)", "h2o(budget=20)+cam", "int_codes(sinks=2)",
+          "rotated(mode=quarot,bits=4)", "rotated(bits=8,value_bits=8)", "snapkv(budget=0.5,window=8)+rotated(mode=quarot)"]
 STEPS = 30
 
 
@@ -145,6 +147,25 @@ def test_a_cache_still_filling_is_asked_again():
     for token in ids[:5]:
         session.step(torch.tensor([token]))
     assert why_not(session.cache) is None
+
+
+@pytest.mark.parametrize("name", sorted(n for n, t in registry().items() if "encode" in t.slots))
+def test_whatever_codes_is_captured_right_or_refused(name):
+    """Every code of the registry: a captured step either gives the ordinary numbers or is refused with a reason."""
+    model = tiny_models.build("llama", head_dim=64)
+    session, _, ids = prepared(model, name)
+    other, _, _ = prepared(model, name)
+    other.cache.policy.not_in_place = "asked for"
+    if why_not(session.cache) is not None:
+        return
+    with torch.inference_mode():
+        try:
+            graph = GraphedDecode(model, session.cache, 1, STEPS, capture=False)
+        except Unfit:
+            return
+        for token in ids[:8]:
+            a, b = graph.step(torch.tensor([token])), other.step(torch.tensor([token]))
+            assert (a - b).abs().mean() < 0.03 * b.abs().mean()
 
 
 @pytest.mark.parametrize("spec", OTHERS)

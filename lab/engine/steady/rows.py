@@ -34,6 +34,8 @@ class _Coded:
         k, v = self.coded_k.rows.fields, self.coded_v.rows.fields
         if set(k) != AFFINE or set(v) != AFFINE or self.coded_k.bits != self.coded_v.bits or k["codes"].shape != v["codes"].shape:
             raise Unfit("the stack codes entries while decoding, in a code without a kernel")
+        if any(getattr(c.codec, "turn", None) is not None for c in (self.coded_k, self.coded_v)):
+            raise Unfit("the stack codes turned entries while decoding, and a captured step turns nothing")
         starts = int32(self.coded_k.rows.starts, device)
         coded = TierView(
             self.coded_k.bits, k["codes"], v["codes"], starts, int32([held] * self.lanes, device), capacity, k_scale=k["scale"],
