@@ -335,6 +335,7 @@ class Lab:
 
     def growth(self, record: dict[str, Any], variant: dict[str, Any], points: int = 24) -> tuple[list[int], list[float]]:
         """Predicted KV bytes from the run's end to the model's full context, as (tokens, bytes)."""
+        from lab.measure import cost
         facts = record.get("model") or {}
         prompt = len((record.get("prompt") or {}).get("token_ids") or [])
         start = prompt + max(0, len(variant.get("tokens") or []) - 1)
@@ -343,8 +344,8 @@ class Lab:
             return [], []
         xs = sorted({start + (end - start) * i // (points - 1) for i in range(points)})
         try:
-            stack = self.stack(variant)
-            return xs, [self.predict(stack, facts, max(1, prompt), x)[0] for x in xs]
+            stack, element = self.stack(variant), ELEMENT.get(str(facts.get("dtype")), 4)
+            return xs, [cost.stored(facts, stack, max(1, prompt), x, element) for x in xs]
         except LabError:
             return [], []
 
