@@ -6,6 +6,9 @@ at hidden states (`enters`) or trims the prompt (the `trim` slot).
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from typing import Any, Iterator
+
 import torch
 
 from lab.engine.slots import Technique
@@ -29,7 +32,39 @@ def install(model: torch.nn.Module) -> None:
         return
     for index, layer in enumerate(decoder_layers(model)):
         layer.register_forward_pre_hook(_entering(index), with_kwargs=True)
+    model.base_model.register_forward_pre_hook(_reading, with_kwargs=True)
     model._lab_depth = True
+
+
+def _reading(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    """Note the tokens of this forward, for techniques that read the prompt once more before it goes on."""
+    policy = getattr(kwargs.get("past_key_values"), "policy", None)
+    if policy is not None and policy.trimmer is not None:
+        policy.shared["ids"] = kwargs.get("input_ids", args[0] if args else None)
+
+
+@contextmanager
+def shallow(model: torch.nn.Module, depth: int) -> Iterator[None]:
+    """Inside, the model consists of its first `depth` layers: the others pass their input on, uncomputed and unstored."""
+    layers = decoder_layers(model)
+    kind: dict[str, Any] = {}
+    hook = layers[depth - 1].register_forward_hook(lambda module, args, out: kind.update(tuple=isinstance(out, tuple)))
+    upper = [layers[i] for i in range(depth, len(layers))]
+    own = [layer.__dict__.get("forward") for layer in upper]  # where accelerate put its own
+
+    def passed(hidden_states: torch.Tensor, *args, **kwargs):
+        return (hidden_states,) if kind.get("tuple") else hidden_states
+
+    try:
+        for layer in upper:
+            layer.forward = passed
+        yield
+    finally:
+        hook.remove()
+        for layer, before in zip(upper, own):
+            layer.__dict__.pop("forward", None)
+            if before is not None:
+                layer.forward = before
 
 
 def _entering(index: int):

@@ -7,40 +7,15 @@ from __future__ import annotations
 
 import torch
 
-from lab.engine.session import Session
+from lab.techniques.answers import answer_importance, answer_scores
 from lab.techniques.snapkv import pooled
 
+__all__ = ["answer_scores", "oracle", "overlap", "spearman"]
 
-@torch.inference_mode()
+
 def oracle(model: torch.nn.Module, ids: list[int], *, new_tokens: int = 16, kernel: int = 1) -> torch.Tensor:
     """float32 [T]: each prompt token's importance for the answer of `new_tokens` tokens, average-pooled over `kernel`."""
-    session = Session(model, "dense", new_tokens=new_tokens)
-    logits = session.prefill(ids)
-    layers = session.cache.lab_layers
-    queries: list[list[torch.Tensor]] = [[] for _ in layers]
-    scale = {}
-
-    def probe(ctx, out):
-        queries[ctx.layer].append(ctx.q[0, :, -1:].clone())
-        scale[ctx.layer] = ctx.scale
-        return out
-
-    session.cache.policy.probe = probe
-    for _ in range(new_tokens):
-        logits = session.step(logits.argmax(-1))
-    parts = [(torch.cat(queries[i], 1), layer.all_keys()[0, :, : len(ids)]) for i, layer in enumerate(layers)]
-    scores = answer_scores(parts, next(iter(scale.values())))
-    return pooled(scores.view(1, 1, -1), kernel)[0, 0]
-
-
-def answer_scores(parts: list[tuple[torch.Tensor, torch.Tensor]], scale: float) -> torch.Tensor:
-    """[T] from per-layer (q [Hq, answer, d], prompt keys [Hk, T, d])."""
-    best = None
-    for q, k in parts:
-        s = q.float() @ k.float().repeat_interleave(q.shape[0] // k.shape[0], 0).mT * scale
-        p = s.softmax(-1).amax(0)
-        best = p if best is None else torch.maximum(best, p)
-    return best.mean(0)
+    return pooled(answer_importance(model, ids, new_tokens).view(1, 1, -1), kernel)[0, 0]
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor, rate: float) -> float:

@@ -25,36 +25,96 @@ class ACT(Technique):
     paper: ClassVar[Paper] = Paper(
         "Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training through Attention Calibration", "2406.15765", 2024
     )
-    slots: ClassVar[tuple[str, ...]] = ("weigh",)
+    slots: ClassVar[tuple[str, ...]] = ("weigh", "calibrate")
     help: ClassVar[str] = (
         "Besides the first token, some later tokens attract attention from nearly every row without meaning much. ACT finds "
         "them by the mean attention a column gets, turns their weights down to beta, and shares the freed attention among "
-        "the other tokens in proportion. The first sink stays as it is."
+        "the other tokens in proportion. The first sink stays as it is. Calibration tries one head after the other on questions "
+        "with known answers; on the default model it kept 43 of 270, which made 40 unseen answers a little likelier (0.05 nat) "
+        "and none more of them right."
     )
     saves: ClassVar[str] = "nothing"
     does_not_save: ClassVar[str] = "Every weight has to be computed, and the running column sums take memory."
 
     alpha: float = param(0.1, "A column is a sink when its mean attention is above this.", min=0.001, max=1)
     beta: float = param(0.4, "Factor on the weights of sinks.", min=0, max=1)
-    heads: str = param("all", "Query heads it acts on: all, or numbers joined by ; such as 0;3;5.")
+    heads: str = param("all", "Query heads it acts on: all, numbers joined by ; such as 0;3;5, or learnt: those whose "
+                       "calibration raised the score of right answers.")
+    causal: bool = param(True, "Judge each prompt row by the rows up to it; off takes the means of the whole prompt, as in the "
+                         "paper, so that later tokens change earlier rows.")
+    calibration: str = param("auto", "Calibration file for heads=learnt; auto uses the one shipped for this model.")
+
+    @property
+    def learns(self) -> bool:
+        return self.heads == "learnt"
 
     def validate(self) -> None:
-        picked(self.name, "heads", self.heads)
+        if not self.learns:
+            picked(self.name, "heads", self.heads)
 
     def weighs(self, ctx: LayerContext) -> bool:
-        return self.beta < 1 and acts(ctx.layer, ctx.layers)
+        if self.beta == 1 or not acts(ctx.layer, ctx.layers):
+            return False
+        chosen = self.chosen(ctx)
+        return chosen is None or bool(chosen.any())
+
+    def chosen(self, ctx: LayerContext) -> torch.Tensor | None:
+        """bool [Hq] of this layer's heads that it acts on; None for all."""
+        if self.learns:
+            return ctx.learnt(self)["heads"][ctx.layer] > 0
+        listed = picked(self.name, "heads", self.heads)
+        if listed is None:
+            return None
+        chosen = torch.zeros(ctx.heads, dtype=torch.bool)
+        chosen[[h for h in listed if h < ctx.heads]] = True
+        return chosen
 
     def weigh(self, ctx: LayerContext, s: torch.Tensor, place: Place) -> Weighed:
         p, lse = softmax(s)
-        c = self._column_means(ctx, p, place)
-        sinks = c > self.alpha
-        sinks &= sinks.cumsum(-1) > 1  # the first one found stays
-        heads = picked(self.name, "heads", self.heads)
-        if heads is not None:
-            chosen = torch.zeros(ctx.heads, dtype=torch.bool)
-            chosen[[h for h in heads if h < ctx.heads]] = True
+        sinks = self.sinks(ctx, p, place)
+        chosen = self.chosen(ctx)
+        if chosen is not None:
             sinks = sinks & chosen.view(1, ctx.kv_heads, ctx.groups, 1, 1).to(s.device)
         return Weighed(calibrated(p, sinks, self.beta), lse)
+
+    def sinks(self, ctx: LayerContext, p: torch.Tensor, place: Place) -> torch.Tensor:
+        """bool [B, Hk, G, R or 1, n]: the columns of weights p that are turned down, where their head is."""
+        whole = not self.causal and ctx.phase == "prefill"
+        c = self._whole_means(ctx, place) if whole else self._column_means(ctx, p, place)
+        found = c > self.alpha
+        return found & (found.cumsum(-1) > 1)  # the first one found stays
+
+    def _whole_means(self, ctx: LayerContext, place: Place) -> torch.Tensor:
+        """Mean attention each column gets from all rows of the prompt so far, [B, Hk, G, 1, n]."""
+        if place.row == 0:
+            ctx.shared["act/means"] = self._read_all(ctx)
+        means = ctx.shared["act/means"]
+        slots = torch.arange(means.shape[-1], device=means.device) if place.slots is None else place.slots[:, :, None]
+        return means.gather(3, slots.expand(*means.shape[:3], -1)).unsqueeze(3)
+
+    def _read_all(self, ctx: LayerContext) -> torch.Tensor:
+        """The means [B, Hk, G, N] of every stored column, a block of rows at a time; leaves the sums for later rows."""
+        pos, valid = ctx.positions(), ctx.store.valid()
+        pos_q = ctx.pos_q if ctx.pos_q is not None else torch.arange(ctx.first, ctx.row + 1, device=pos.device)[None]
+        keys = ctx.store.all_keys()
+        total = torch.zeros(pos.shape[0], ctx.kv_heads, ctx.groups, pos.shape[2], device=pos.device)
+        for r0 in range(0, ctx.q.shape[2], 64):
+            q = ctx.q[:, :, r0 : r0 + 64].unflatten(1, (ctx.kv_heads, ctx.groups))
+            i, j = pos_q[:, None, None, r0 : r0 + 64, None], pos[:, :, None, None]
+            s = (q @ keys.unsqueeze(2).mT).float() * ctx.scale
+            s = ctx.softcap * torch.tanh(s / ctx.softcap) if ctx.softcap else s
+            hidden = j > i if not ctx.window else (j > i) | (i - j >= ctx.window)
+            hidden = hidden if valid is None else hidden | ~valid[:, :, None, None]
+            total += softmax(s.masked_fill(hidden, -torch.inf))[0].sum(3)
+        before = ctx.state.get("act/sums")
+        at = pos[:, :, None].expand(total.shape).clamp_min(0)
+        size = int(max(pos.max(), pos_q.max())) + 1
+        if before is not None:
+            total = total + torch.nn.functional.pad(before, (0, max(0, size - before.shape[-1]))).gather(3, at)
+        grown = total.new_zeros(*total.shape[:3], size)
+        ctx.state["act/sums"] = grown.scatter(3, at, total)
+        rows = pos_q.amax(-1)[:, None, None, None] - pos[:, :, None] + 1
+        return (total / rows.clamp_min(1)).masked_fill(rows < LEAST_ROWS, 0)
 
     def _column_means(self, ctx: LayerContext, p: torch.Tensor, place: Place) -> torch.Tensor:
         """Mean attention each column has had from the rows up to each row (causal prefix, I6), [B, Hk, G, R, n]."""

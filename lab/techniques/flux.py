@@ -11,6 +11,7 @@ from lab.engine.context import LayerContext
 from lab.engine.reads import Pick, Rows
 from lab.engine.slots import Band, Paper, Technique, param
 
+ROUTER = ("mean", "std", "in_weight", "in_bias", "out_weight", "out_bias")
 ENDS = 100  # rows at either end of the prompt that the router looks at
 
 
@@ -62,7 +63,8 @@ class Flux(Technique):
         if ctx.first == 0 or "flux/head" not in ctx.state:
             ctx.state["flux/head"] = ctx.q[:, :, :ENDS].float().mean(2)
         ends = torch.stack([ctx.state["flux/head"], ctx.q[:, :, -ENDS:].float().mean(2)], 1)  # [B, 2, Hq, d]
-        scores = router(ends.mean((1, 2)), {n: t[ctx.layer].to(ctx.q.device) for n, t in ctx.learnt(self).items()})
+        learnt = ctx.learnt(self)
+        scores = router(ends.mean((1, 2)), {n: learnt[n][ctx.layer].to(ctx.q.device) for n in ROUTER})
         return scores[:, 1] - scores[:, 0] > self.margin
 
     def table_bytes(self, entries: int, head_dim: int, element: int, layer: int, layers: int, groups: int) -> int:

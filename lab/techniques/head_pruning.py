@@ -21,8 +21,8 @@ class HeadPruning(Technique):
     paper: ClassVar[Paper] = Paper("Are Sixteen Heads Really Better than One?", "1905.10650", 2019)
     slots: ClassVar[tuple[str, ...]] = ("route", "calibrate")
     help: ClassVar[str] = (
-        "Switches query heads off and shows what the model loses without them. Name heads yourself, or give a share to "
-        "switch off at random as a control; many heads turn out to be dispensable."
+        "Switches query heads off and shows what the model loses without them. Name heads yourself, or give a share to switch "
+        "off: the least important by calibration, or random ones as a control. Many heads turn out to be dispensable."
     )
     saves: ClassVar[str] = "nothing"
     fixed_gate: ClassVar[bool] = True
@@ -33,6 +33,8 @@ class HeadPruning(Technique):
     fraction: float = param(0.0, "Share of all heads to switch off, in the order below; 0 uses the list only.", min=0, max=1)
     order: str = param("random", "Which heads go first: random ones (a control), those with the smallest gradient importance, or "
                        "those whose removal costs least by itself.", choices=("random", "gradient", "ablation"))
+    unit: str = param("heads", "Count single heads, or groups that share a key and value head, by the sum of their heads: only "
+                      "without a whole group would its keys and values be dispensable.", choices=("heads", "groups"))
     calibration: str = param("auto", "Calibration file for gradient and ablation; auto uses the one shipped for this model.")
 
     @property
@@ -61,7 +63,9 @@ class HeadPruning(Technique):
         if self.fraction:
             generator = torch.Generator().manual_seed(1000 * ctx.seed + 7)
             draw = ctx.learnt(self)[self.order] if self.learns else torch.rand(ctx.layers, ctx.heads, generator=generator)
+            size = ctx.groups if self.unit == "groups" else 1
+            draw = draw.unflatten(1, (-1, size)).sum(-1)
             count = round(self.fraction * draw.numel())
             if count:
-                gate[draw[ctx.layer] <= draw.flatten().sort().values[count - 1]] = 0
+                gate[(draw[ctx.layer] <= draw.flatten().sort().values[count - 1]).repeat_interleave(size)] = 0
         return None if bool(gate.all()) else gate.view(1, -1, 1, 1).to(ctx.q.device)

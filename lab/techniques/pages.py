@@ -26,15 +26,18 @@ def page_count(budget: float, entries: Any, page: int) -> Any:
     return int(pages) if np.ndim(pages) == 0 else pages
 
 
-def tables(ctx: LayerContext, name: str, page: int, summary: Summary, skip: int = 0) -> dict[str, torch.Tensor]:
-    """Summaries of every page of the keys stored in this layer, {field: [B, Hk, pages, d]}, kept in `ctx.state`.
+def tables(
+    ctx: LayerContext, name: str, page: int, summary: Summary, skip: int = 0, side: str = "key"
+) -> dict[str, torch.Tensor]:
+    """Summaries of every page of the keys (or of side "value") stored in this layer, {field: [B, Hk, pages, d]}, kept in
+    `ctx.state`.
 
     summary(keys [B,Hk,p,page,d], inside bool [B,Hk,p,page]) gives the fields. skip: entries before the first page. Only
     pages whose entries changed since the last step are read again; after an eviction all are.
     """
     store, state = ctx.store, ctx.state
     counts = store.counts
-    coded = sum(s.rows.longest for s in store.coded_k)
+    coded = sum(s.rows.longest for s in (store.coded_k if side == "key" else store.coded_v))
     total, lanes, known = sum(counts), len(counts), state.get(f"{name}/seen")
     at = 0
     if known is not None and total in (known[0], known[0] + lanes) and coded >= known[1] and ctx.store.meta is None:
@@ -46,7 +49,7 @@ def tables(ctx: LayerContext, name: str, page: int, summary: Summary, skip: int 
     lens = torch.tensor(counts, device=store.device).view(store.batch, store.heads, 1)
     inside = slots < lens
     wanted = slots.expand(store.batch, store.heads, -1).minimum((lens - 1).clamp_min(0))
-    keys = fetch(store, "key", wanted).unflatten(2, (-1, page))
+    keys = fetch(store, side, wanted).unflatten(2, (-1, page))
     fresh = summary(keys, inside.unflatten(2, (-1, page)))
     out = {}
     for field, new in fresh.items():

@@ -8,8 +8,9 @@ from typing import Callable, ClassVar
 import torch
 
 from lab.engine.context import LayerContext
-from lab.engine.reads import Rows
+from lab.engine.reads import Pick, Rows
 from lab.engine.slots import Paper, Technique, param
+from lab.techniques.pages import tables
 from lab.techniques.xattention import smallest_sets
 
 
@@ -26,18 +27,30 @@ class Rectified(Technique):
     help: ClassVar[str] = (
         "A sparse softmax makes two mistakes: what it reads weighs too much, and what it skips counts nothing. Here mean "
         "queries, keys and values of each block estimate the whole picture. Read blocks are scaled down to their true "
-        "share (IPAR), and skipped blocks whose mean is trustworthy add their mean value (GAPR)."
+        "share (IPAR), and skipped blocks whose mean is trustworthy add their mean value (GAPR). Generated tokens read "
+        "everything unless decode is on."
     )
     saves: ClassVar[str] = "reads less, stores the same"
-    does_not_save: ClassVar[str] = "Every key and value stays stored; generated tokens read everything."
+    does_not_save: ClassVar[str] = (
+        "Every key and value stays stored; with decode on, mean keys and values of all blocks come on top."
+    )
+    combine_phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
 
     share: float = param(0.6, "Share of the pooled attention that must be read exactly (rho).", min=0.01, max=1)
     block: int = param(32, "Tokens per block; the paper uses 128.", choices=(8, 16, 32, 64, 128), unit="tokens")
     least: int = param(1, "Blocks each block of rows reads at least.", min=1, max=1024, unit="blocks")
     rectify: bool = param(True, "Apply the two corrections; off shows plain block-sparse attention with the same blocks.")
+    decode: bool = param(False, "Read generated tokens' attention in the same way: their own query against the blocks' means.")
+    jensen: bool = param(False, "Guess a block's share by its length and the spread of its keys too: a mean alone is too low.")
 
-    def select(self, ctx: LayerContext) -> Rows | None:
+    @property
+    def select_phases(self) -> tuple[str, ...]:
+        return ("prefill", "decode") if self.decode else ("prefill",)
+
+    def select(self, ctx: LayerContext) -> Pick | Rows | None:
         store = ctx.store
+        if ctx.phase == "decode":
+            return self._pick(ctx)
         if ctx.pos_q is not None or store.valid() is not None or store.base or ctx.q.shape[2] < 2 or ctx.window:
             return None
         plan = self._plan(ctx)
@@ -55,11 +68,50 @@ class Rectified(Technique):
         plan = ctx.shared.pop(self.name, None)
         if plan is None or not self.rectify:
             return out
-        row = (torch.arange(out.shape[2], device=out.device) + ctx.first % self.block) // self.block
+        lead = 0 if ctx.phase == "decode" else ctx.first % self.block
+        row = (torch.arange(out.shape[2], device=out.device) + lead) // self.block
         p = plan["p"] * plan["rectified"]
         kept = (1 - p.sum(-1))[:, :, row].unsqueeze(-1)  # R_i: critical blocks and those whose mean is not trusted
         pooled = p.unflatten(1, (ctx.kv_heads, ctx.groups)) @ plan["v"].float().unsqueeze(2)
         return (out.float() * kept + pooled.flatten(1, 2)[:, :, row]).to(out.dtype)
+
+    def _pick(self, ctx: LayerContext) -> Pick | None:
+        """What a generated token reads: its critical blocks, by its own query against the pages' means."""
+        store = ctx.store
+        if store.valid() is not None or ctx.window:
+            return None
+        keys = tables(ctx, self.name, self.block, moments)
+        values = tables(
+            ctx, f"{self.name}/values", self.block, lambda x, inside: {"mean": moments(x, inside)["mean"]}, side="value"
+        )
+        counts = torch.tensor(store.counts, device=store.device).view(store.batch, store.heads, 1, 1)
+        page = torch.arange(keys["mean"].shape[2], device=store.device)
+        size = (counts - page * self.block).clamp(0, self.block)
+        k, dev = keys["mean"].float().unsqueeze(2), keys["deviation"].float().unsqueeze(2)
+        q = ctx.q.unflatten(1, (ctx.kv_heads, ctx.groups)).float()  # [B, Hk, G, 1, d]
+        doubt = (q @ dev.mT).abs()  # a single query deviates from nothing
+        own = page == (counts.unsqueeze(2) - 1) // self.block
+        plan = self._weigh(ctx, q, k, dev, size.unsqueeze(2), doubt, (size > 0).unsqueeze(2), own)
+        ctx.shared[self.name] = {**plan, "v": values["mean"]}
+        keep = plan["critical"][:, :, 0].repeat_interleave(self.block, -1)[..., : store.longest]
+        tables_read = (*keys.values(), *values.values())
+        return Pick(keep=keep, probe=sum(t.numel() * t.element_size() for t in tables_read))
+
+    def _weigh(self, ctx: LayerContext, q, k, dev, size, doubt, seen, own) -> dict[str, torch.Tensor]:
+        """Pooled attention p, critical and rectified blocks of queries q [B,Hk,G,T,d] over block means k, their deviations dev
+        [B,Hk,1,N,d]; size, seen and own broadcast to [B,Hk,G,T,N]: tokens of a block, whether it may be read, and must be."""
+        raw = q @ k.mT
+        s = raw * ctx.scale
+        if self.jensen:  # a Gaussian's deviation is sqrt(2/pi) of its standard deviation
+            s = s + 0.5 * ctx.scale**2 * (q**2 @ (dev**2).mT) * (torch.pi / 2) + size.clamp_min(1).float().log()
+        p = s.masked_fill(~seen, -torch.inf).softmax(-1)
+        order = p.argsort(dim=-1, descending=True, stable=True)[..., : self.least]
+        critical = (smallest_sets(p, self.share).scatter_(-1, order, True) | own) & seen
+        rectified = ~critical & (raw.abs() > doubt) & seen
+        return {"p": p.flatten(1, 2), "critical": critical.flatten(1, 2), "rectified": rectified.flatten(1, 2)}
+
+    def table_bytes(self, entries: int, head_dim: int, element: int, layer: int, layers: int, groups: int) -> int:
+        return 3 * -(-entries // self.block) * head_dim * element if self.decode else 0
 
     def _plan(self, ctx: LayerContext) -> dict[str, torch.Tensor]:
         """Pooled attention p [B,Hq,Tb,Nb], critical and rectified blocks bool of that shape, mean values [B,Hk,Nb,d]."""
@@ -70,15 +122,11 @@ class Rectified(Technique):
         v, _ = means(values, self.block)
         q, q_dev = (x.unflatten(1, (ctx.kv_heads, groups)) for x in (q, q_dev))
         k, k_dev = k.unsqueeze(2), k_dev.unsqueeze(2)
-        s = (q @ k.mT).flatten(1, 2)
-        row = torch.arange(s.shape[2], device=s.device)[:, None] + ctx.first // self.block
-        column = torch.arange(s.shape[3], device=s.device)
-        p = (s * ctx.scale).masked_fill(column > row, -torch.inf).softmax(-1)
-        order = p.argsort(dim=-1, descending=True, stable=True)[..., : self.least]
-        critical = smallest_sets(p, self.share).scatter_(-1, order, True) | (column == row)
-        doubt = (q_dev @ k.mT).flatten(1, 2).abs() + (q @ k_dev.mT).flatten(1, 2).abs()
-        rectified = ~critical & (s.abs() > doubt) & (column < row)
-        return {"p": p, "critical": critical & (column <= row), "rectified": rectified, "v": v}
+        row = torch.arange(q.shape[3], device=q.device)[:, None] + ctx.first // self.block
+        column = torch.arange(k.shape[3], device=q.device)
+        doubt = (q_dev @ k.mT).abs() + (q @ k_dev.mT).abs()
+        size = (keys.shape[2] - column * self.block).clamp_max(self.block)
+        return {**self._weigh(ctx, q, k, k_dev, size, doubt, column <= row, column == row), "v": v}
 
 
 def means(x: torch.Tensor, block: int, lead: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,3 +139,12 @@ def means(x: torch.Tensor, block: int, lead: int = 0) -> tuple[torch.Tensor, tor
     count = inside.sum(-2).clamp_min(1)
     mean = blocks.sum(-2) / count
     return mean, ((blocks - mean.unsqueeze(-2)).abs() * inside).sum(-2) / count
+
+
+def moments(x: torch.Tensor, inside: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same of pages x [..., page, d], of which `inside` [..., page] are there; in x's own type."""
+    weight = inside.unsqueeze(-1).float()
+    count = weight.sum(-2).clamp_min(1)
+    mean = (x.float() * weight).sum(-2) / count
+    deviation = ((x.float() - mean.unsqueeze(-2)).abs() * weight).sum(-2) / count
+    return {"mean": mean.to(x.dtype), "deviation": deviation.to(x.dtype)}

@@ -37,12 +37,15 @@ class TopTheta(Technique):
         "them."
     )
     select_phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
+    version: ClassVar[int] = 2
 
     k: int = param(128, "Tokens a row should keep.", choices=SIZES, unit="tokens")
     first_k: int = param(512, "Tokens kept in the first two layers, which attend widely.", choices=SIZES, unit="tokens")
+    on: str = param("scores", "What is compared with the threshold: scores before the softmax, or weights after it.",
+                    choices=("scores", "weights"))
     sigma: float = param(0.1, "Standard deviations added to the learnt threshold.", min=-10, max=10)
-    sdc: str = param("exact", "What stands for the skipped tokens in the denominator: nothing, their exact sum, as many tokens at "
-                     "the threshold, or the mean seen when calibrating.", choices=("none", "exact", "threshold", "learnt"))
+    sdc: str = param("exact", "What stands for the skipped tokens in the denominator: nothing, their exact sum, as many tokens "
+                     "at the threshold, or the mean seen when calibrating.", choices=("none", "exact", "threshold", "learnt"))
     vmc: bool = param(True, "Add the mean value for the weight that is missing from a row.")
     cap: int = param(0, "Keep at most this many survivors, the latest; 0 for no cap.", min=0, max=65536, unit="tokens")
     calibration: str = param("auto", "Calibration file; auto uses the one shipped for this model.")
@@ -77,7 +80,10 @@ class TopTheta(Technique):
         learnt = ctx.learnt(self)
         which = SIZES.index(k)
         nearest = (learnt["lengths"][which].to(s.device) - count.unsqueeze(-1)).abs().argmin(-1)  # [B,Hk,G,R,1]
-        theta = self._lookup(ctx, learnt["theta"][which] + self.sigma * learnt["std"][which], nearest)
+        names = ("theta", "std") if self.on == "scores" else ("weight", "weight_std")
+        theta = self._lookup(ctx, learnt[names[0]][which] + self.sigma * learnt[names[1]][which], nearest)
+        if self.on == "weights":  # p > w is s > ln(w) + lse
+            theta = theta.clamp_min(0).log() + s.logsumexp(-1, keepdim=True)
         top = s.amax(-1, keepdim=True)
         keep = (s > theta) | (s == top) | (count <= k)
         if self.cap:

@@ -25,8 +25,10 @@ class ZeroTuning(Technique):
     slots: ClassVar[tuple[str, ...]] = ("edit", "calibrate")
     help: ClassVar[str] = (
         "Most heads park attention on the first token. Scaling just that weight by gamma makes all other weights of the "
-        "head sharper (below 1) or flatter (above 1) while keeping their proportions. Gamma 1 changes nothing. Calibration "
-        "finds out head by head whether more or less helps, and then which gamma."
+        "head sharper (below 1) or flatter (above 1) while keeping their proportions. Calibration finds out head by head whether "
+        "more or less helps, and then which gamma. On the default model the table learnt from labelled questions made unseen right "
+        "answers likelier (46% to 61% right of 100, but 58% to 55% of another 60); that of low entropy only made it more certain, "
+        "58% to 40%; both cost 0.1 nat on prose."
     )
     saves: ClassVar[str] = "nothing"
     does_not_save: ClassVar[str] = "It steers the model; memory and reading stay the same."
@@ -36,7 +38,11 @@ class ZeroTuning(Technique):
     heads: str = param("all", "Query heads it acts on: all, or a comma-free list such as 0;3;5.")
 
     calibrated: bool = param(False, "Use the heads and the gamma found by calibration instead of those given here.")
+    objective: str = param("entropy", "What calibration went by: the lowest output entropy, which needs no answers, or the "
+                           "right answers of generated questions.", choices=("entropy", "labelled"))
     calibration: str = param("auto", "Calibration file; auto uses the one shipped for this model.")
+
+    version: ClassVar[int] = 2
 
     @property
     def learns(self) -> bool:
@@ -51,7 +57,7 @@ class ZeroTuning(Technique):
 
     def edit(self, ctx: LayerContext) -> list[ColumnBias]:
         if self.calibrated:
-            gamma = ctx.learnt(self)["gamma"][ctx.layer].float()
+            gamma = self._table(ctx)[ctx.layer].float()
             return [ColumnBias(0, gamma.log())] if bool((gamma != 1).any()) else []
         chosen = span(self.name, "layers", self.layers, "-")
         if self.gamma == 1 or (chosen and not chosen[0] <= ctx.layer <= chosen[1]):
@@ -60,6 +66,14 @@ class ZeroTuning(Technique):
         bias = torch.zeros(ctx.heads)
         bias[[h for h in heads if h < ctx.heads] if heads else slice(None)] = math.log(self.gamma)
         return [ColumnBias(0, bias)]
+
+    def _table(self, ctx: LayerContext) -> torch.Tensor:
+        """Factors [L, Hq] of the chosen objective."""
+        learnt = ctx.learnt(self)
+        if f"gamma_{self.objective}" not in learnt:
+            raise LabError(f"This calibration of {self.title} was not made by the {self.objective} objective",
+                           fix="python -m lab calibrate zerotuning learns both")
+        return learnt[f"gamma_{self.objective}"]
 
 
 def span(owner: str, field: str, text: str, sep: str) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ from lab.inspect.diagnostics import (
     hallucination,
     iou,
     long_heads,
+    prompt_ranking,
     registry,
     rollout,
     run,
@@ -305,3 +306,51 @@ def test_iou_is_one_only_for_equal_maps():
     found = run("iou", Session(captures=[from_weights([w, torch.eye(T)])], marked=[3, 4, 99]))
     np.testing.assert_allclose(found["overlap"][0], [1, 0], atol=1e-4)
     np.testing.assert_allclose(found["mass"][0], [1, 0], atol=1e-4)
+
+
+# ranking of prompt tokens
+
+
+def planted(t: int, prompt: int, looks: dict[tuple[int, int], int]) -> torch.Tensor:
+    """Even attention, but rows [a, b) give nine tenths to one column."""
+    w = uniform(t)
+    for (a, b), column in looks.items():
+        w[a:b] *= 0.1
+        w[a:b, column] += 0.9
+    return w
+
+
+def test_the_answer_ranks_what_it_looked_at_first_and_layers_agree_or_not():
+    """The last prompt rows of layer 0 look where the answer will look, those of layers 1 and 2 elsewhere."""
+    t, prompt = 48, 40
+    layers = [planted(t, prompt, {(36, 40): at, (40, 48): 11}) for at in (11, 20, 25)]
+    captures = [from_weights([w, uniform(t)]) for w in layers]
+    options = {"ranking": {"window": 4, "kernel": 1, "layers": 2, "rate": 0.03}}
+    got = run("prompt_ranking", Session(captures=captures, prompt_tokens=prompt, options=options))
+    assert got["scores"][1].argmax() == 11 and got["overlap"].shape == (2, 3)
+    assert got["overlap"][0].tolist() == [1.0, 0.0, 0.0]
+    assert got["overlap"][1].tolist() == [1.0, 1.0, 0.0]  # the best score of two layers still knows it one layer later
+    assert got["rank_correlation"][0, 0] > got["rank_correlation"][0, 1]
+
+
+def test_ranking_needs_an_answer():
+    with pytest.raises(LabError, match="no answer"):
+        run("prompt_ranking", Session(captures=random_captures(), prompt_tokens=40))
+
+
+def test_rankings_are_those_of_the_technique():
+    """CLAA's own score of a layer, from the same queries and keys."""
+    from lab.engine.context import LayerContext
+    from lab.engine.layer import LabLayer
+    from lab.techniques.claa import CLAA
+
+    c = random_captures(1)[0]
+    store = LabLayer(0)
+    store.update(c.k[None, :, :32], c.k[None, :, :32])
+    store.append(c.k[None, :, :32], c.k[None, :, :32], None, None)
+    store.queries = c.q[None, :, 24:32]
+    ctx = LayerContext(store=store, layer=0, layers=1, phase="prefill", q=c.q[None, :, :32], pos_q=None, first=0,
+                       scale=c.scale, softcap=None, window=None, prompt=32)
+    want = CLAA(window=8, kernel=1).rank(ctx).numpy()[:24]
+    np.testing.assert_allclose(prompt_ranking.ranking(c, 32, 8), want, atol=1e-5)
+    np.testing.assert_allclose(prompt_ranking.pooled(np.arange(9.0), 3), [0.5, *range(1, 8), 7.5])

@@ -67,6 +67,9 @@ CASES: dict[str, Case] = {
     "gqa_conversion": Case(None, "gqa_conversion(kv_heads=1)"),
     "massive_activations": Case("massive_activations(threshold=1e9)", "massive_activations(threshold=1,ratio=1)", {
         k: "what is massive is judged by the median of all rows fed together" for k in ("chunks", "causal", "padding")}),
+    "minference": Case("minference(share=1)", "minference(share=0.25)", {
+        "chunks": "each piece of the prompt asks its own last rows", "causal": "the last rows choose what earlier rows read",
+        "padding": "padded prompts are read in full"}),
     "moa": Case(None, "moa(density=0.25,first=4)", {"budget": "spans follow rules learnt at other lengths"}),
     "moh": Case("moh(active=1)", "moh"),
     "qada": Case("qada(tau=0)", "qada(tau=0.9,sinks=4,window=16)", {"padding": "rows of different length are read in full"}),

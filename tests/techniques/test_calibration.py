@@ -60,6 +60,24 @@ def test_only_what_learns_can_be_calibrated():
     assert all(name in known and "calibrate" in known[name].slots for name in calibratable())
 
 
+def test_how_much_is_measured_can_be_said():
+    found = calibrate("moh", loaded(), options={"sequences": "2", "length": "20"})
+    assert found.settings["sequences"] == 2 and found.settings["length"] == 20
+    for wrong, word in (({"steps": "5"}, "no option"), ({"length": "x"}, "not a number")):
+        with pytest.raises(LabError, match=word):
+            calibrate("moh", loaded(), options=wrong)
+    with pytest.raises(LabError, match="not calibrated by"):
+        calibrate("zerotuning", loaded(), options={"by": "luck"})
+
+
+def test_set_pairs():
+    from lab.cli.calibrate import pairs
+
+    assert pairs(["steps=5", "by = labelled"]) == {"steps": "5", "by": "labelled"}
+    with pytest.raises(LabError, match="has no value"):
+        pairs(["steps"])
+
+
 def test_progress_is_reported():
     seen = []
     calibrate("moh", loaded(), lambda f, text: seen.append(f))

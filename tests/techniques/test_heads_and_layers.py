@@ -1,4 +1,4 @@
-"""Conversion, importance, MoH, MoA, Duo, AHA, QAdA, Flux, reuse: each sheet's Test line."""
+"""Importance, MoH, Duo, AHA, QAdA, Flux, reuse: each sheet's Test line."""
 
 from __future__ import annotations
 
@@ -11,57 +11,23 @@ from lab.engine.learnt import find
 from lab.errors import LabError
 from lab.measure.fitting.common import forward, loss, samples
 from lab.measure.fitting.head_pruning import ablation, gradients
-from lab.measure.fitting.moa import effect, influence
 from lab.techniques.aha import AHA
 from lab.techniques.duo_attention import DuoAttention, lowest
 from lab.techniques.flux import Flux
-from lab.techniques.gqa_conversion import GQAConversion
-from lab.techniques.moa import MoA, plan
 from lab.techniques.moh import MoH
 from lab.techniques.qada import bulk
 from techniques.conftest import loaded
-from techniques.reading import context, differs, ledger_agrees, random, run, same
+from techniques.reading import context, differs, random, run, same
 
 
-# -- GQA conversion --------------------------------------------------------------------------------------------------
-def test_conversion_to_the_same_number_is_dense_and_halves_the_cache_otherwise():
-    same("gqa_conversion(kv_heads=2)")
-    differs("gqa_conversion(kv_heads=1)")
-    ledger_agrees_bytes = run("gqa_conversion(kv_heads=1)")[0].cache.kv_bytes
-    assert 2 * ledger_agrees_bytes == run("dense")[0].cache.kv_bytes
-    same("dense")  # reversible: nothing was left behind
+def test_negative_controls_say_so():
+    """A lesson, not a bug: their help names them as controls."""
+    from lab.techniques import registry
 
-
-def test_identical_heads_merge_without_loss():
-    k, v, q = random(1, 2, 9, 8).repeat_interleave(2, 1), random(1, 2, 9, 8, seed=1).repeat_interleave(2, 1), random(1, 8, 9, 8)
-    for method in ("mean", "first", "random"):
-        technique = GQAConversion(kv_heads=2, method=method)
-        _, k2, v2 = technique.move(context(q, k, v), q, k, v)
-        torch.testing.assert_close(k2.repeat_interleave(2, 1), k)
-        torch.testing.assert_close(v2.repeat_interleave(2, 1), v)
-
-
-def test_conversion_equals_averaged_weights():
-    """Averaging projections gives what averaging their outputs gives."""
-    import copy
-
-    import tiny_models
-    from lab.engine.attach import attach
-    from lab.engine.session import Session
-
-    model = attach(copy.deepcopy(tiny_models.build("llama", head_dim=16)))
-    got = Session(model, "gqa_conversion(kv_heads=1)").prefill(list(range(2, 40)))
-    with torch.no_grad():
-        for layer in model.model.layers:
-            for name in ("k_proj", "v_proj"):
-                w = getattr(layer.self_attn, name).weight
-                w.copy_(w.view(2, 16, -1).mean(0).repeat(2, 1))
-    torch.testing.assert_close(got, Session(model, "dense").prefill(list(range(2, 40))), atol=1e-4, rtol=1e-4)
-
-
-def test_a_number_that_does_not_divide_is_refused():
-    with pytest.raises(LabError, match="divisor"):
-        run("gqa_conversion(kv_heads=3)")
+    for name in ("moh", "gqa_conversion", "attention_reuse", "swat", "stable_sinks"):
+        assert "negative control" in registry()[name].help, name
+    for name, word in (("claa", "Controls"), ("block_topk", "controls"), ("head_pruning", "control"), ("random_score", "random")):
+        assert word in registry()[name].help or word in registry()[name].title.lower(), name
 
 
 # -- head importance and pruning ----------------------------------------------------------------------------------------
@@ -108,6 +74,18 @@ def test_pruning_by_importance_closes_the_least_important_heads():
     assert learnt["gradient"].norm(dim=1).allclose(torch.ones(3))
 
 
+def test_groups_are_pruned_whole_by_the_sum_of_their_heads():
+    from lab.techniques.head_pruning import HeadPruning
+
+    score = torch.tensor([[9.0, 0.0, 2.0, 2.0], [1.0, 2.0, 5.0, 5.0], [0.5, 8.0, 7.0, 7.0]])  # groups 9 4, 3 10, 8.5 14
+    technique, open_ = HeadPruning(fraction=0.34, order="gradient", unit="groups"), []
+    for layer in range(3):
+        gate = technique.route(context(random(1, 4, 1, 16), random(1, 2, 5, 16), layer=layer, layers=3,
+                                       shared={"learnt/head_pruning": {"gradient": score}}))
+        open_.append([1.0] * 4 if gate is None else gate.flatten().tolist())
+    assert open_ == [[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]]
+
+
 # -- MoH -------------------------------------------------------------------------------------------------------------
 def test_moh_counts_heads_exactly_and_looks_at_its_own_token_only():
     q = random(1, 8, 12, 16)
@@ -122,53 +100,6 @@ def test_moh_counts_heads_exactly_and_looks_at_its_own_token_only():
     same("moh(active=1)")
     with pytest.raises(LabError, match="shared"):
         MoH(active=0.4, shared=0.5)
-
-
-# -- MoA -------------------------------------------------------------------------------------------------------------
-def test_effect_is_the_first_order_effect_of_deleting_an_entry():
-    """d loss of removing key j with renormalisation, against a direct derivative."""
-    s, g = random(6).double(), random(6, seed=1).double()
-    a = s.softmax(-1)
-    for j in range(6):
-        keep = torch.arange(6) != j
-        without = torch.zeros(6).double()
-        without[keep] = s[keep].softmax(-1)
-        assert float(effect(a, g)[j]) == pytest.approx(float((g * (without - a)).sum()), rel=1e-9)
-    one = torch.tensor([1.0])
-    assert float(effect(one, torch.tensor([2.0]))) == -2.0
-
-
-def test_influence_reaches_every_distance():
-    model = loaded().model
-    got = influence(model, samples(model, None, 1, 60)[0], first=4)
-    assert got.shape == (3, 2, 60) and (got >= 0).all() and got[:, :, :50].sum() > 0
-    assert (got[:, :, 57:] == 0).all()  # distances that only the first four columns have
-
-
-def test_plan_stays_within_density_and_is_fair():
-    cost = torch.tensor([[1.0, 1.0], [0.5, 0.5], [0.1, 0.2]])
-    loss_ = random(12, 3).abs().sort(-1).values
-    for density in (0.25, 0.5, 1.0):
-        chosen = plan(loss_, cost, density)
-        assert (cost[chosen].mean(0) <= density + 1e-6).all()
-    assert (plan(loss_, cost, 1.0) == 0).all()
-    even = plan(torch.tensor([[0.0, 1.0, 3.0]]).expand(12, 3), cost, 0.5)
-    assert len(even.unique()) == 1
-
-
-@pytest.mark.usefixtures("calibrations")
-def test_moa_in_a_model():
-    differs("moa(density=0.25,first=4)")
-    everything = {f"{n}_50": torch.full((3, 2), x) for n, x in (("alpha", 0.0), ("beta", 1.0))}
-    ctx = context(random(1, 4, 20, 16), random(1, 2, 20, 16), layer=1, layers=3, shared={"learnt/moa": everything})
-    technique = MoA()
-    assert technique.select(ctx) is None and (technique.allocate(ctx, 10, None) > 10**6).all()
-    session, _ = run("moa(density=0.5,first=4)", prompt=200, steps=6)
-    spans = [technique.spans(context(random(1, 4, 1, 16), random(1, 2, 5, 16), layer=i, layers=3,
-             shared={"learnt/moa": find(technique, loaded().model).tensors}), 200) for i in range(3)]
-    for layer, span in zip(session.cache.lab_layers, spans):
-        expected = [206 if s >= 200 else min(206, int(s) + 4) for s in span]
-        assert layer.counts == expected
 
 
 # -- DuoAttention ----------------------------------------------------------------------------------------------------
@@ -265,6 +196,27 @@ def test_flux_routes_once_and_reuses_its_decision():
         later = context(random(1, 4, 1, 16, seed=5), random(1, 2, 41, 16), layer=1, layers=3, shared=routers(not sparse))
         later.store.state.update(ctx.state)
         assert (technique.select(later) is not None) == sparse
+
+
+def test_routers_learn_what_can_be_told_from_the_features():
+    from lab.measure.fitting.flux import scores, train
+    from lab.techniques.flux import router
+
+    x = random(2, 40, 6)
+    labels = torch.stack([(x[0, :, 0] > 0).long(), torch.ones(40, dtype=torch.long)])  # one feature decides; always sparse
+    w = train(x, labels, 8, 150)
+    assert (scores(x, w).argmax(-1) == labels).float().mean() > 0.95
+    own = {"mean": torch.zeros(6), "std": torch.ones(6), **{n: t[0] for n, t in w.items()}}
+    torch.testing.assert_close(router(x[0], own), scores(x, w)[0])
+
+
+@pytest.mark.usefixtures("calibrations")
+def test_flux_labels_are_costs_below_tolerance():
+    from lab.measure.fitting.flux import TOLERANCE
+
+    tensors = find(Flux(), loaded().model).tensors
+    assert torch.equal(tensors["labels"] == 1, tensors["cost"] < TOLERANCE) and (tensors["cost"] >= -1e-6).all()
+    assert tensors["cost"].max() > 0 and ((0 <= tensors["held_out"]) & (tensors["held_out"] <= 1)).all()
 
 
 def test_flux_sequences_of_a_batch_route_independently():

@@ -20,14 +20,78 @@ def test_rate_one_is_dense():
     differs("claa")
 
 
-@pytest.mark.parametrize("method", ["claa", "fastkv", "gemfilter", "random"])
-def test_deeper_layers_hold_the_chosen_tokens_at_their_own_positions(method):
-    session, _ = run(f"claa(method={method},rate=0.3)", prompt=200, steps=4)
+METHODS = ["claa", "fastkv", "gemfilter", "speculative", "oracle", "random"]
+
+
+@pytest.mark.parametrize("rerun", ["yes", "no"])
+@pytest.mark.parametrize("method", METHODS)
+def test_deeper_layers_hold_the_chosen_tokens_at_their_own_positions(method, rerun):
+    session, _ = run(f"claa(method={method},rate=0.3,rerun={rerun})", prompt=200, steps=4)
     below, above = session.cache.lab_layers[0], session.cache.lab_layers[-1]
-    assert below.counts == [204, 204] and above.counts == [64, 64]
+    assert below.counts == ([204, 204] if rerun == "no" else [64, 64]) and above.counts == [64, 64]
     pos = above.positions()[0, 0]
     assert pos[0] == 0 and pos[-36:].tolist() == list(range(168, 204)) and (pos[1:] > pos[:-1]).all()
-    ledger_agrees(f"claa(method={method},rate=0.3)")
+    ledger_agrees(f"claa(method={method},rate=0.3,rerun={rerun})")
+
+
+def test_gemfilter_and_speculative_prefill_rerun_by_themselves():
+    for method in METHODS:
+        assert CLAA(method=method).depth(10) == (0 if method in ("gemfilter", "speculative") else 5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rerun_is_reading_only_the_chosen_tokens(method, monkeypatch):
+    """The same as feeding the model those tokens with their own positions."""
+    import tiny_models
+    from lab.engine.session import Session
+    from techniques.reading import model
+
+    import lab.techniques.claa as module
+
+    ids, seen = tiny_models.tokens(90), []
+    original = module.chosen
+    monkeypatch.setattr(module, "chosen", lambda *a: seen.append(original(*a)) or seen[-1])
+    session = Session(model(), f"claa(method={method},rate=0.5,rerun=yes,window=8)")
+    got = session.prefill(ids.flatten().tolist())
+    with torch.no_grad():
+        want = model()(input_ids=ids.view(1, -1)[:, seen[0]], position_ids=seen[0][None]).logits[:, -1]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_rankings_do_not_depend_on_where_the_cut_is():
+    """A first reading up to the cut ranks as the prompt's own reading does."""
+    for method in ("claa", "fastkv", "gemfilter"):
+        a, b = (run(f"claa(method={method},rerun={r})", steps=0)[0].cache.lab_layers[-1].positions() for r in ("yes", "no"))
+        assert torch.equal(a, b)
+
+
+def test_the_draft_is_a_model_of_the_first_layers():
+    import tiny_models
+    from lab.engine.attach import attach
+    from lab.techniques.answers import answer_importance
+
+    whole = loaded().model
+    short = attach(tiny_models.build("llama", num_hidden_layers=2))
+    short.load_state_dict({k: v for k, v in whole.state_dict().items() if "layers.2." not in k})
+    ids = tiny_models.tokens(50).tolist()
+    torch.testing.assert_close(answer_importance(whole, ids, 4, depth=2), answer_importance(short, ids, 4))
+    assert (answer_importance(whole, ids, 4) - answer_importance(whole, ids, 4, depth=2)).abs().max() > 1e-4
+    assert not any("forward" in layer.__dict__ for layer in whole.model.layers)
+
+
+def test_the_largest_head_instead_of_the_sum():
+    a, b = (run(f"claa(heads={h})", steps=0)[0].cache.lab_layers[-1].positions() for h in ("sum", "max"))
+    assert not torch.equal(a, b)
+
+
+def test_a_prompt_without_tokens_is_refused_where_it_has_to_be_read_again():
+    from lab.engine.cache import LabCache
+    from techniques.reading import model
+
+    m = model()
+    embedded = m.get_input_embeddings()(torch.arange(2, 82).view(1, -1))
+    with torch.no_grad(), pytest.raises(LabError, match="input_ids"):
+        m(inputs_embeds=embedded, past_key_values=LabCache(m, "claa(method=oracle)"), use_cache=True)
 
 
 def test_keeping_every_token_through_the_trimmed_path_is_dense():
@@ -155,3 +219,29 @@ def test_profile_is_stable_to_reshuffling():
     a = fit(None, who.model, None, lambda f, t: None, prompts=2, counts=(3,), length=12)["profile_3"]
     b = fit(None, who.model, None, lambda f, t: None, prompts=4, counts=(3,), length=12)["profile_3"]
     assert (a > 0).all() and float((a - b).abs().max() / b.mean()) < 0.5
+
+
+@pytest.mark.parametrize("method", ["gemfilter", "speculative", "oracle"])
+def test_a_rerun_prompt_forks_samples_and_generates(method):
+    """What the invariants ask of every technique, for the settings that read the prompt twice."""
+    import tiny_models
+    from lab.engine.cache import LabCache
+    from lab.engine.session import Session
+    from techniques.reading import model
+
+    spec, ids = f"claa(method={method},rerun=yes,window=8)", tiny_models.tokens(90).flatten().tolist()
+    session = Session(model(), spec, new_tokens=6, record=True)
+    first = session.prefill(ids, samples=2)
+    twin = session.fork()
+    a, b = session.step(torch.tensor([5, 6])), twin.step(torch.tensor([5, 6]))
+    assert torch.equal(first[0], first[1]) and torch.equal(a, b) and not torch.equal(a[0], a[1])
+    bits, death, _ = session.cache.lab_layers[0].history.upto(91)
+    assert int((bits[0, 0] > 0).sum()) == session.cache.lab_layers[0].counts[0] == int((death[0, 0] > 91).sum())
+    cache = LabCache(model(), spec)
+    out = model().generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, past_key_values=cache)
+    again = Session(model(), spec, new_tokens=6)
+    logits, want = again.prefill(ids), []
+    for _ in range(4):
+        want.append(int(logits.argmax()))
+        logits = again.step(torch.tensor(want[-1:]))
+    assert out[0, 90:].tolist() == want

@@ -16,6 +16,7 @@ from techniques.reading import context, differs, random, run, same
 def tables(theta: float, heads: int = 4, layers: int = 10):
     shape = (len(SIZES), layers, heads, 3)
     return {"theta": torch.full(shape, theta), "std": torch.zeros(shape), "missing": torch.ones(shape),
+            "weight": torch.full(shape, max(0.0, theta)), "weight_std": torch.zeros(shape),
             "lengths": torch.tensor([10.0, 50.0, 100.0]).expand(len(SIZES), 3)}
 
 
@@ -33,6 +34,17 @@ def test_exact_sdc_is_the_softmax_of_the_kept_set():
     kept = got.last[0] > 0
     assert ((s > 0.3) | (s == s.amax(-1, keepdim=True))).equal(kept)
     torch.testing.assert_close(got.last[0], s.softmax(-1) * kept)
+
+
+def test_a_threshold_on_weights_keeps_the_weights_above_it():
+    """p > w after the softmax; with the exact denominator the kept ones keep their weights."""
+    ctx, got, (q, k, v) = weigh(TopTheta(k=32, on="weights", sigma=0.0, sdc="exact", vmc=False), 0.02)
+    p = (q @ k.repeat_interleave(2, 1).mT * ctx.scale)[0, :, -1].softmax(-1)
+    kept = (p > 0.02) | (p == p.amax(-1, keepdim=True))
+    torch.testing.assert_close(got.last[0], p * kept)
+    assert 0 < int(kept.sum()) < kept.numel()
+    _, everything, _ = weigh(TopTheta(k=32, on="weights", sigma=0.0), 0.0)
+    torch.testing.assert_close(everything.last[0], p)
 
 
 def test_without_compensation_rows_sum_to_one_and_threshold_form_stays_below():
@@ -65,7 +77,8 @@ def test_no_threshold_is_dense_and_cap_keeps_the_latest():
     assert (capped.last[..., :50] == 0).all() and (capped.last[..., 50:] > 0).all()
 
 
-def test_on_its_calibration_text_about_k_are_kept(calibrations):
+@pytest.mark.parametrize("on", ["scores", "weights"])
+def test_on_its_calibration_text_about_k_are_kept(calibrations, on):
     """Mean kept within 20% of k, on rows like those it was learnt from."""
     from lab.engine.cache import LabCache
     from lab.engine.stack import Stack
@@ -82,7 +95,7 @@ def test_on_its_calibration_text_about_k_are_kept(calibrations):
             kept.append((done.p > 0).sum(-1)[long].float())
             return done
 
-    counting = Counting(k=32, first_k=32, sigma=0.0)
+    counting = Counting(k=32, first_k=32, sigma=0.0, on=on)
     row = samples(model, None, 3, 1024)[0]
     with torch.no_grad():
         model(input_ids=row.view(1, -1), past_key_values=LabCache(model, Stack((counting,))), use_cache=True)
@@ -93,5 +106,7 @@ def test_on_its_calibration_text_about_k_are_kept(calibrations):
 def test_in_a_model():
     same("top_theta(k=512)", prompt=120)
     differs("top_theta(k=32,first_k=32)")
+    same("top_theta(k=512,on=weights)", prompt=120)
+    differs("top_theta(k=32,first_k=32,on=weights)")
     session, _ = run("top_theta(k=32,first_k=32)")
     assert all(0.5 < layer.last_read / sum(layer.counts) < 1 for layer in session.cache.lab_layers)

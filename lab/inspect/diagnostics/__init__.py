@@ -24,6 +24,7 @@ from lab.inspect.diagnostics import (  # noqa: F401  (importing a module declare
     long_heads,
     massive,
     mixing,
+    prompt_ranking,
     rollout,
     shapes,
     sinks,

@@ -21,11 +21,15 @@ def samples(model: torch.nn.Module, tokenizer, sequences: int, length: int) -> t
     return sample_ids(model, tokenizer, sequences, min(length, limit))
 
 
-def forward(model: torch.nn.Module, ids: torch.Tensor, stack: Stack | None = None, probe: Probe | None = None) -> torch.Tensor:
-    """Logits float32 [1, T, V] of one sequence ids [T] under a stack; probe sees and may replace each layer's output."""
+def forward(
+    model: torch.nn.Module, ids: torch.Tensor, stack: Stack | None = None, probe: Probe | None = None, *, keep: int = 0
+) -> torch.Tensor:
+    """Logits float32 [B, T, V] of ids [T] or [B, T] under a stack, of the last `keep` rows only where that is not 0;
+    probe sees and may replace each layer's output."""
     cache = LabCache(model, stack if stack is not None else Stack())
     cache.policy.probe = probe
-    return model(input_ids=ids.view(1, -1), past_key_values=cache, use_cache=True).logits.float()
+    ids = ids.view(-1, ids.shape[-1])
+    return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits.float()
 
 
 def loss(logits: torch.Tensor, ids: torch.Tensor, first: int = 0) -> torch.Tensor:

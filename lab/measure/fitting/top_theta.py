@@ -1,4 +1,4 @@
-"""Thresholds of Top-theta: the score above which a row's k best lie, per layer, head and row length.
+"""Thresholds of Top-theta: the score, and the weight, above which a row's k best lie, per layer, head and row length.
 
 Rows are cut to their true top-k while measuring, so that later layers see the sparse activations they will get."""
 
@@ -23,10 +23,12 @@ EVERY = 10  # rows sampled
 def fit(
     technique, model, tokenizer, progress, *, sequences: int = 3, length: int = 1024, sizes_k=SIZES
 ) -> dict[str, torch.Tensor]:
-    """{"theta", "std", "missing": [K, L, Hq, bins], "lengths": [K, bins]} for each k of SIZES."""
+    """{"theta", "std" of scores, "weight", "weight_std" of weights, "missing": [K, L, Hq, bins], "lengths": [K, bins]} for
+    each k of SIZES."""
     ids = samples(model, tokenizer, sequences, length)
     layers, heads = sizes(model)[:2]
-    out = {name: torch.zeros(len(SIZES), layers, heads, BINS) for name in ("theta", "std", "missing")}
+    names = ("theta", "std", "missing", "weight", "weight_std")
+    out = {name: torch.zeros(len(SIZES), layers, heads, BINS) for name in names}
     out["lengths"] = torch.zeros(len(SIZES), BINS)
     for at, k in enumerate(SIZES):
         top = max(k + 1, ids.shape[1])
@@ -34,14 +36,15 @@ def fit(
         if k not in sizes_k or ids.shape[1] <= k:
             out["theta"][at] = -torch.inf
             continue
-        sums = torch.zeros(4, layers, heads, BINS)
+        sums = torch.zeros(6, layers, heads, BINS)
         for n, row in enumerate(ids):
             forward(model, row, Stack((_TopK(k, out["lengths"][at], sums),)))
             progress((at + (n + 1) / len(ids)) / len(SIZES), f"Thresholds for {k} tokens per row")
         count = sums[0].clamp_min(1)
-        mean = sums[1] / count
-        out["theta"][at] = _filled(mean, sums[0])
-        out["std"][at] = _filled((sums[2] / count - mean**2).clamp_min(0).sqrt(), sums[0])
+        for first, name, spread in ((1, "theta", "std"), (4, "weight", "weight_std")):
+            mean = sums[first] / count
+            out[name][at] = _filled(mean, sums[0])
+            out[spread][at] = _filled((sums[first + 1] / count - mean**2).clamp_min(0).sqrt(), sums[0])
         out["missing"][at] = _filled(sums[3] / count, sums[0])
     return out
 
@@ -55,7 +58,8 @@ def _filled(table: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _TopK(Technique):
-    """Exact top-k per row, noting the k-th score of sampled rows in sums (count, total, squares, weight left out)."""
+    """Exact top-k per row, noting of sampled rows in sums: count, the k-th score and its square, what is left out relative to
+    the largest, and the k-th weight and its square."""
 
     name: ClassVar[str] = "top_k_probe"
     title: ClassVar[str] = "Top-k probe"
@@ -76,11 +80,12 @@ class _TopK(Technique):
         keep = s >= kth.unsqueeze(-1)
         top = s.amax(-1, keepdim=True)
         left = (torch.exp(s - top) * ~keep).sum(-1)
+        weight = torch.exp(kth - s.logsumexp(-1))
         for r in range(s.shape[3]):
             n = int(count[0, 0, 0, r])
             if n > self.k and (n % EVERY == 0 or s.shape[-1] < self.k + EVERY):
                 bin_ = int((self.lengths - n).abs().argmin())
-                theta, miss = kth[0, :, :, r].flatten().cpu(), left[0, :, :, r].flatten().cpu()
-                self.sums[:, ctx.layer, :, bin_] += torch.stack([torch.ones_like(theta), theta, theta**2, miss])
+                theta, miss, w = (x[0, :, :, r].flatten().cpu() for x in (kth, left, weight))
+                self.sums[:, ctx.layer, :, bin_] += torch.stack([torch.ones_like(theta), theta, theta**2, miss, w, w**2])
         s = s.masked_fill(~keep, -torch.inf)
         return Weighed(s.softmax(-1), s.logsumexp(-1))
