@@ -27,6 +27,7 @@ from lab.inspect.diagnostics import (  # noqa: F401  (importing a module declare
     prompt_ranking,
     rollout,
     shapes,
+    sink_inputs,
     sinks,
     subspace,
     training_drift,
