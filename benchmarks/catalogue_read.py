@@ -30,7 +30,7 @@ from lab.engine.cache import LabCache
 FLOAT32_TABLES = ("qada",)  # whose statistics are float32 on any machine; other tables follow the cache's precision
 FREE = "choice free"
 BLOCKS = "block_topk(budget={b},local=16"
-# {b} tokens, {f} a fraction of which more reads less
+# {b} tokens, {t} a fraction of which more reads more, {f} one of which more reads less
 POLICIES = {
     "StreamingLLM": "streaming_llm(budget={b})",
     "Random eviction": "random_score(budget={b},window=16)",
@@ -48,6 +48,8 @@ POLICIES = {
     "Quest, all layers, page 32": "quest(budget={b},dense_layers=0,page=32)",
     "Block top-k, int4": BLOCKS + ")+int_codes(bits=4)",
     "Quest, all layers, int4": "quest(budget={b},dense_layers=0)+int_codes(bits=4)",
+    "Rectified": "rectified(share={t},block=16,decode=true)",
+    "Pooled blocks, not rectified": "rectified(share={t},block=16,decode=true,rectify=false)",
     "DuoAttention": "duo_attention(fraction={f},sinks=4,window=16)",
     "MoA 0.25": "moa(density=0.25,first=4)",
     "MoA 0.5": "moa(density=0.5,first=4)",

@@ -211,3 +211,21 @@ def test_tables_print(desk, capsys):
     reading.show(common.sweep(side, desk("--seeds", "2")))
     out = capsys.readouterr().out
     assert "| Window | 50.0% |" in out and "| Dense | - | 100.0% | 0.0% | 100.0% | 0.000 ± 0.000" in out
+
+
+def test_the_readmes_table_says_what_cannot_be_met():
+    from benchmarks.catalogue_read_table import table
+
+    def row(name: str, target: float | None, kl: float) -> dict:
+        values = [{"kl": kl, "perplexity": 4.0, "one": 1.0, "many": 0.5}, {"kl": kl + 0.2, "perplexity": 8.0, "one": 1.0, "many": 0.5}]
+        return {"policy": name, "target": target, "values": values, "kl": {"mean": kl + 0.1}, "choose": {"mean": 0.03 if target else 0.0},
+                "share": {"mean": target or 1.0}, "stored": {"mean": 1.0}}
+
+    dense = row("Dense", None, 0.0)
+    dense["values"] = [{**v, "perplexity": p} for v, p in zip(dense["values"], (2.0, 4.0))]
+    rows = [dense, row("Slow", 0.5, 0.3), row("Good", 0.5, 0.1), row("Good", 0.25, 0.4)]
+    lines = table({"rows": rows, "unreached": [["Slow", 0.25], ["Never", 0.5], ["Never", 0.25]]}, "of bytes").splitlines()
+    assert lines[0].startswith("| policy, at shares of bytes | KL at 50% | KL at 25% | perplexity ×, 25% |")
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| Good", "| Slow", "| Never"]
+    assert "| 2.00 ± 0.00 | 1.00 ± 0.00 | 0.50 ± 0.00 | 3.0% |" in lines[2] and "0.50 ± 1.27" in lines[2]
+    assert lines[3].count("cannot") == 4 and lines[4].count("cannot") == 5 and lines[4].endswith("– |")
