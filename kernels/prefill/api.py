@@ -25,7 +25,7 @@ class Prefilled:
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, start: int | None = None, window=None, sinks=0,
-    rows: torch.Tensor | None = None, blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rows: torch.Tensor | None = None, blocks: tuple[torch.Tensor, torch.Tensor] | None = None, block_size: tuple[int, int] = (128, 64),
     softcap: float | None = None, sink: torch.Tensor | None = None, key_bias: torch.Tensor | None = None,
     weight: str = "softmax", want_entropy: bool = False, want_mass: bool = False, impl: str = "auto",
 ) -> Prefilled:
@@ -35,8 +35,9 @@ def attend(
     window     int or int [Hq]: row i sees keys i-window+1..i (A-shape, per-head spans); None sees everything before it.
     sinks      int or int [Hq]: the first keys, seen by every row whatever its window.
     rows       int32 [R] ascending absolute positions: compute only these rows; the output has R rows.
-    blocks     (index int32 [B,Hq,RB,M], count int32 [B,Hq,RB]): row block of 128 rows r reads only its first `count`
-               key blocks of 64, cut by causality and window. Mass is not available with it.
+    blocks     (index int32 [B,Hq,RB,M], count int32 [B,Hq,RB]): row block r reads only its first `count` key blocks, cut by
+               causality and window. Mass is not available with it. See `kernels.prefill.blocks`.
+    block_size  (rows, keys) of those blocks, powers of two from 16; rows count from the call's first, keys from position 0.
     softcap    logits become softcap*tanh(logit/softcap).       sink  float [Hq]: a logit in the normaliser, no value.
     key_bias   float [Hq,N] or [B,Hq,N] added to every row's logits.
     weight     "softmax" | "sigmoid" | "relu": the latter two are not normalised.
@@ -45,7 +46,7 @@ def attend(
     A row that sees nothing gives zeros and lse -inf. Raises ValueError for shapes and requests that do not fit.
     """
     o = normalise(q, k, start=start, window=window, sinks=sinks, rows=rows, blocks=blocks, softcap=softcap, sink=sink,
-                  key_bias=key_bias, weight=weight)
+                  key_bias=key_bias, weight=weight, block_size=block_size)
     if want_mass and (blocks is not None or rows is not None):
         raise ValueError("column mass needs every row and no block list; call column_mass with all rows' lse instead.")
     if want_entropy and weight != "softmax":

@@ -45,11 +45,13 @@ def forward(
         table = BANDED if o.banded else FORWARD
     bm, bn, warps, stages, edge_stages = config or _config(table, dim, exact)
     if o.blocks is not None:
-        bm, bn = o.BLOCK_ROWS, o.BLOCK_KEYS
+        bm, bn = o.block_size
+        warps = 8 if bm > 64 else 4 if bm > 32 else 2  # the lists decide the tile, the tile how many warps it feeds
+        stages = 1 if exact or interpreting() else 2 if dim > 128 else 3
     out = torch.empty(batch, heads, n_rows, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, n_rows, dtype=torch.float32, device=q.device)
     entropy = torch.empty_like(lse) if want_entropy else None
-    index, counts = o.blocks if o.blocks is not None else (o.window, o.window)
+    index, counts = (x.contiguous() for x in o.blocks) if o.blocks is not None else (o.window, o.window)
     forward_kernel[(triton.cdiv(n_rows, bm), batch * heads)](
         q, k, v, out, lse, lse if entropy is None else entropy, o.window if o.rows is None else o.rows, o.window, o.sinks,
         lse if o.key_bias is None else o.key_bias, lse if o.sink is None else o.sink, index, counts,

@@ -24,9 +24,7 @@ class Options:
     weight: str
     banded: bool  # some head sees less than everything before it
     plain: bool  # causal softmax over everything, nothing else: libraries do that too
-
-    BLOCK_ROWS = 128
-    BLOCK_KEYS = 64
+    block_size: tuple[int, int] = (128, 64)  # rows and keys of one block of the lists
 
     def positions(self, q: torch.Tensor) -> torch.Tensor:
         """Absolute positions of the output rows, int [rows]."""
@@ -35,18 +33,20 @@ class Options:
         return torch.arange(self.start, self.start + q.shape[2], device=q.device)
 
     def listed(self, row: torch.Tensor, n_keys: int) -> torch.Tensor:
-        """Boolean [Hq, rows, N] from the block lists (one sequence)."""
-        index, count = (x[0] for x in self.blocks)
+        """Boolean [B, Hq, rows, N] from the block lists; row int [rows] counts within the call."""
+        index, count = self.blocks
+        rows, keys = self.block_size
         keep = torch.arange(index.shape[-1], device=index.device) < count[..., None]
-        n_blocks = -(-n_keys // self.BLOCK_KEYS)
+        n_blocks = -(-n_keys // keys)
         table = torch.zeros(*count.shape, n_blocks + 1, dtype=torch.bool, device=index.device)
         table.scatter_(-1, torch.where(keep, index.long(), n_blocks), True)
-        spread = table[..., :n_blocks].repeat_interleave(self.BLOCK_KEYS, -1)[..., :n_keys]
-        return spread[:, (row // self.BLOCK_ROWS).long()]
+        spread = table[..., :n_blocks].repeat_interleave(keys, -1)[..., :n_keys]
+        return spread[:, :, (row // rows).long()]
 
 
 def normalise(
-    q: torch.Tensor, k: torch.Tensor, *, start: int | None, window, sinks, rows, blocks, softcap, sink, key_bias, weight: str
+    q: torch.Tensor, k: torch.Tensor, *, start: int | None, window, sinks, rows, blocks, softcap, sink, key_bias, weight: str,
+    block_size: tuple[int, int] = (128, 64),
 ) -> Options:
     """Check shapes and fill defaults; ValueError says what does not fit."""
     batch, heads, count, _ = q.shape
@@ -54,6 +54,10 @@ def normalise(
         raise ValueError(f"{heads} query heads cannot share {k.shape[1]} KV heads; expected a multiple.")
     if weight not in ("softmax", "sigmoid", "relu"):
         raise ValueError(f"unknown weight {weight!r}; expected 'softmax', 'sigmoid' or 'relu'.")
+    if blocks is not None:
+        found, want = tuple(blocks[1].shape), (batch, heads, -(-count // block_size[0]))
+        if rows is not None or found != want or blocks[0].shape[:3] != blocks[1].shape:
+            raise ValueError(f"block lists for {found} do not fit; expected counts {want}, lists of that shape, and no chosen rows.")
     if start is None:
         start = k.shape[2] - count
     if start < 0:
@@ -74,4 +78,4 @@ def normalise(
     if key_bias is not None:
         key_bias = key_bias.expand(batch, heads, k.shape[2]).contiguous()
     return Options(start, per_head(window, EVERYTHING), per_head(sinks, 0), rows, blocks, softcap, sink, key_bias, weight,
-                   window is not None, plain)
+                   window is not None, plain, block_size)
