@@ -4,6 +4,7 @@
     python -m lab run --model default --prompt-file F --variant dense --variant "h2o(budget=0.25)" --json OUT.json
     python -m lab runs list|show ID|compare ID ID|export ID --format parquet|csv|json --out F|import F
     python -m lab calibrate TECHNIQUE --model M --out F
+    python -m lab predict --model M --variant "h2o(budget=0.25)" --prompt 32000 --sequences 16 --machine H100
     python -m lab serve --port N
 """
 
@@ -17,11 +18,11 @@ from lab.errors import LabError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 a run failed, 2 the request could not be carried out."""
-    from lab.cli import calibrate, run, runs, serve, techniques
+    from lab.cli import calibrate, predict, run, runs, serve, techniques
 
     parser = argparse.ArgumentParser(prog="python -m lab", description="Attention Lab on the command line.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-    for module in (techniques, run, runs, calibrate, serve):
+    for module in (techniques, run, runs, calibrate, predict, serve):
         module.add(verbs)
     args = parser.parse_args(argv)
     try:
