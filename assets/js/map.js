@@ -21,7 +21,7 @@ function ramped(stops) { // 256 colours through five stops; byte 0 means that no
 function wash(colour) { // the ramp over a wash of a bit width's colour, which fades as weights grow
   const c = hex(css(colour) || "#888888"), out = ramp.slice();
   for (let b = 1; b < 256; b++) {
-    const part = .5 * (1 - (b - 1) / 254) + .04;
+    const part = .38 * (1 - (b - 1) / 254) + .04;
     for (let k = 0; k < 3; k++) out[b * 3 + k] = ramp[b * 3 + k] * (1 - part) + c[k] * part;
   }
   return out;

@@ -41,7 +41,8 @@ def importance(lab: Lab, run: OpenRun, letter: str) -> np.ndarray | None:
         return None
 
 
-def _draw(lab: Lab, run: OpenRun, letter: str, layers: list[int], told: Told) -> None:
+def draw(lab: Lab, run: OpenRun, letter: str, layers: list[int], told: Told) -> None:
+    """Thumbnails and measures of every head of the given layers, kept with the run under ``name_of``."""
     from lab.inspect import heads
 
     captures, ids = [run.capture(letter, n) for n in layers], ids_of(run, letter)
@@ -104,7 +105,7 @@ def grid(lab: Lab, run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
         if not layers:
             raise LabError(f"This run holds no captured attention of variant {letter}",
                            fix="Load the run's model and replay it to capture attention")
-        task = run.tasks[key] = Task(lab, lambda told: _draw(lab, run, letter, layers, told))
+        task = run.tasks[key] = Task(lab, lambda told: draw(lab, run, letter, layers, told))
         task.join(0.3)
     if task is not None and task.running:
         return {"fraction": task.fraction}
