@@ -10,8 +10,10 @@ import torch
 
 from kernels import decode, prefill
 from kernels.decode import TierView
+from kernels.prefill.blocks import SIZES
 from lab.engine.context import LayerContext
 from lab.engine.layer import LabLayer
+from lab.engine.reads import Rows
 from lab.engine.segments import Codec, Coded, Exact
 from lab.engine.slots import Band
 
@@ -23,6 +25,26 @@ def prompt_rows(ctx: LayerContext, band: Band | None) -> tuple[torch.Tensor, tor
         ctx.q.contiguous(), store.exact_k.decode().contiguous(), store.exact_v.decode().contiguous(), ctx.scale,
         start=ctx.first - store.base, window=band.window if band else None, sinks=band.sinks if band else 0,
     )
+    return found.out, found.lse
+
+
+def block_rows(ctx: LayerContext, chosen: list) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(out [B,Hq,T,d], lse [B,Hq,T]) of prompt rows that read whole blocks of exact keys, or None.
+
+    Notes what the newest row read. Served: one choice of blocks that the kernel's tiles can have, nothing else asked.
+    """
+    store, rows = ctx.store, ctx.q.shape[2]
+    if len(chosen) != 1 or not isinstance(chosen[0], Rows) or chosen[0].blocks is None or chosen[0].blocks[1] not in SIZES:
+        return None
+    if ctx.pos_q is not None or ctx.window or not store.plain or store.base or store.longest != ctx.first + rows:
+        return None
+    keep, size = chosen[0].blocks
+    found = prefill.block_sparse(
+        ctx.q, store.exact_k.decode(), store.exact_v.decode(), ctx.scale, keep, size, start=ctx.first, softcap=ctx.softcap, sink=ctx.sink,
+    )
+    tokens = (store.longest - torch.arange(keep.shape[-1], device=keep.device) * size).clamp_max(size)
+    union = keep[:, :, -1].unflatten(1, (ctx.kv_heads, ctx.groups)).any(2)
+    store.last_read, store.last_probe = int((union * tokens).sum()), chosen[0].probe
     return found.out, found.lse
 
 

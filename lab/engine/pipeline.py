@@ -159,6 +159,10 @@ def _attend(policy: Policy, ctx: LayerContext, handle: Handle, call: Call) -> at
     weigh = policy.weigh(ctx)
     if weigh is not None or len(chosen) > len(bands) or (bands and not prompt):
         picks = [c for c in chosen if not isinstance(c, Band)]
+        alone = not bands and not edits and weigh is None and not want_mass and not policy.want_last
+        found = fused.block_rows(ctx, picks) if prompt and alone and fusable(ctx.q) else None
+        if found is not None:
+            return _finish(policy, ctx, attend.Result(*found), chosen, edits)
         result = sparse.attend(ctx, bands, picks, edits, weigh, want_mass, policy.want_last)
         return _finish(policy, ctx, result, chosen, edits)
     store.last_probe = 0

@@ -29,10 +29,14 @@ class Rows:
 
     keep(r0, r1) answers for rows r0..r1 of this call: bool, broadcastable to [B, Hk, G, r1-r0, N]. probe: bytes read in
     order to choose. Causality and windows are added by the engine.
+
+    blocks: the same answer where it is one of whole blocks, (keep bool [B, Hq, RB, NB], tokens per block) counted from
+    position 0 for rows and entries alike: what a block-sparse kernel reads (`kernels.prefill.block_sparse`).
     """
 
     keep: Callable[[int, int], torch.Tensor]
     probe: int = 0
+    blocks: tuple[torch.Tensor, int] | None = None
 
 
 @dataclass(frozen=True)

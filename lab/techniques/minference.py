@@ -7,10 +7,10 @@ from typing import Callable, ClassVar
 
 import torch
 
+from kernels.prefill.rectify import pool
 from lab.engine.context import LayerContext
 from lab.engine.reads import Rows
 from lab.engine.slots import Paper, Technique, param
-from lab.techniques.rectified import means
 from lab.techniques.vertical_slash import VerticalSlash, top
 
 BLOCK = 32  # side of the blocks of the third pattern; the paper uses 64
@@ -105,8 +105,8 @@ def keeps(ctx: LayerContext, share: float, patterns: list[str], window: int) -> 
 def top_blocks(ctx: LayerContext, count: int) -> torch.Tensor:
     """bool [B, Hk, G, Tb, Nb]: for each block of rows the `count` blocks whose mean key its mean query likes best, block 0 and
     its own among them."""
-    q, _ = means(ctx.q, BLOCK, ctx.first % BLOCK)
-    k, _ = means(ctx.store.all_keys(), BLOCK)
+    q, _ = pool(ctx.q, BLOCK, ctx.first % BLOCK)
+    k, _ = pool(ctx.store.all_keys(), BLOCK)
     s = q.unflatten(1, (ctx.kv_heads, ctx.groups)) @ k.unsqueeze(2).mT
     row = torch.arange(s.shape[3], device=s.device)[:, None] + ctx.first // BLOCK
     column = torch.arange(s.shape[4], device=s.device)

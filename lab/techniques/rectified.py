@@ -7,11 +7,11 @@ from typing import Callable, ClassVar
 
 import torch
 
+from kernels.prefill import rectify
 from lab.engine.context import LayerContext
 from lab.engine.reads import Pick, Rows
 from lab.engine.slots import Paper, Technique, param
 from lab.techniques.pages import tables
-from lab.techniques.xattention import smallest_sets
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Rectified(Technique):
             return None
         plan = self._plan(ctx)
         ctx.shared[self.name] = plan
+        blocks = (plan["critical"], self.block)
         critical = plan["critical"].unflatten(1, (ctx.kv_heads, ctx.groups))
         column, lead = torch.arange(store.longest, device=critical.device) // self.block, ctx.first % self.block
 
@@ -62,18 +63,14 @@ class Rectified(Technique):
             row = (torch.arange(r0, r1, device=critical.device) + lead) // self.block
             return critical[:, :, :, row][..., column]
 
-        return Rows(keep)
+        return Rows(keep, blocks=blocks)
 
     def combine(self, ctx: LayerContext, out: torch.Tensor, exact: Callable) -> torch.Tensor:
         plan = ctx.shared.pop(self.name, None)
         if plan is None or not self.rectify:
             return out
         lead = 0 if ctx.phase == "decode" else ctx.first % self.block
-        row = (torch.arange(out.shape[2], device=out.device) + lead) // self.block
-        p = plan["p"] * plan["rectified"]
-        kept = (1 - p.sum(-1))[:, :, row].unsqueeze(-1)  # R_i: critical blocks and those whose mean is not trusted
-        pooled = p.unflatten(1, (ctx.kv_heads, ctx.groups)) @ plan["v"].float().unsqueeze(2)
-        return (out.float() * kept + pooled.flatten(1, 2)[:, :, row]).to(out.dtype)
+        return rectify.correct(out, rectify.Plan(**plan), self.block, lead)
 
     def _pick(self, ctx: LayerContext) -> Pick | None:
         """What a generated token reads: its critical blocks, by its own query against the pages' means."""
@@ -100,49 +97,24 @@ class Rectified(Technique):
     def _weigh(self, ctx: LayerContext, q, k, dev, size, doubt, seen, own) -> dict[str, torch.Tensor]:
         """Pooled attention p, critical and rectified blocks of queries q [B,Hk,G,T,d] over block means k, their deviations dev
         [B,Hk,1,N,d]; size, seen and own broadcast to [B,Hk,G,T,N]: tokens of a block, whether it may be read, and must be."""
-        raw = q @ k.mT
-        s = raw * ctx.scale
-        if self.jensen:  # a Gaussian's deviation is sqrt(2/pi) of its standard deviation
-            s = s + 0.5 * ctx.scale**2 * (q**2 @ (dev**2).mT) * (torch.pi / 2) + size.clamp_min(1).float().log()
-        p = s.masked_fill(~seen, -torch.inf).softmax(-1)
-        order = p.argsort(dim=-1, descending=True, stable=True)[..., : self.least]
-        critical = (smallest_sets(p, self.share).scatter_(-1, order, True) | own) & seen
-        rectified = ~critical & (raw.abs() > doubt) & seen
-        return {"p": p.flatten(1, 2), "critical": critical.flatten(1, 2), "rectified": rectified.flatten(1, 2)}
+        found = rectify.weigh(
+            q, k, dev, size, doubt, seen, own, scale=ctx.scale, share=self.share, least=self.least, jensen=self.jensen
+        )
+        return dict(zip(("p", "critical", "rectified"), found))
 
     def table_bytes(self, entries: int, head_dim: int, element: int, layer: int, layers: int, groups: int) -> int:
         return 3 * -(-entries // self.block) * head_dim * element if self.decode else 0
 
     def _plan(self, ctx: LayerContext) -> dict[str, torch.Tensor]:
         """Pooled attention p [B,Hq,Tb,Nb], critical and rectified blocks bool of that shape, mean values [B,Hk,Nb,d]."""
-        lead, groups = ctx.first % self.block, ctx.groups
-        q, q_dev = means(ctx.q, self.block, lead)
-        keys, values = ctx.store.all_keys(), ctx.store.all_values()
-        k, k_dev = means(keys, self.block)
-        v, _ = means(values, self.block)
-        q, q_dev = (x.unflatten(1, (ctx.kv_heads, groups)) for x in (q, q_dev))
-        k, k_dev = k.unsqueeze(2), k_dev.unsqueeze(2)
-        row = torch.arange(q.shape[3], device=q.device)[:, None] + ctx.first // self.block
-        column = torch.arange(k.shape[3], device=q.device)
-        doubt = (q_dev @ k.mT).abs() + (q @ k_dev.mT).abs()
-        size = (keys.shape[2] - column * self.block).clamp_max(self.block)
-        return {**self._weigh(ctx, q, k, k_dev, size, doubt, column <= row, column == row), "v": v}
-
-
-def means(x: torch.Tensor, block: int, lead: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, mean absolute deviation) float32 [B, H, blocks, d] of x [B, H, T, d], whose first row stands `lead` rows
-    into its block."""
-    n = x.shape[2]
-    pad = (0, 0, lead, -(lead + n) % block)
-    inside = torch.nn.functional.pad(torch.ones(n, 1, device=x.device), pad).unflatten(0, (-1, block))
-    blocks = torch.nn.functional.pad(x.float(), pad).unflatten(2, (-1, block))
-    count = inside.sum(-2).clamp_min(1)
-    mean = blocks.sum(-2) / count
-    return mean, ((blocks - mean.unsqueeze(-2)).abs() * inside).sum(-2) / count
+        return vars(rectify.plan(
+            ctx.q, ctx.store.all_keys(), ctx.store.all_values(), ctx.scale, block=self.block, share=self.share, least=self.least,
+            jensen=self.jensen, start=ctx.first,
+        ))
 
 
 def moments(x: torch.Tensor, inside: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same of pages x [..., page, d], of which `inside` [..., page] are there; in x's own type."""
+    """Mean and mean absolute deviation of pages x [..., page, d], of which `inside` [..., page] are there; in x's own type."""
     weight = inside.unsqueeze(-1).float()
     count = weight.sum(-2).clamp_min(1)
     mean = (x.float() * weight).sum(-2) / count

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from kernels.select.sets import smallest_sets
 from lab.engine.context import LayerContext
 from lab.engine.reads import Rows
 from lab.engine.slots import Paper, Technique, param
@@ -36,15 +37,16 @@ class XAttention(Technique):
         store = ctx.store
         if ctx.pos_q is not None or store.valid() is not None or store.base or ctx.q.shape[2] < 2 or self.tau == 1:
             return None
-        blocks, lead = self.chosen(ctx)
-        blocks = blocks.unflatten(1, (ctx.kv_heads, ctx.groups))
+        chosen, lead = self.chosen(ctx)
+        blocks = chosen.unflatten(1, (ctx.kv_heads, ctx.groups))
         column = torch.arange(store.longest, device=blocks.device) // self.block
 
         def keep(r0: int, r1: int) -> torch.Tensor:
             row = (torch.arange(r0, r1, device=blocks.device) + lead) // self.block
             return blocks[:, :, :, row][..., column]
 
-        return Rows(keep, probe=store.exact_k.decode().numel() * store.exact_k.decode().element_size())
+        keys = store.exact_k.decode()
+        return Rows(keep, probe=keys.numel() * keys.element_size(), blocks=(chosen, self.block))
 
     def chosen(self, ctx: LayerContext) -> tuple[torch.Tensor, int]:
         """(blocks bool [B, Hq, Tb, Nb] to read, rows that precede this call in the first block)."""
@@ -79,11 +81,3 @@ def antidiagonals(q: torch.Tensor, keys: torch.Tensor, stride: int, lead: int = 
     keys = pad(keys, (0, 0, 0, -keys.shape[2] % stride)).unflatten(2, (-1, stride)).flatten(3)
     stripes = q.unflatten(1, (kv, groups)).flatten(2, 3) @ keys.to(q.dtype).mT
     return stripes.float().unflatten(2, (groups, -1)).flatten(1, 2)
-
-
-def smallest_sets(mass: torch.Tensor, share: float) -> torch.Tensor:
-    """bool: along the last dimension, the fewest largest entries that hold `share` of the row's sum."""
-    ordered, order = mass.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered
-    wanted = (before < share * mass.sum(-1, keepdim=True)) & (ordered > 0)
-    return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, order, wanted)

@@ -6,6 +6,8 @@ import pytest
 import tiny_models
 import torch
 
+from kernels.prefill import api as prefill_api
+from kernels.prefill import rectify
 from lab.engine import fused, pipeline
 from lab.engine.session import Session
 
@@ -82,9 +84,39 @@ def test_prompts(spec, monkeypatch):
     assert torch.allclose(steps(model, spec), expected, atol=2e-4)
 
 
+@pytest.mark.parametrize("spec,served,interpreted", [
+    ("rectified(block=16,share=0.5)", True, False), ("rectified(block=16,share=0.5)", True, True), ("xattention(block=16,tau=0.5)", True, False),
+    ("rectified(block=16,share=0.5,rectify=false)", True, False), ("rectified(block=8)", False, False), ("rectified(block=16)+h2o(budget=24)", False, False),
+])
+@pytest.mark.parametrize("chunk", [512, 23])
+def test_prompts_by_blocks(spec, served, interpreted, chunk, monkeypatch):
+    """Whole blocks are read by the block-sparse kernel, in one piece or many, and what the newest row read is noted."""
+    if interpreted and chunk != 23:
+        pytest.skip("one length is enough in the interpreter")
+    model = tiny_models.llama()
+    ids = tiny_models.tokens(60, seed=3).tolist()
+
+    def prompt():
+        session = Session(model, spec, new_tokens=16, chunk=chunk)
+        return session.prefill(ids), [layer.last_read for layer in session.cache.lab_layers]
+
+    expected, _ = prompt()
+    fuse_everywhere(monkeypatch)
+    calls, original = [], fused.block_rows
+    monkeypatch.setattr(fused, "block_rows", lambda *args: calls.append(original(*args)) or calls[-1])
+    if interpreted:
+        monkeypatch.setattr(prefill_api, "choose", lambda *_: "triton")
+        monkeypatch.setattr(rectify, "choose", lambda *_: "triton")
+    got, read = prompt()
+    assert torch.allclose(got, expected, atol=2e-4)
+    assert (bool(calls) and all(c is not None for c in calls)) == served
+    assert all(0 < n <= 60 * model.config.num_key_value_heads for n in read)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("spec", SPECS + ["rotated(mode=quarot,bits=4)", "rotated(bits=4)", "kivi(group=16,residual=16)", "a_shape(window=16)+delta(gamma=8)", "streaming_llm(budget=20)"])
+@pytest.mark.parametrize("spec", SPECS + ["rotated(mode=quarot,bits=4)", "rotated(bits=4)",
+                                          "rectified(block=16,share=0.5)", "kivi(group=16,residual=16)", "a_shape(window=16)+delta(gamma=8)", "streaming_llm(budget=20)"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 0.1)])
 def test_on_the_gpu(spec, dtype, tolerance, monkeypatch):
     """Through Triton as through torch, on the same device in the same dtype."""
