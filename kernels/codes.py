@@ -8,6 +8,7 @@ up. Unpacking is then a shift and a mask per contiguous slice, never an interlea
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ def encode_tokens(x: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor,
     """Per-token affine codes. x [..., d] -> (bytes [..., d*bits/8], scale fp16 [..., d/group], zero fp16 [..., d/group])."""
     d = x.shape[-1]
     if x.device.type == "cpu" and x.numel() <= FEW:
-        return _encode_few(x, bits, group)
+        return tuple(torch.from_numpy(found) for found in encode_few(x.float().detach().contiguous().numpy(), bits, group))
     grouped = x.float().view(*x.shape[:-1], d // group, group) if x.is_contiguous() else x.float().unflatten(-1, (d // group, group))
     # `affine_range` and `quantise` in fewer operations, bit for bit: a decode step codes one row, so operations are its cost.
     # Scales are never 0 here (the second term of `affine_range`), and half meets float by promotion, exactly.
@@ -87,10 +88,11 @@ def encode_tokens(x: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor,
     return pack(codes, bits), scale.squeeze(-1), zero.squeeze(-1)
 
 
-def _encode_few(x: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`encode_tokens` for the few numbers of a decode step on a CPU, bit for bit: numpy's calls cost a fraction of torch's."""
+def encode_few(x: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`encode_tokens` of float32 x [..., d] for the few numbers of a decode step on a CPU, bit for bit: numpy's calls cost a
+    fraction of torch's."""
     d, top = x.shape[-1], np.float32(2**bits - 1)
-    grouped = x.float().detach().contiguous().numpy().reshape(*x.shape[:-1], d // group, group)
+    grouped = x.reshape(*x.shape[:-1], d // group, group)
     low, high = grouped.min(-1, keepdims=True), grouped.max(-1, keepdims=True)
     zero = (low - np.abs(low) * np.float32(2**-10)).astype(np.float16)
     wide = zero.astype(np.float32)
@@ -104,7 +106,7 @@ def _encode_few(x: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, t
         for i in range(1, 8 // bits):
             packed |= codes[..., i * width : (i + 1) * width] << np.uint8(bits * i)
         codes = packed
-    return torch.from_numpy(codes), torch.from_numpy(scale[..., 0]), torch.from_numpy(zero[..., 0])
+    return codes, scale[..., 0], zero[..., 0]
 
 
 def decode_tokens(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
@@ -122,25 +124,33 @@ def encode_channels(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Ten
 def token_logits(
     q: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
 ) -> torch.Tensor:
-    """q . x_hat without building x_hat, for one group per token: q [..., R, d], bytes [..., N, .] -> [..., R, N].
+    """q . x_hat without building x_hat: q [..., R, d], bytes [..., N, .], scale and zero [..., N, groups] -> [..., R, N].
 
-    scale and zero [..., N, 1] come out of the sum: q.(c*s + z) = s*(q.c) + z*sum(q), so the codes are only converted.
+    They come out of each group's sum, q.(c*s + z) = s*(q.c) + z*sum(q), so the codes are only converted.
     """
-    parts = masked(packed, bits)
-    codes = parts[0] if bits == 8 else torch.cat(parts, -1)
+    parts, groups = masked(packed, bits), scale.shape[-1]
+    codes = (parts[0] if bits == 8 else torch.cat(parts, -1)).to(q.dtype)
     turned = q if bits == 8 else q * units(q, bits)
-    shift = q.sum(-1, keepdim=True) * zero.to(q.dtype).mT
-    return torch.addcmul(shift, turned @ codes.to(q.dtype).mT, scale.to(q.dtype).mT)
+    scale, zero = scale.to(q.dtype), zero.to(q.dtype)
+    if groups == 1:
+        return torch.addcmul(q.sum(-1, keepdim=True) * zero.mT, turned @ codes.mT, scale.mT)
+    out = q.unflatten(-1, (groups, -1)).sum(-1) @ zero.mT
+    for g, (qs, part) in enumerate(zip(turned.chunk(groups, -1), codes.chunk(groups, -1))):
+        out.addcmul_(qs @ part.mT, scale[..., g : g + 1].mT)
+    return out
 
 
 def token_mix(
     p: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
 ) -> torch.Tensor:
-    """p @ x_hat without building x_hat, for one group per token: p [..., R, N] -> [..., R, d]."""
-    weighted = p * scale.to(p.dtype).mT
-    parts = [weighted @ part.to(p.dtype) for part in masked(packed, bits)]
-    shift = (p * zero.to(p.dtype).mT).sum(-1, keepdim=True)
-    if bits == 8:
-        return parts[0].add_(shift)
-    out = torch.cat(parts, -1)
-    return torch.addcmul(shift, out, units(out, bits))
+    """p @ x_hat without building x_hat: p [..., R, N], scale and zero [..., N, groups] -> [..., R, d]."""
+    groups, width = scale.shape[-1], packed.shape[-1]
+    size = width * 8 // bits // groups
+    scale, zero = scale.to(p.dtype), zero.to(p.dtype)
+    weighted = [p * scale[..., g : g + 1].mT for g in range(groups)]
+    step = math.gcd(width, size)  # channels that share a slice of the bytes and a scale
+    outs = [weighted[(i * width + at) // size] @ part[..., at : at + step].to(p.dtype)
+            for i, part in enumerate(masked(packed, bits)) for at in range(0, width, step)]
+    shift = (p * zero.mT).sum(-1, keepdim=True) if groups == 1 else (p @ zero).repeat_interleave(size, -1)
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+    return out.add_(shift) if bits == 8 else torch.addcmul(shift, out, units(out, bits))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from kernels import codes, encode
@@ -25,17 +26,18 @@ class TokenCodec:
         packed, scale, zero = encode.tokens(x, self.bits, min(self.group, x.shape[-1]))
         return {"codes": packed, "scale": scale, "zero": zero}, {}
 
+    def encode_few(self, x: np.ndarray) -> dict[str, np.ndarray]:
+        """`encode` of float32 rows [..., d] on a CPU: the row of a decode step."""
+        packed, scale, zero = codes.encode_few(x, self.bits, min(self.group, x.shape[-1]))
+        return {"codes": packed, "scale": scale, "zero": zero}
+
     def decode(self, rows: Fields, blocks: Fields, pos: torch.Tensor | None) -> torch.Tensor:
         return codes.decode_tokens(rows["codes"], rows["scale"], rows["zero"], self.bits)
 
-    def logits(self, q: torch.Tensor, rows: Fields, blocks: Fields, whole: bool) -> torch.Tensor | None:
-        if rows["scale"].shape[-1] != 1:
-            return None
+    def logits(self, q: torch.Tensor, rows: Fields, blocks: Fields, whole: bool) -> torch.Tensor:
         return codes.token_logits(q, rows["codes"], rows["scale"], rows["zero"], self.bits)
 
     def mix(self, p: torch.Tensor, rows: Fields) -> torch.Tensor:
-        if rows["scale"].shape[-1] != 1:
-            return p @ self.decode(rows, {}, None).to(p.dtype)
         return codes.token_mix(p, rows["codes"], rows["scale"], rows["zero"], self.bits)
 
     @staticmethod

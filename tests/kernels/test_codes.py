@@ -102,14 +102,15 @@ def test_chunks_get_the_same_codes(seed, bits, cut, group):
         assert torch.equal(a, torch.cat([b, c]))
 
 
-@given(SEEDS, BITS, st.integers(1, 20), st.integers(1, 9))
-@settings(max_examples=40)
-def test_folded_reads_equal_reads_of_the_decoded_rows(seed, bits, n, r):
-    x, q = rows(seed, 2, 3, n, 16), rows(seed + 1, 2, 3, r, 16)
+@given(SEEDS, BITS, st.integers(1, 20), st.integers(1, 9), st.sampled_from([8, 16, 24, 48]))
+@settings(max_examples=60)
+def test_folded_reads_equal_reads_of_the_decoded_rows(seed, bits, n, r, group):
+    """Groups that are whole slices of the bytes, parts of one, and groups that straddle two."""
+    x, q = rows(seed, 2, 3, n, 48), rows(seed + 1, 2, 3, r, 48)
     p = torch.softmax(rows(seed + 2, 2, 3, r, n), -1)
-    packed, scale, zero = codes.encode_tokens(x, bits, 16)
+    packed, scale, zero = codes.encode_tokens(x, bits, group)
     back = codes.decode_tokens(packed, scale, zero, bits)
-    assert torch.allclose(codes.token_logits(q, packed, scale, zero, bits), q @ back.mT, atol=2e-5)
+    assert torch.allclose(codes.token_logits(q, packed, scale, zero, bits), q @ back.mT, atol=5e-5)
     assert torch.allclose(codes.token_mix(p, packed, scale, zero, bits), p @ back, atol=2e-5)
 
 

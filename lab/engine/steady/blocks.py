@@ -62,6 +62,9 @@ class Blocks(Step):
         self.capacity = capacity
         self.fields_k, self.fields_b, self.fields_v = (
             {n: rows.whole(n) for n in rows.fields} for rows in (self.coded_k.rows, self.coded_k.blocks, self.coded_v.rows))
+        self.arrays = None
+        if self.clock is None and hasattr(self.coded_v.codec, "encode_few"):
+            self.arrays = {n: x.numpy() for n, x in self.fields_v.items()}
 
     def _places(self, clock, room: int) -> None:
         store, device = self.store, self.store.device
@@ -123,6 +126,11 @@ class Blocks(Step):
         coded = self.coded_v
         if self.clock is None:
             old = (self.turn + 1) % self.size
+            if self.arrays is not None:
+                leaving = self.values[:, old].float().numpy().reshape(self.batch, self.heads, -1)
+                for name, x in coded.codec.encode_few(leaving).items():
+                    self.arrays[name][:, :, self.n] = x
+                return
             for name, x in coded.codec.encode(self.values[None, :, old : old + 1], None)[0].items():
                 self.fields_v[name][:, :, self.n] = x.view(self.batch, self.heads, -1)
             return

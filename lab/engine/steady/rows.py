@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from kernels import encode
@@ -24,9 +25,9 @@ class _Coded:
             rows.resize(1)
         for rows in (self.coded_k.rows, self.coded_v.rows):
             rows.resize(capacity)
-        self.wide()
         self.together = self.coded_k.codec == self.coded_v.codec and (
             store.exact_k.rows.fields["x"].shape == store.exact_v.rows.fields["x"].shape)
+        self.wide()
 
     def views(self, held: int, capacity: int) -> None:
         """The tiers as the kernel reads them: `held` coded rows per lane, and the newest row."""
@@ -55,6 +56,9 @@ class _Coded:
     def wide(self) -> None:
         """Look the storage up once; again after it has been given more room."""
         self.fields_k, self.fields_v = ({n: c.rows.whole(n) for n in c.rows.fields} for c in (self.coded_k, self.coded_v))
+        self.arrays = None
+        if self.clock is None and hasattr(self.coded_k.codec, "encode_few") and self.together:
+            self.arrays = [{n: x.numpy() for n, x in fields.items()} for fields in (self.fields_k, self.fields_v)]
 
     def read_codes(self, q, call, n: int):
         """(out [B,Hk,G,d], weights [B,Hk,G,n+1] float32) over n coded rows and the newest, in torch."""
@@ -141,6 +145,12 @@ class CodedRows(_Coded, Step):
             for coded in (self.coded_k, self.coded_v):
                 coded.rows.resize(self.n + SPARE)
             self.wide()
+        if self.arrays is not None:
+            shape = (self.batch, self.heads, -1)
+            both = [s.rows.fields["x"].float().view(shape).numpy() for s in (self.store.exact_k, self.store.exact_v)]
+            for name, x in self.coded_k.codec.encode_few(np.stack(both)).items():
+                self.arrays[0][name][:, :, self.n], self.arrays[1][name][:, :, self.n] = x
+            return
         for held, fields in zip((self.fields_k, self.fields_v), self.encoded()):
             for name, x in fields.items():
                 held[name][:, :, self.n] = x.view(self.batch, self.heads, -1)
