@@ -24,8 +24,8 @@ def interpreting() -> bool:
 
 
 def overlaps(x: torch.Tensor) -> bool:
-    """True where a kernel may be launched before its predecessor ends (programmatic dependent launch, Hopper on)."""
-    return x.is_cuda and not interpreting() and torch.cuda.get_device_capability(x.device)[0] >= 9
+    """True where a kernel may be launched before its predecessor ends (programmatic dependent launch, NVIDIA's Hopper on)."""
+    return x.is_cuda and not interpreting() and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
 def choose(impl: str, *tensors: torch.Tensor) -> str:

@@ -10,6 +10,8 @@ from kernels.backend import choose
 from kernels.prefill import reference
 from kernels.prefill.options import normalise
 
+WIDEST = 256  # channels of a head
+
 
 @dataclass
 class Prefilled:
@@ -25,8 +27,8 @@ class Prefilled:
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, start: int | None = None, window=None, sinks=0,
-    rows: torch.Tensor | None = None, blocks: tuple[torch.Tensor, torch.Tensor] | None = None, block_size: tuple[int, int] = (128, 64),
-    softcap: float | None = None, sink: torch.Tensor | None = None, key_bias: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None, blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
+    block_size: tuple[int, int] = (128, 64), softcap: float | None = None, sink: torch.Tensor | None = None, key_bias: torch.Tensor | None = None,
     weight: str = "softmax", want_entropy: bool = False, want_mass: bool = False, impl: str = "auto",
 ) -> Prefilled:
     """Causal attention of q [B,Hq,T,d], the rows at positions start..start+T, to k, v [B,Hk,N,d] at positions 0..N.
@@ -58,7 +60,7 @@ def attend(
         if found is not None:
             mass = column_mass(q, k, found[1], scale) if want_mass else None
             return Prefilled(*found, None, mass)
-    if choose("auto" if impl == "library" else impl, q) == "torch":
+    if _choose("auto" if impl == "library" else impl, q, k, v) == "torch":
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         out, lse, entropy, mass = reference.attend(q, k, v, scale, o, dtype=dtype)
         return Prefilled(out.to(q.dtype), lse.float(), entropy.float() if want_entropy else None,
@@ -67,6 +69,17 @@ def attend(
 
     out, lse, entropy = forward(q, k, v, scale, o, want_entropy)
     return Prefilled(out, lse, entropy, mass_of(q, k, lse, scale, o) if want_mass else None)
+
+
+def _choose(impl: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+    """`choose`, and torch for heads that the kernels' tiles cannot hold: over 256 channels, or values of another width than keys."""
+    fits = q.shape[-1] <= WIDEST and q.shape[-1] == k.shape[-1] == v.shape[-1]
+    if impl == "triton" and not fits:
+        raise ValueError(
+            f"the Triton path takes queries, keys and values of one width up to {WIDEST}, not "
+            f"{q.shape[-1]}, {k.shape[-1]} and {v.shape[-1]}. Use impl='auto' or impl='torch'."
+        )
+    return choose(impl, q) if fits else "torch"
 
 
 def column_mass(
@@ -80,7 +93,7 @@ def column_mass(
     """
     o = normalise(q, k, start=start, window=window, sinks=sinks, rows=None, blocks=None, softcap=softcap, sink=None,
                   key_bias=key_bias, weight=weight)
-    if choose(impl, q) == "triton":
+    if _choose(impl, q, k, k) == "triton":
         from kernels.prefill.launch import mass_of
 
         return mass_of(q, k, lse, scale, o)

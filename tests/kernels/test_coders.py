@@ -18,7 +18,8 @@ def numbers(*shape, seed=0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
-@pytest.mark.parametrize("shape,dtype", [((3, 32, 64), torch.float32), ((1, 2, 2, 16, 80), torch.float16), ((2, 24, 96), torch.float32)])
+@pytest.mark.parametrize("shape,dtype", [
+    ((3, 32, 64), torch.float32), ((1, 2, 2, 16, 80), torch.float16), ((2, 24, 96), torch.float32)])
 def test_channels_equal_torch(bits, shape, dtype):
     x = numbers(*shape, dtype=dtype) * 3
     x[..., 5] = 1.25  # a constant channel
@@ -34,8 +35,8 @@ def test_channels_equal_torch(bits, shape, dtype):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_blocks_land_in_their_slots_and_are_read_back(impl):
     """Into the middle of a KIVI tier: the named slots and rows alone change, and decode attends to what was written."""
-    make = lambda: make_tier(4, [64, 96], 64, channels=32, kind="block", device=DEVICE, generator=torch.Generator().manual_seed(1))  # noqa: E731
-    tier, old = make(), make()
+    tier, old = (make_tier(4, [64, 96], 64, channels=32, kind="block", device=DEVICE, generator=torch.Generator().manual_seed(1))
+                 for _ in range(2))
     k, v = numbers(3, 32, 64, seed=2), numbers(3, 32, 64, seed=3)
     slots, rows = torch.tensor([32, -1, 64], device=DEVICE), torch.tensor([4, 0, 1], device=DEVICE)
     encode.append_blocks(tier, k, v, slots, rows, impl=impl)
@@ -145,24 +146,25 @@ def test_tokens_of_any_shape_and_refusals():
 
 
 CODECS = [
-    lambda g: TokenCodec(4, 32), lambda g: ChannelCodec(2, 16), lambda g: AffineRotated(4, 64, 1), lambda g: NormalRotated(3, 1),
-    lambda g: LevelCodec(3, 1, uneven(3, 5).clamp(-1, 1)),
-    lambda g: LevelCodec(4, 2, uneven(4, 5).clamp(-1, 1), low=-2 - torch.rand(2, 1, 64, generator=g), high=2 + torch.rand(2, 1, 64, generator=g)),
+    lambda to: TokenCodec(4, 32), lambda to: ChannelCodec(2, 16), lambda to: AffineRotated(4, 64, 1), lambda to: NormalRotated(3, 1),
+    lambda to: LevelCodec(3, 1, uneven(3, 5).clamp(-1, 1).to(to)),
+    lambda to: LevelCodec(4, 2, uneven(4, 5).clamp(-1, 1).to(to), *(numbers(2, 1, 64).to(to).abs() * s + s for s in (-2, 2))),
 ]
 
 
 @pytest.mark.parametrize("make", CODECS)
 def test_codecs_of_the_engine_give_the_same_fields_through_triton(make, monkeypatch):
     """What `encode` techniques store does not depend on where it was coded."""
-    codec = make(torch.Generator().manual_seed(0))
     x, pos = numbers(2, 2, 32, 64, seed=8).cpu(), torch.arange(32).expand(2, 2, 32)
-    want = codec.encode(x, pos)
+    want = make("cpu").encode(x, pos)
     used = []
     monkeypatch.setattr(coders, "choose", lambda *_: used.append(1) or "triton")
+    codec = make(DEVICE)
     got = codec.encode(x.to(DEVICE), pos.to(DEVICE))
     assert used
     for a, b in zip(got, want):
         assert a.keys() == b.keys()
         for name in a:
             same = (a[name].cpu() == b[name]).double().mean()
-            assert a[name].dtype == b[name].dtype and same == 1 if "Rotated" not in type(codec).__name__ else same > 0.995
+            turned = "Rotated" in type(codec).__name__  # sums in another order may round a number at a border the other way
+            assert a[name].dtype == b[name].dtype and (same > 0.995 if turned else same == 1)

@@ -111,6 +111,19 @@ def test_torch_path_and_column_mass():
     assert error(b, a.mass) < 1e-5
 
 
+@pytest.mark.parametrize("dim,wide", [(32, 48), (48, 32), (300, 300)])
+def test_heads_no_tile_holds_take_the_torch_path(dim, wide):
+    """Values wider or narrower than keys (latent attention), and very wide heads."""
+    q, k, _ = inputs(2, 1, 20, 20, dim, torch.float32)
+    v = inputs(2, 1, 20, 20, wide, torch.float32)[2]
+    got = prefill.attend(q, k, v, 0.125)
+    mask = torch.ones(20, 20, dtype=torch.bool, device=DEVICE).tril()
+    want = (q.double() @ k.double().mT * 0.125).masked_fill(~mask, -torch.inf).softmax(-1) @ v.double()
+    assert got.out.shape == (1, 2, 20, wide) and error(got.out, want) < 1e-5
+    with pytest.raises(ValueError, match="one width"):
+        prefill.attend(q, k, v, 0.125, impl="triton")
+
+
 def test_refusals():
     q, k, v = inputs(3, 1, 8, 8, 64)
     with pytest.raises(ValueError, match="multiple"):
