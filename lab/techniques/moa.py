@@ -32,7 +32,11 @@ class MoA(Technique):
         "and forget the rest."
     )
     saves: ClassVar[str] = "memory and reads"
-    does_not_save: ClassVar[str] = "Spans were planned on short sample texts; other texts may need other spans."
+    does_not_save: ClassVar[str] = (
+        "Spans were planned on short sample texts; other texts may need other spans. On other prose the default model's spans "
+        "are barely better than equal ones of the same density (0.068 against 0.069 nat at a quarter, 0.010 against 0.012 at "
+        "half)."
+    )
     evicts_in_decode: ClassVar[bool] = True
     version: ClassVar[int] = 2
 

@@ -206,6 +206,9 @@ def test_routers_learn_what_can_be_told_from_the_features():
     labels = torch.stack([(x[0, :, 0] > 0).long(), torch.ones(40, dtype=torch.long)])  # one feature decides; always sparse
     w = train(x, labels, 8, 150)
     assert (scores(x, w).argmax(-1) == labels).float().mean() > 0.95
+    uneven = torch.stack([(torch.arange(40) < n).long() for n in (30, 10)])
+    blind = train(torch.zeros(2, 40, 6), uneven, 8, 150)  # nothing to tell prompts apart: the layer's usual answer
+    assert scores(torch.zeros(2, 1, 6), blind)[:, 0].argmax(-1).tolist() == [1, 0]
     own = {"mean": torch.zeros(6), "std": torch.ones(6), **{n: t[0] for n, t in w.items()}}
     torch.testing.assert_close(router(x[0], own), scores(x, w)[0])
 

@@ -9,7 +9,7 @@ from lab.measure.fitting.common import forward, samples, sizes
 
 
 def fit(
-    technique, model, tokenizer, progress, *, sequences: int = 3, length: int = 768, steps: int = 300, weight: float = 0.01
+    technique, model, tokenizer, progress, *, sequences: int = 3, length: int = 768, steps: int = 200, weight: float = 0.1
 ) -> dict[str, torch.Tensor]:
     """{"weight": [L, Hq, d], "bias": [L, Hq], "open": [L, Hq] share of calibration rows whose gate is open}."""
     layers, heads, _, d = sizes(model)
