@@ -30,7 +30,8 @@ class PackedHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features).float()
-        if rows.shape[0] >= stores.MANY_ROWS and not stores.using_kernels():
+        differentiated = rows.requires_grad and torch.is_grad_enabled()  # the packed product has no derivative
+        if differentiated or (rows.shape[0] >= stores.MANY_ROWS and not stores.using_kernels()):
             out = torch.nn.functional.linear(rows, self.weight, self.bias)
         else:
             out = self.store.product(rows)

@@ -198,3 +198,19 @@ def test_the_likeliest_tokens_of_a_packed_head_are_exact(mode: str, rows: int, b
         assert torch.allclose(logits.gather(-1, top), wanted.gather(-1, top), atol=1e-4)
         assert torch.allclose(logits, wanted, atol=0.4) and logits.dtype == torch.float32
     assert torch.equal(head.weight, linear.weight)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_packed_layers_can_be_differentiated_with_respect_to_their_input(mode: str, rows: int) -> None:
+    """Diagnostics ask for gradients; the packed products themselves have none."""
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 96)
+    packed = PackedLinear(make_store(linear.weight.detach(), mode), linear.bias)
+    x = torch.randn(rows, 64, requires_grad=True)
+    (got,) = torch.autograd.grad(packed(x).square().sum(), x)
+    (want,) = torch.autograd.grad((x @ packed.weight.t() + packed.bias).square().sum(), x)
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-3)
+    head = PackedHead(make_store(linear.weight.detach(), mode), linear.weight, linear.bias)
+    (got,) = torch.autograd.grad(head(x).sum(), x)
+    assert torch.allclose(got, linear.weight.detach().sum(0).expand(rows, 64), rtol=1e-4, atol=1e-3)
