@@ -28,8 +28,8 @@ def tokens(x: torch.Tensor, bits: int, group: int, impl: str = "auto") -> Coded:
 
 
 def channels(
-    x: torch.Tensor, bits: int, *, out: Coded | None = None, slots: torch.Tensor | None = None, rows: torch.Tensor | None = None,
-    names: torch.Tensor | None = None, impl: str = "auto",
+    x: torch.Tensor, bits: int, *, out: Coded | None = None, slots: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None, names: torch.Tensor | None = None, impl: str = "auto",
 ) -> Coded:
     """Per-channel affine codes of blocks x [...,g,d] (KIVI's keys, arXiv 2402.02750), as `kernels.codes.encode_channels`:
     (bytes [...,g,d*bits/8] uint8, scale, zero float16 [...,d]).
@@ -70,8 +70,8 @@ def channels(
     wide = min(32, triton.next_power_of_2(width))
     if n:
         channels_kernel[(n, triton.cdiv(width, wide))](
-            blocks, slots, rows, *out, slots if names is None else names, G=size, GP=triton.next_power_of_2(size), D=dim, BITS=bits,
-            W=width, BW=wide, NAMES=names is not None, num_warps=4,
+            blocks, slots, rows, *out, slots if names is None else names, G=size, GP=triton.next_power_of_2(size), D=dim,
+            BITS=bits, W=width, BW=wide, NAMES=names is not None, num_warps=4,
             **({} if interpreting() else {"enable_fp_fusion": False}),  # the CPU's codes, bit for bit
         )
     if not fresh:

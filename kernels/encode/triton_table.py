@@ -21,8 +21,8 @@ def _nearest(u, edge_ptr, BITS: tl.constexpr):
 @triton.jit
 def _stream(
     x_ptr, r, ok, at, edge_ptr, low_ptr, high_ptr, lane, turn_ptr, norm, root, code_ptr,
-    D: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr, SHIFT: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    BR: tl.constexpr, MODE: tl.constexpr, TURN: tl.constexpr,
+    D: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr, SHIFT: tl.constexpr, W: tl.constexpr,
+    WP: tl.constexpr, BR: tl.constexpr, MODE: tl.constexpr, TURN: tl.constexpr,
 ):
     """PART bits of every code from bit SHIFT on, packed into W bytes at code_ptr + at."""
     j = tl.arange(0, WP)

@@ -28,8 +28,9 @@ class Prefilled:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, start: int | None = None, window=None, sinks=0,
     rows: torch.Tensor | None = None, blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
-    block_size: tuple[int, int] = (128, 64), softcap: float | None = None, sink: torch.Tensor | None = None, key_bias: torch.Tensor | None = None,
-    weight: str = "softmax", want_entropy: bool = False, want_mass: bool = False, impl: str = "auto",
+    block_size: tuple[int, int] = (128, 64), softcap: float | None = None, sink: torch.Tensor | None = None,
+    key_bias: torch.Tensor | None = None, weight: str = "softmax", want_entropy: bool = False, want_mass: bool = False,
+    impl: str = "auto",
 ) -> Prefilled:
     """Causal attention of q [B,Hq,T,d], the rows at positions start..start+T, to k, v [B,Hk,N,d] at positions 0..N.
 
@@ -72,7 +73,7 @@ def attend(
 
 
 def _choose(impl: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
-    """`choose`, and torch for heads that the kernels' tiles cannot hold: over 256 channels, or values of another width than keys."""
+    """`choose`, and torch for heads that no tile holds: over 256 channels, or values of another width than keys."""
     fits = q.shape[-1] <= WIDEST and q.shape[-1] == k.shape[-1] == v.shape[-1]
     if impl == "triton" and not fits:
         raise ValueError(

@@ -36,12 +36,17 @@ def block_sparse(
         raise ValueError(f"blocks of {size} tokens kept as {tuple(keep.shape)}; expected a size in {SIZES} and {want}.")
     row = torch.arange(want[2], device=q.device)[:, None] + start // size
     keep = keep & (torch.arange(want[3], device=q.device) <= row)
-    keys = min(size, 64)  # keys of a tile: longer blocks are read in several
-    if keys < size:
-        keep = keep.repeat_interleave(size // keys, -1)
+    tile, keys = _tile(q, size)
+    keep = keep.repeat_interleave(size // keys, -1).repeat_interleave(size // tile, 2)[:, :, : -(-(lead + rows) // tile)]
     if lead:
         q = torch.nn.functional.pad(q, (0, 0, lead, 0))
-    found = attend(q, k, v, scale, start=start - lead, blocks=lists(keep), block_size=(size, keys), impl=impl, **options)
-    if lead:
-        found = Prefilled(found.out[:, :, lead:], found.lse[:, :, lead:], None if found.entropy is None else found.entropy[:, :, lead:])
-    return found
+    found = attend(q, k, v, scale, start=start - lead, blocks=lists(keep), block_size=(tile, keys), impl=impl, **options)
+    if not lead:
+        return found
+    return Prefilled(*(None if x is None else x[:, :, lead:] for x in (found.out, found.lse, found.entropy)))
+
+
+def _tile(q: torch.Tensor, size: int) -> tuple[int, int]:
+    """Rows and keys of a tile; longer blocks are read in several. Wide float32 heads fill shared memory soonest."""
+    wide = q.dtype == torch.float32 and q.shape[-1] > 128
+    return (min(size, 32), min(size, 32)) if wide else (size, min(size, 64))

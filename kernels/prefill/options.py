@@ -57,7 +57,7 @@ def normalise(
     if blocks is not None:
         found, want = tuple(blocks[1].shape), (batch, heads, -(-count // block_size[0]))
         if rows is not None or found != want or blocks[0].shape[:3] != blocks[1].shape:
-            raise ValueError(f"block lists for {found} do not fit; expected counts {want}, lists of that shape, and no chosen rows.")
+            raise ValueError(f"block lists for {found} do not fit; expected counts {want}, lists alike, and no chosen rows.")
     if start is None:
         start = k.shape[2] - count
     if start < 0:

@@ -15,8 +15,8 @@ from kernels.select.sets import smallest_sets
 
 @dataclass
 class Plan:
-    """Per block of rows and query head: pooled attention p float32, critical and rectified (skipped, but its mean counts) bool, all
-    [B,Hq,RB,NB]; v float32 [B,Hk,NB,d], the blocks' mean values."""
+    """Per block of rows and query head: pooled attention p float32, critical and rectified (skipped, but its mean counts) bool,
+    all [B,Hq,RB,NB]; v float32 [B,Hk,NB,d], the blocks' mean values."""
 
     p: torch.Tensor
     critical: torch.Tensor
@@ -25,8 +25,8 @@ class Plan:
 
 
 def pool(x: torch.Tensor, block: int, lead: int = 0, impl: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, mean absolute deviation) float32 [B,H,blocks,d] of blocks of x [B,H,T,d], whose first row stands `lead` rows into its
-    block; float64 for float64. block: a power of two on the Triton path."""
+    """(mean, mean absolute deviation) float32 [B,H,blocks,d] of blocks of x [B,H,T,d], whose first row stands `lead` rows into
+    its block; float64 for float64. block: a power of two on the Triton path."""
     rows, dim = x.shape[2:]
     if choose(impl, x) == "torch":
         wide = x if x.dtype == torch.float64 else x.float()

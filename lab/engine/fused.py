@@ -40,7 +40,8 @@ def block_rows(ctx: LayerContext, chosen: list) -> tuple[torch.Tensor, torch.Ten
         return None
     keep, size = chosen[0].blocks
     found = prefill.block_sparse(
-        ctx.q, store.exact_k.decode(), store.exact_v.decode(), ctx.scale, keep, size, start=ctx.first, softcap=ctx.softcap, sink=ctx.sink,
+        ctx.q, store.exact_k.decode(), store.exact_v.decode(), ctx.scale, keep, size,
+        start=ctx.first, softcap=ctx.softcap, sink=ctx.sink,
     )
     tokens = (store.longest - torch.arange(keep.shape[-1], device=keep.device) * size).clamp_max(size)
     union = keep[:, :, -1].unflatten(1, (ctx.kv_heads, ctx.groups)).any(2)

@@ -146,7 +146,8 @@ def test_tokens_of_any_shape_and_refusals():
 
 
 CODECS = [
-    lambda to: TokenCodec(4, 32), lambda to: ChannelCodec(2, 16), lambda to: AffineRotated(4, 64, 1), lambda to: NormalRotated(3, 1),
+    lambda to: TokenCodec(4, 32), lambda to: ChannelCodec(2, 16), lambda to: AffineRotated(4, 64, 1),
+    lambda to: NormalRotated(3, 1),
     lambda to: LevelCodec(3, 1, uneven(3, 5).clamp(-1, 1).to(to)),
     lambda to: LevelCodec(4, 2, uneven(4, 5).clamp(-1, 1).to(to), *(numbers(2, 1, 64).to(to).abs() * s + s for s in (-2, 2))),
 ]

@@ -11,7 +11,8 @@ from kernels.prefill import blocks, rectify
 
 def inputs(batch, heads, kv_heads, rows, keys, dim, dtype=torch.float32):
     g = torch.Generator().manual_seed(rows + keys + dim)
-    return [torch.randn(batch, h, n, dim, generator=g).to(DEVICE, dtype) for h, n in ((heads, rows), (kv_heads, keys), (kv_heads, keys))]
+    sizes = (heads, rows), (kv_heads, keys), (kv_heads, keys)
+    return [torch.randn(batch, h, n, dim, generator=g).to(DEVICE, dtype) for h, n in sizes]
 
 
 def test_lists_name_the_kept_blocks_in_order():
@@ -22,7 +23,8 @@ def test_lists_name_the_kept_blocks_in_order():
         assert i[:n].tolist() == row.nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize("block,rows,lead,dim", [(16, 50, 0, 64), (32, 70, 9, 80), (64, 64, 0, 16), (128, 130, 3, 64), (32, 1, 31, 128)])
+@pytest.mark.parametrize("block,rows,lead,dim", [
+    (16, 50, 0, 64), (32, 70, 9, 80), (64, 64, 0, 16), (128, 130, 3, 64), (32, 1, 31, 128)])
 def test_pooled_blocks(block, rows, lead, dim):
     x = inputs(2, 3, 1, rows, 1, dim)[0].transpose(1, 2).contiguous().transpose(1, 2)  # as a model's heads lie in memory
     for got, want in zip(rectify.pool(x, block, lead, impl="triton"), rectify.pool(x.double(), block, lead, impl="torch")):
@@ -31,7 +33,8 @@ def test_pooled_blocks(block, rows, lead, dim):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("size,rows,keys,dim,dtype", [
-    (16, 40, 40, 64, torch.float32), (32, 50, 83, 80, torch.float16), (64, 100, 130, 64, torch.float16), (128, 140, 140, 64, torch.float32)])
+    (16, 40, 40, 64, torch.float32), (32, 50, 83, 80, torch.float16), (64, 100, 130, 64, torch.float16),
+    (128, 140, 140, 64, torch.float32), (64, 90, 101, 144, torch.float32)])
 def test_rows_read_their_blocks(size, rows, keys, dim, dtype, impl):
     """Any blocks for any head and sequence, calls that start inside a block, and rows left with nothing."""
     q, k, v = inputs(2, 4, 2, rows, keys, dim, dtype)
@@ -56,9 +59,9 @@ def test_rows_read_their_blocks(size, rows, keys, dim, dtype, impl):
 def test_rectified_is_its_formula(block, rows, keys, jensen):
     """Plan and outputs, against the same composition in float64 and against the formula of one row."""
     q, k, v = inputs(1, 4, 2, rows, keys, 64)
-    alike = lambda heads, first, n: torch.randn(  # noqa: E731
-        1, heads, 10, 64, generator=torch.Generator().manual_seed(heads)).to(DEVICE)[:, :, torch.arange(first, first + n) // block]
-    q, k = q * 0.1 + alike(4, keys - rows, rows), k * 0.1 + alike(2, 0, keys)  # rows of a block resemble each other: means can be trusted
+    centres = [torch.randn(1, h, 10, 64, generator=torch.Generator().manual_seed(h)).to(DEVICE) for h in (4, 2)]
+    at = torch.arange(keys, device=DEVICE) // block  # rows of a block resemble each other, so their means can be trusted
+    q, k = q * 0.1 + centres[0][:, :, at[keys - rows :]], k * 0.1 + centres[1][:, :, at]
     options = dict(block=block, share=0.5, jensen=jensen)
     plans = [rectify.plan(*x, 0.125, impl=impl, **options) for impl, x in (
         ("triton", (q, k, v)), ("torch", (q.double(), k.double(), v.double())))]
