@@ -27,10 +27,10 @@ from lab.engine.session import Session  # noqa: E402
 
 LIMIT = 1.25
 POLICIES = (
-    "streaming_llm", "streaming_llm(renumber=false)", "h2o", "tova", "snapkv", "vatp(budget=0.25)", "vatp(budget=0.25,wo=true)", "expected_attention", "keydiff",
-    "knorm", "random_score", "arkv_score", "adakv+snapkv", "adakv+h2o", "global_top+snapkv", "h2o+cam", "h2o+d2o_merge",
-    "h2o+d2o_merge(multiplicity=true)", "arkv", "int_codes", "int_codes(bits=4)", "int_codes(bits=2)", "kivi", "snapkv+kivi", "zerotuning",
-    "head_pruning(heads=1)", "rotated", "fp8", "kvquant", "think",
+    "streaming_llm", "streaming_llm(renumber=false)", "h2o", "tova", "snapkv", "vatp(budget=0.25)", "vatp(budget=0.25,wo=true)",
+    "expected_attention", "keydiff", "knorm", "random_score", "arkv_score", "adakv+snapkv", "adakv+h2o", "global_top+snapkv", "h2o+cam", "h2o+d2o_merge",
+    "h2o+d2o_merge(multiplicity=true)", "arkv", "int_codes", "int_codes(bits=4)", "int_codes(bits=2)", "kivi", "snapkv+kivi",
+    "zerotuning", "head_pruning(heads=1)", "rotated", "fp8", "kvquant", "think",
     "dwb", "dwb(interval=1)",
 )
 
@@ -41,7 +41,8 @@ def why(session: Session) -> str:
     doing = []
     if policy.encoder is not None or layer.coded_k:
         held = sum(sum(c.rows.lens) for c in layer.coded_k)
-        doing.append(f"codes a row and reads {held} entries of {'/'.join(str(c.bits) for c in layer.coded_k) or '-'} bits a layer as numbers")
+        widths = "/".join(str(c.bits) for c in layer.coded_k) or "no"
+        doing.append(f"codes a row and reads {held} entries of {widths} bits a layer as numbers")
     if policy.scorer is not None and policy.scorer.evicts_in_decode:
         doing.append("scores every entry and drops one")
     if policy.reducer is not None:
@@ -68,7 +69,8 @@ def pair(model, ids: list[int], prompt: int, steps: int, spec: str) -> dict:
     return {
         "spec": spec, "dense_ms": statistics.median(dense), "ms": statistics.median(own),
         "ratio": statistics.median(own) / statistics.median(dense),
-        "mean_ratio": statistics.mean(own) / statistics.mean(dense), "kept": sessions[1].cache.kept_fraction, "why": why(sessions[1]),
+        "mean_ratio": statistics.mean(own) / statistics.mean(dense), "kept": sessions[1].cache.kept_fraction,
+        "why": why(sessions[1]),
     }
 
 

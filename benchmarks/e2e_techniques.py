@@ -23,9 +23,9 @@ from benchmarks.machine import machine, write
 
 LIMIT = 1.5
 STACKS = (
-    "streaming_llm", "streaming_llm(renumber=false)", "h2o", "tova", "snapkv", "pyramidkv", "int_codes(bits=8)", "int_codes(bits=4)",
-    "int_codes(bits=2)", "kivi(bits=4)", "kivi(bits=2)", "snapkv+kivi", "h2o+int_codes(bits=4)", "zerotuning", "a_shape+delta",
-    "head_pruning(fraction=0.2)",
+    "streaming_llm", "streaming_llm(renumber=false)", "h2o", "tova", "snapkv", "pyramidkv", "int_codes(bits=8)",
+    "int_codes(bits=4)", "int_codes(bits=2)", "kivi(bits=4)", "kivi(bits=2)", "snapkv+kivi", "h2o+int_codes(bits=4)", "zerotuning",
+    "a_shape+delta", "head_pruning(fraction=0.2)",
 )
 
 
@@ -49,7 +49,9 @@ def timed(model, spec: str, ids: list[int], tokens: int) -> dict:
         times.append(session.last_ms)
         if n == 11 and session.path != "CUDA graph":
             break
-    how = session.path if session.path != "CUDA graph" else f"CUDA graph, {'short' if session.own is None else f'modules ({session.own})'}"
+    how = session.path or "?"
+    if how == "CUDA graph":
+        how += ", short" if session.own is None else f", modules ({session.own})"
     return {"spec": spec, "ms": statistics.median(times[4:]), "mean_ms": statistics.mean(times[4:]), "path": how,
             "kept": session.cache.kept_fraction, "kv_bytes": session.cache.kv_bytes}
 
@@ -66,8 +68,9 @@ def compared(model, spec: str, ids: list[int], count: int) -> dict:
     lives = []
     for session in (ours, theirs):
         layers = session.cache.lab_layers
-        lives.append(torch.cat([torch.cat([x.long().cpu() for x in layer.history.upto(layer.seen)], -1).flatten() for layer in layers]))
-    return {"off": off, "agree": float((lives[0] == lives[1]).float().mean()), "bytes_equal": ours.cache.kv_bytes == theirs.cache.kv_bytes}
+        lives.append(torch.cat([x.long().cpu().flatten() for layer in layers for x in layer.history.upto(layer.seen)]))
+    agree = float((lives[0] == lives[1]).float().mean())
+    return {"off": off, "agree": agree, "bytes_equal": ours.cache.kv_bytes == theirs.cache.kv_bytes}
 
 
 def main() -> None:
@@ -89,8 +92,8 @@ def main() -> None:
     timed(model, "dense", ids, 8)  # compiles
     rows = [timed(model, "dense", ids, args.tokens)]
     dense = rows[0]["ms"]
-    print(f"{'stack':32s} {'ms':>7s} {'mean':>7s} {'ratio':>6s} {'off':>8s} {'agree':>6s}  how\n{'dense':32s} {dense:7.3f} {rows[0]['mean_ms']:7.3f} "
-          f"{1:6.2f} {'':8s} {'':6s}  {rows[0]['path']}", flush=True)
+    print(f"{'stack':32s} {'ms':>7s} {'mean':>7s} {'ratio':>6s} {'off':>8s} {'agree':>6s}  how")
+    print(f"{'dense':32s} {dense:7.3f} {rows[0]['mean_ms']:7.3f} {1:6.2f} {'':8s} {'':6s}  {rows[0]['path']}", flush=True)
     for spec in args.specs or STACKS:
         try:
             row = timed(model, spec, ids, args.tokens)
@@ -102,7 +105,8 @@ def main() -> None:
             continue
         rows.append(row)
         off, agree = (f"{row['off']:8.1e}", f"{row['agree']:6.3f}") if "off" in row else ("", "")
-        print(f"{spec:32s} {row['ms']:7.3f} {row['mean_ms']:7.3f} {row['ratio']:6.2f} {off:>8s} {agree:>6s}  {row['path']}", flush=True)
+        numbers = f"{row['ms']:7.3f} {row['mean_ms']:7.3f} {row['ratio']:6.2f} {off:>8s} {agree:>6s}"
+        print(f"{spec:32s} {numbers}  {row['path']}", flush=True)
     rows.append(timed(model, "dense", ids, args.tokens) | {"spec": "dense, again"})
     print(f"{'dense, again':32s} {rows[-1]['ms']:7.3f}")
     over = [r["spec"] for r in rows if r.get("ratio", 0) > LIMIT or "error" in r]

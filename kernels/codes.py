@@ -78,7 +78,7 @@ def encode_tokens(x: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor,
     d = x.shape[-1]
     if x.device.type == "cpu" and x.numel() <= FEW:
         return tuple(torch.from_numpy(found) for found in encode_few(x.float().detach().contiguous().numpy(), bits, group))
-    grouped = x.float().view(*x.shape[:-1], d // group, group) if x.is_contiguous() else x.float().unflatten(-1, (d // group, group))
+    grouped = x.float().unflatten(-1, (d // group, group))
     # `affine_range` and `quantise` in fewer operations, bit for bit: a decode step codes one row, so operations are its cost.
     # Scales are never 0 here (the second term of `affine_range`), and half meets float by promotion, exactly.
     low, high = torch.aminmax(grouped, dim=-1, keepdim=True)

@@ -57,10 +57,11 @@ def evict(
     one, two = (rows + (slot, slot))[:2]
     width = [x.shape[-1] for x in rows] + [1, 1]
     strides = [x.stride(0) for x in rows] + [0, 0]
+    turning = (slot,) * 4 if front is None else (front.base, front.quarter, front.cos, front.sin)
     block = min(1024, max(16, triton.next_power_of_2(n)))
     evict_kernel[(lanes,)](
         tags, slot if score is None else score, slot if stat is None else stat, one, two, slot if log is None else log,
-        slot if step is None else step, slot, *((slot,) * 4 if front is None else (front.base, front.quarter, front.cos, front.sin)), n, first, last, tags.stride(0), 0 if score is None else score.stride(0),
+        slot if step is None else step, slot, *turning, n, first, last, tags.stride(0), 0 if score is None else score.stride(0),
         0 if stat is None else stat.stride(0), strides[0], strides[1], lanes,
         BN=block, D1=width[0], P1=triton.next_power_of_2(width[0]), D2=width[1], P2=triton.next_power_of_2(width[1]),
         SCORE=score is not None, STAT=stat is not None, ROWS=len(rows), LOG=log is not None,

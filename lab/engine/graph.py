@@ -1,8 +1,8 @@
 """Decode steps as one CUDA graph: every kernel of a token replayed in a single launch.
 
-A stack qualifies when its decode steps can be taken in place (`lab.engine.steady`): lengths, places and the position live in device
-tensors that the graph itself advances, so nothing is sized or chosen on the host between tokens. Everything else runs step by
-step, and the session says why.
+A stack qualifies when its decode steps can be taken in place (`lab.engine.steady`): lengths, places and the position live in
+device tensors that the graph itself advances, so nothing is sized or chosen on the host between tokens. Everything else runs
+step by step, and the session says why.
 
 Inside a graph a step is the model's own forward, or `lean`'s few launches where those give the same numbers.
 """
@@ -124,7 +124,7 @@ class GraphedDecode:
         before = [x.clone() for x in altered]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles kernels and fills workspaces; what the first step would not overwrite is put back
+        with torch.cuda.stream(side):  # compiles kernels, fills workspaces; what the first step would not overwrite is put back
             try:
                 for _ in range(2):
                     self._forward()

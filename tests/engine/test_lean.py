@@ -65,15 +65,23 @@ def test_it_gives_the_models_own_numbers(name, samples):
         assert torch.allclose(ours.all_keys(), theirs.all_keys(), atol=1e-5) and torch.equal(ours.positions(), theirs.positions())
 
 
-@pytest.mark.parametrize("spec", ["snapkv(budget=0.5,window=8)+adakv", "head_pruning(heads=1)", "a_shape(sinks=2,window=16)"])
+CODES = ["int_codes", "kivi(group=16,residual=16)", "h2o(budget=20)+int_codes(bits=4)"]
+
+
+STACKS = ["snapkv(budget=0.5,window=8)+adakv", "head_pruning(heads=1)", "a_shape(sinks=2,window=16)", "zerotuning(gamma=3)",
+          "streaming_llm(budget=20)", "streaming_llm(budget=20,renumber=false)", "h2o(budget=20)", *CODES]
+
+
+@pytest.mark.parametrize("spec", STACKS)
 def test_stacks(spec):
     model = build("llama")
     session, graph, ids = graphed(model, spec)
     other, own, _ = graphed(model, spec, shorten=False)
     assert graph.lean is not None and own.lean is None and own.own == "asked for"
+    near = 2e-1 if spec in CODES else 2e-4  # one code may round the other way
     for token in ids:
         with torch.inference_mode():
-            assert torch.allclose(graph.step(torch.tensor([token])), own.step(torch.tensor([token])), atol=2e-4)
+            assert torch.allclose(graph.step(torch.tensor([token])), own.step(torch.tensor([token])), atol=near)
     for ours, theirs in zip(session.cache.lab_layers, other.cache.lab_layers):
         assert torch.equal(ours.positions(), theirs.positions())
 

@@ -69,14 +69,14 @@ class Blocks(Step):
     def _places(self, clock, room: int) -> None:
         store, device = self.store, self.store.device
         k, b, v = self.coded_k.rows.fields, self.coded_k.blocks.fields, self.coded_v.rows.fields
-        affine = set(k) == {"codes", "block"} and set(b) == AFFINE - {"codes"} and set(v) == AFFINE and self.coded_k.bits == self.coded_v.bits
-        if not affine or k["codes"].shape != v["codes"].shape:
+        affine = set(k) == {"codes", "block"} and set(b) == AFFINE - {"codes"} and set(v) == AFFINE
+        if not affine or self.coded_k.bits != self.coded_v.bits or k["codes"].shape != v["codes"].shape:
             raise Unfit("the stack codes entries while decoding, in a code without a kernel")
         group = torch.arange(self.lanes * self.capacity, device=device, dtype=torch.int32) // self.block
         starts = int32(self.coded_v.rows.starts, device)
         coded = TierView(
-            self.coded_v.bits, k["codes"], v["codes"], starts, int32([self.n] * self.lanes, device), self.capacity, k_scale=b["scale"],
-            k_zero=b["zero"], v_scale=v["scale"], v_zero=v["zero"], k_group=group, k_block=self.block if self.block >= 32 else 0,
+            self.coded_v.bits, k["codes"], v["codes"], starts, int32([self.n] * self.lanes, device), self.capacity,
+            k_scale=b["scale"], k_zero=b["zero"], v_scale=v["scale"], v_zero=v["zero"], k_group=group, k_block=self.block if self.block >= 32 else 0,
         )
         coded.bias = self.bias_of(coded)
         ring = TierView(

@@ -1,4 +1,4 @@
-"""Steps in place over exact rows: lanes that grow by one, and lanes at their budget, where one entry leaves for each that comes."""
+"""Steps in place over exact rows: lanes that grow, and lanes at their budget, where one entry leaves for each that comes."""
 
 from __future__ import annotations
 
@@ -106,13 +106,15 @@ class Evicting(Step):
             self.quarter = self.ctx.rope.quarter(self.base)
             if self.clock is not None:  # a table of all steps to come; the kernel that drops an entry turns the rows for the next
                 ahead = torch.arange(self.clock.room + 2, device=store.device).float()[:, None]
-                self.turning = encode.Front(self.base, self.quarter, *self.ctx.rope.wave(ahead + (store.seen - n), self.base.shape[-1]))
+                waves = self.ctx.rope.wave(ahead + (store.seen - n), self.base.shape[-1])
+                self.turning = encode.Front(self.base, self.quarter, *waves)
                 self.turn_front()
         if self.clock is not None:
             k, device = store.exact_k.rows, store.device
             self.slot = torch.arange(self.lanes, device=device) * capacity + n
             self.tiers = [TierView(
-                16, k.fields["x"], store.exact_v.rows.fields["x"], int32(k.starts, device), int32([n + 1] * self.lanes, device), capacity)]
+                16, k.fields["x"], store.exact_v.rows.fields["x"], int32(k.starts, device), int32([n + 1] * self.lanes, device),
+                capacity)]
             self.tiers[0].bias = self.bias_of(self.tiers[0])
 
     def _ring(self) -> list[int] | None:
@@ -126,8 +128,8 @@ class Evicting(Step):
 
     def write(self, handle) -> None:
         n = self.n
-        self.keys[:, n : n + 1] = handle.k.view(self.lanes, 1, -1)
-        self.values[:, n : n + 1] = handle.v.view(self.lanes, 1, -1)
+        self.keys[:, n : n + 1] = handle.k.reshape(self.lanes, 1, -1)
+        self.values[:, n : n + 1] = handle.v.reshape(self.lanes, 1, -1)
 
     def turn_front(self) -> None:
         """Turn the entries in front to right before the rest: their keys as they came, rotated by what lies between."""

@@ -30,7 +30,7 @@ def not_in_place(policy: "Policy") -> str | None:
         return "the stack decides at every step which heads or layers take part"
     if any("decode" in t.select_phases for t in policy.selects) or policy.weigher is not None:
         return "the stack chooses what to read at every step"
-    if policy.movers or policy.observers or policy.watchers or policy.enterers or policy.want_last:
+    if policy.movers or policy.observers or policy.watchers or policy.want_last:
         return "the stack looks at or edits every step"
     if any(type(t).standing_edit is Technique.standing_edit for t in policy.edits):
         return "the stack edits every step anew"

@@ -47,10 +47,10 @@ class Step:
         self.batch, self.heads, self.lanes, self.groups = store.batch, store.heads, store.batch * store.heads, store.groups
         self.ctx = context(policy, store, clock)
         self.front, self.bias = standing(policy, self.ctx)
-        self.gates = [g.transpose(1, 2) for g in fixed_gates(policy, store)]
+        self.gates = [g.transpose(1, 2).to(store.dtype) for g in fixed_gates(policy, store)]
         self._mask: torch.Tensor | None = None
-        # under a graph: what the decode kernel reads; the flat row of the exact tensors that takes the new key and value, and that
-        # of `meta` that takes its position, where the step itself does not keep it
+        # under a graph: what the decode kernel reads; the flat row of the exact tensors that takes the new key and value, and
+        # that of `meta` which takes its position, where the step itself does not keep it
         self.tiers: list[TierView] = []
         self.slot: torch.Tensor | None = None
         self.tag: torch.Tensor | None = None
@@ -70,7 +70,7 @@ class Step:
         if self.clock is None or not self.clock.trial:
             self.change(q, mass)
         for gate in self.gates:
-            out = out * gate.to(out.dtype)
+            out = out * gate
         return out
 
     # -- what kinds of step differ in --------------------------------------------------------------------------------
@@ -164,8 +164,8 @@ def context(policy: "Policy", store: LabLayer, clock: Clock | None) -> LayerCont
     like = store.exact_k.rows.fields["x"]
     q = like.new_zeros(store.batch, store.heads * store.groups, 1, like.shape[-1])
     return LayerContext(
-        store=store, layer=store.index, layers=policy.layers, phase="decode", q=q, pos_q=None if clock is None else clock.position,
-        first=store.seen, scale=1.0, softcap=None, window=None, prompt=policy.prompt or store.seen, seed=policy.seed,
+        store=store, layer=store.index, layers=policy.layers, phase="decode", q=q,
+        pos_q=None if clock is None else clock.position, first=store.seen, scale=1.0, softcap=None, window=None, prompt=policy.prompt or store.seen, seed=policy.seed,
         rope=policy.rope(store.index), shared=policy.shared, scorer=policy.scorer, encoder=policy.encoder, model=policy.model,
         calibrated=policy.calibrated_for(store.index),
     )
