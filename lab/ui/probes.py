@@ -13,6 +13,7 @@ SERIES = ("#3f6fb5", "#d98a00", "#009e73", "#7d5fb2", "#c2410c", "#7d8594")
 DASHES = ("solid", "dash", "dot", "dashdot")
 DIVERGING = [[0, "#b5651d"], [0.25, "#e8a55a"], [0.5, "#e9e9ec"], [0.75, "#7aa3db"], [1, "#1f3f8f"]]
 MOST_SERIES, MOST_ROWS = 12, 200
+WIDE = 1000  # positive values that span more than this are drawn on a logarithmic scale
 
 
 def labels(axis: str, size: int, arrays: dict[str, np.ndarray], layers: list[int]) -> list[str]:
@@ -53,16 +54,32 @@ def numbers(arrays: dict[str, np.ndarray]) -> list[list[str]]:
             if x.ndim == 0 and x.dtype.kind in "fiu" and np.isfinite(x)]
 
 
+def wide(values: np.ndarray) -> bool:
+    """True when positive values span several orders of magnitude: on a straight scale only the largest would show."""
+    there = np.asarray(values, dtype=np.float64)
+    there = there[np.isfinite(there)]
+    return there.size > 1 and bool((there > 0).all()) and float(there.max()) > WIDE * float(np.median(there))
+
+
+def _heat(out: go.Figure, values: np.ndarray, rows: list[str], cols: list[str], axes: tuple[str, ...]) -> None:
+    """Cells with their values on hover, by order of magnitude where they span many."""
+    signed, log = bool((values < 0).any() and (values > 0).any()), wide(values)
+    bar: dict[str, Any] = {"thickness": 10, "outlinewidth": 0}
+    if log:
+        bar |= {"tickprefix": "10<sup>", "ticksuffix": "</sup>", "dtick": 1}
+    gap = 1 if max(len(rows), len(cols)) <= 64 else 0
+    out.add_heatmap(z=_none(np.log10(values) if log else values), customdata=_none(values), x=cols, y=rows, xgap=gap, ygap=gap,
+                    zmid=0 if signed else None, colorscale=DIVERGING if signed else "Cividis", colorbar=bar,
+                    hovertemplate=f"{esc(axes[0])} %{{y}} · {esc(axes[-1])} %{{x}}<br>%{{customdata:.4g}}<extra></extra>")
+
+
 def draw(figure: Any, arrays: dict[str, np.ndarray], layers: list[int]) -> go.Figure:
     """One declared figure. Axis text of many names is thinned by Plotly; missing values stay empty."""
     values, axes = np.asarray(arrays[figure.array]), figure.axes
     out = go.Figure()
     if figure.kind == "matrix" and values.ndim == 2:
         rows, cols = (labels(a, n, arrays, layers) for a, n in zip((*axes, "")[:2], values.shape, strict=False))
-        signed = bool((values < 0).any() and (values > 0).any())
-        out.add_heatmap(z=_none(values), x=cols, y=rows, xgap=1, ygap=1, zmid=0 if signed else None,
-                        colorscale=DIVERGING if signed else "Cividis", colorbar={"thickness": 10, "outlinewidth": 0},
-                        hovertemplate=f"{esc(axes[0])} %{{y}} · {esc(axes[-1])} %{{x}}<br>%{{z:.4g}}<extra></extra>")
+        _heat(out, values, rows, cols, axes)
         layout(out, axes[-1], axes[0], max(220, min(620, 90 + 16 * len(rows))))
         return out.update_yaxes(autorange="reversed", type="category").update_xaxes(type="category")
     if figure.kind == "scatter" and values.ndim == 2 and values.shape[-1] == 2:
@@ -71,13 +88,15 @@ def draw(figure: Any, arrays: dict[str, np.ndarray], layers: list[int]) -> go.Fi
     x = _numbers(labels(axes[-1], values.shape[-1], arrays, layers))
     if figure.kind == "bars" and values.ndim == 1:
         out.add_bar(x=x, y=_none(values)[0], marker={"color": SERIES[0]})
-        return layout(out, axes[-1], "", 280)
+        layout(out, axes[-1], "", 280)
+        return out.update_yaxes(type="log", rangemode="normal") if wide(values) else out
     names = labels(axes[0], values.shape[0], arrays, layers) if values.ndim > 1 else [figure.title]
     for n, line in enumerate(_none(values)[:MOST_SERIES]):
         out.add_scatter(x=x, y=line, mode="lines+markers" if len(x) < 40 else "lines", showlegend=values.ndim > 1,
                         name=esc(f"{axes[0]} {names[n]}" if values.ndim > 1 else names[n]),
                         line={"color": SERIES[n % len(SERIES)], "dash": DASHES[n // len(SERIES) % len(DASHES)], "width": 2})
-    return layout(out, axes[-1], "", 320).update_yaxes(rangemode="normal")
+    layout(out, axes[-1], "", 320).update_yaxes(rangemode="normal")
+    return out.update_yaxes(type="log") if wide(values) else out
 
 
 def table(figure: Any, arrays: dict[str, np.ndarray], layers: list[int]) -> str:

@@ -147,3 +147,16 @@ def test_paragraphs_and_documents():
                           SimpleNamespace(name="x", inputs=()), {}, 9)
     assert told == {"options": {}}
     assert declared.missing(SimpleNamespace(groups=None, probe=None, prompts=None)) == ["probe", "prompts"]
+
+
+def test_values_of_many_orders_are_drawn_by_order_of_magnitude():
+    from lab.inspect.diagnostics import Figure
+    from lab.ui import probes
+
+    cells = np.array([[1.0, 2.0, 1.0], [1.0, 16000.0, 1.0]])
+    arrays = {"bars": np.array([42.0, 1.2e7, 43.0]), "cells": cells, "even": np.arange(1, 9)}
+    assert probes.draw(Figure("bars", "bars", ("x",), "t"), arrays, []).layout.yaxis.type == "log"
+    heat = probes.draw(Figure("cells", "matrix", ("state", "token"), "t"), arrays, [])
+    assert heat.data[0].z[1][1] == pytest.approx(np.log10(16000)) and heat.data[0].customdata[1][1] == 16000
+    assert probes.draw(Figure("even", "bars", ("x",), "t"), arrays, []).layout.yaxis.type != "log"
+    assert not probes.wide(np.array([0.0, 1e9])) and not probes.wide(np.array([np.nan, 1.0]))
