@@ -28,7 +28,7 @@ def attend(
     q: torch.Tensor, tiers: list[TierView], scale: float, *, softcap: float | None = None,
     sink: torch.Tensor | None = None, threshold: torch.Tensor | None = None, want_mass: bool = False,
     want_entropy: bool = False, impl: str = "auto", early: bool = False,
-    weights_as: str | None = None,
+    weights_as: str | None = None, gate: torch.Tensor | None = None,
 ) -> Decoded:
     """Softmax attention of q [B,Hq,d] to all entries of `tiers` (same lanes, any widths), in one exact softmax.
 
@@ -39,6 +39,7 @@ def attend(
     impl         "auto" | "torch" | "triton".
     weights_as   how local weights are kept for the mass: "bytes" (the default for bfloat16: off by at most 1/510 of the largest
                  weight among 32 or 64 neighbours, about bfloat16's own error) or "halves" (the default for others; slower).
+    gate         float32 [Hq] that multiplies the outputs of the heads, or None.
     early        launch before the kernel that writes q has ended, and wait for it inside (a chain of small launches).
 
     On CUDA nothing synchronises and every length is read on the device, so calls can be captured in a CUDA graph; the
@@ -59,6 +60,8 @@ def attend(
         out, lse, entropy, mass = reference.attend(
             q, tiers, scale, softcap=softcap, sink=sink, threshold=threshold, want_mass=want_mass, dtype=dtype
         )
+        if gate is not None:
+            out = out * gate[:, None]
         return Decoded(out.to(q.dtype), lse.float(), entropy.float() if want_entropy else None,
                        [m.float() for m in mass])
     if want_mass and any(t.pages is not None for t in tiers):
@@ -69,7 +72,8 @@ def attend(
     for t in tiers:
         spaces.setdefault(id(t.rotation), []).append(t)
     if len(spaces) == 1 and tiers[0].rotation is None:
-        return run(q, tiers, scale, softcap, sink, threshold, want_mass, want_entropy, early=early, weights_as=weights_as)
+        return run(
+            q, tiers, scale, softcap, sink, threshold, want_mass, want_entropy, early=early, weights_as=weights_as, gate=gate)
     if want_mass or want_entropy:
         raise ValueError("mass and entropy of rotated tiers need impl='torch'; read them from an unrotated tier.")
     outs, lses = [], []
@@ -79,4 +83,5 @@ def attend(
         part = run(rotated, group, scale, softcap, sink if i == 0 else None, threshold, False, False)
         outs.append(part.out if turn is None else (part.out.float() @ turn).to(q.dtype))
         lses.append(part.lse)
-    return Decoded(*merge(outs, lses))
+    out, lse = merge(outs, lses)
+    return Decoded(out if gate is None else (out * gate[:, None]).to(out.dtype), lse)

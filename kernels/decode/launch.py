@@ -71,7 +71,7 @@ def plan(t: TierView, group: int, dtype: torch.dtype) -> config.Split:
 def run(
     q: torch.Tensor, tiers: list[TierView], scale: float, softcap: float | None, sink: torch.Tensor | None,
     threshold: torch.Tensor | None, want_mass: bool, want_entropy: bool, plans: list[config.Split] | None = None,
-    early: bool = False, weights_as: str | None = None,
+    early: bool = False, weights_as: str | None = None, gate: torch.Tensor | None = None,
 ) -> Decoded:
     """The Triton path of `kernels.decode.attend`; arguments are checked there."""
     weights_as = weights_as or ("bytes" if q.dtype == torch.bfloat16 else "halves")
@@ -129,6 +129,7 @@ def run(
     # few rows: thinner slices of channels, so that the merge still fills the card
     slice_ = next((w for w in (64, 32) if rows * dim >= 264 * w), 16)
     ent_out, sink_in, early_launch = lse if entropy is None else entropy, part_lse if sink is None else sink, {"launch_pdl": True} if overlap else {}
+    gate_in = part_lse if gate is None else gate
     block = 16 if splits <= 64 else 64
     masses = []
     if as_bytes:
@@ -137,16 +138,16 @@ def run(
             mass = torch.empty(t.slots, dtype=torch.float32, device=device)
             blocks = triton.cdiv(max(1, t.capacity), 1024)
             finish_kernel[(pieces + blocks * lanes,)](
-                part_o, part_lse, part_ent, sink_in, out, lse, ent_out, weights, tops, t.start, t.length, mass,
-                splits, rows, heads, tiles, pieces, blocks, D=dim, BD=slice_, BS=block, SINK=sink is not None, ENTROPY=want_entropy,
-                G=group, GP=triton.next_power_of_2(group), TILE=tile, BN=1024, PDL=overlap, num_warps=4, **early_launch,
+                part_o, part_lse, part_ent, sink_in, gate_in, out, lse, ent_out, weights, tops, t.start, t.length, mass,
+                splits, rows, heads, tiles, pieces, blocks, D=dim, BD=slice_, BS=block, SINK=sink is not None, GATE=gate is not None,
+                ENTROPY=want_entropy, G=group, GP=triton.next_power_of_2(group), TILE=tile, BN=1024, PDL=overlap, num_warps=4, **early_launch,
             )
             masses.append(mass)
             pieces = 0  # merged already
         return Decoded(out, lse, entropy, masses)
     merge_kernel[(rows, triton.cdiv(dim, slice_))](
-        part_o, part_lse, part_ent, sink_in, out, lse, ent_out, splits, rows, heads, D=dim, BD=slice_, BS=block, SINK=sink is not None,
-        ENTROPY=want_entropy, PDL=overlap, num_warps=2 if splits <= 64 else 4, **early_launch,
+        part_o, part_lse, part_ent, sink_in, gate_in, out, lse, ent_out, splits, rows, heads, D=dim, BD=slice_, BS=block,
+        SINK=sink is not None, GATE=gate is not None, ENTROPY=want_entropy, PDL=overlap, num_warps=2 if splits <= 64 else 4, **early_launch,
     )
     if want_mass:
         for t, (weights, tops, tiles, tile) in zip(tiers, locals_):

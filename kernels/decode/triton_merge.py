@@ -10,26 +10,28 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def merge_kernel(
-    part_o, part_lse, part_ent, sink_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads,
-    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SINK: tl.constexpr, ENTROPY: tl.constexpr, PDL: tl.constexpr,
+    part_o, part_lse, part_ent, sink_ptr, gate_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads,
+    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SINK: tl.constexpr, GATE: tl.constexpr, ENTROPY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One (row, slice of channels) a program: see `_merge`."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()  # launched while the last split programs still run; their results are complete from here on
-    _merge(part_o, part_lse, part_ent, sink_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads, tl.program_id(0), tl.program_id(1),
-           D, BD, BS, SINK, ENTROPY)
+    _merge(part_o, part_lse, part_ent, sink_ptr, gate_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads, tl.program_id(0),
+           tl.program_id(1), D, BD, BS, SINK, GATE, ENTROPY)
 
 
 @triton.jit
 def _merge(
-    part_o, part_lse, part_ent, sink_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads, row, piece,
-    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SINK: tl.constexpr, ENTROPY: tl.constexpr,
+    part_o, part_lse, part_ent, sink_ptr, gate_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads, row, piece,
+    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SINK: tl.constexpr, GATE: tl.constexpr, ENTROPY: tl.constexpr,
 ):
     """One row, one slice of channels: exact log-sum-exp merge over all parts (invariant I5).
 
     part_o [splits, rows, D] float32, part_lse [splits, rows] base 2 (-inf where a part is empty: its output was never
-    written and is never read). lse_ptr gets natural logarithms. A sink logit joins the sum without a value.
+    written and is never read). lse_ptr gets natural logarithms. A sink logit joins the sum without a value. gate float32 [heads]
+    multiplies the output.
     """
     row = row.to(tl.int64)
     d = piece * BD + tl.arange(0, BD)
@@ -61,7 +63,10 @@ def _merge(
     if SINK:
         z += tl.exp2(sink - m)
     inv = tl.where(z > 0.0, 1.0 / tl.maximum(z, 1e-38), 0.0)
-    tl.store(o_ptr + row * D + d, (acc * inv).to(o_ptr.dtype.element_ty), mask=d < D)
+    out = acc * inv
+    if GATE:
+        out = out * tl.load(gate_ptr + row % heads)
+    tl.store(o_ptr + row * D + d, out.to(o_ptr.dtype.element_ty), mask=d < D)
     if piece == 0:
         lse = tl.where(z > 0.0, m + tl.log2(tl.maximum(z, 1e-38)), float("-inf"))
         tl.store(lse_ptr + row, lse * LN2)
@@ -102,9 +107,9 @@ def mass_kernel(
 
 @triton.jit
 def finish_kernel(
-    part_o, part_lse, part_ent, sink_ptr, o_ptr, lse_ptr, ent_ptr, p_ptr, m_ptr, start_ptr, len_ptr, mass_ptr,
+    part_o, part_lse, part_ent, sink_ptr, gate_ptr, o_ptr, lse_ptr, ent_ptr, p_ptr, m_ptr, start_ptr, len_ptr, mass_ptr,
     splits, rows, heads, tiles, merges, blocks,
-    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SINK: tl.constexpr, ENTROPY: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SINK: tl.constexpr, GATE: tl.constexpr, ENTROPY: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, TILE: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):
     """The merge and the mass in one launch: neither waits for the other.
@@ -119,8 +124,8 @@ def finish_kernel(
     pid = tl.program_id(0)
     if pid < merges:
         pieces: tl.constexpr = (D + BD - 1) // BD
-        _merge(part_o, part_lse, part_ent, sink_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads, pid // pieces, pid % pieces,
-               D, BD, BS, SINK, ENTROPY)
+        _merge(part_o, part_lse, part_ent, sink_ptr, gate_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads, pid // pieces,
+               pid % pieces, D, BD, BS, SINK, GATE, ENTROPY)
     else:
         lane = ((pid - merges) // blocks).to(tl.int64)
         n = tl.load(len_ptr + lane).to(tl.int32)

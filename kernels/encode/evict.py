@@ -24,12 +24,13 @@ class Front:
 def evict(
     tags: torch.Tensor, n: int, first: int, last: int, *, score: torch.Tensor | None = None, stat: torch.Tensor | None = None,
     rows: tuple[torch.Tensor, ...] = (), log: torch.Tensor | None = None, step: torch.Tensor | None = None,
-    front: Front | None = None, impl: str = "auto",
+    front: Front | None = None, add: torch.Tensor | None = None, impl: str = "auto",
 ) -> torch.Tensor:
     """Of the first n entries of every lane drop the one with the lowest score, and move entry n-1 (the newest) into its place.
 
     tags   int32 [lanes, cap > n-1], the entries' positions; entry n-1 is the newest. Afterwards tags[:, n-1] names the
            position after it, which is the next row's where rows come one by one.
+    add    float32 [lanes, n] that is added to `stat`, whose sums are then the score.
     score  float [lanes, n]; None drops the oldest. Of equals the later entry leaves (rule R4).
     first, last  positions below `first` and the newest `last` positions never leave; where all are protected the newest does.
     stat   float32 [lanes, cap] moved along; the freed place is set to 0.
@@ -40,6 +41,8 @@ def evict(
     impl   "auto" | "torch" | "triton"; "auto" is Triton on CUDA and numpy on a CPU.
     """
     if choose(impl, tags) == "torch":
+        if add is not None:
+            score = stat[:, :n].add_(add)
         chosen = _evict_numpy if impl == "auto" and tags.device.type == "cpu" else _evict_torch
         slot = chosen(tags, n, first, last, score, stat, rows, log, step)
         if front is not None:
@@ -51,7 +54,8 @@ def evict(
     from kernels.encode.triton_encode import evict_kernel
 
     lanes = tags.shape[0]
-    if any(x.stride(-1) != 1 for x in (tags, *rows)) or (score is not None and score.stride(-1) != 1):
+    scores = score if add is None else add
+    if any(x.stride(-1) != 1 for x in (tags, *rows)) or (scores is not None and scores.stride(-1) != 1):
         raise ValueError("evict needs tensors whose last dimension is contiguous.")
     slot = torch.empty(lanes, dtype=torch.int64, device=tags.device)
     one, two = (rows + (slot, slot))[:2]
@@ -60,11 +64,11 @@ def evict(
     turning = (slot,) * 4 if front is None else (front.base, front.quarter, front.cos, front.sin)
     block = min(1024, max(16, triton.next_power_of_2(n)))
     evict_kernel[(lanes,)](
-        tags, slot if score is None else score, slot if stat is None else stat, one, two, slot if log is None else log,
-        slot if step is None else step, slot, *turning, n, first, last, tags.stride(0), 0 if score is None else score.stride(0),
+        tags, slot if scores is None else scores, slot if stat is None else stat, one, two, slot if log is None else log,
+        slot if step is None else step, slot, *turning, n, first, last, tags.stride(0), 0 if scores is None else scores.stride(0),
         0 if stat is None else stat.stride(0), strides[0], strides[1], lanes,
         BN=block, D1=width[0], P1=triton.next_power_of_2(width[0]), D2=width[1], P2=triton.next_power_of_2(width[1]),
-        SCORE=score is not None, STAT=stat is not None, ROWS=len(rows), LOG=log is not None,
+        SCORE=scores is not None, ADD=add is not None, STAT=stat is not None, ROWS=len(rows), LOG=log is not None,
         FRONT=0 if front is None else front.base.shape[1], num_warps=4,
         **({} if interpreting() else {"num_stages": 1}),
     )

@@ -151,7 +151,7 @@ def evict_kernel(
     tag_ptr, score_ptr, stat_ptr, one_ptr, two_ptr, log_ptr, step_ptr, slot_ptr, base_ptr, quarter_ptr, cos_ptr, sin_ptr,
     n, first, last, tag_stride, score_stride, stat_stride, one_stride, two_stride, lanes,
     BN: tl.constexpr, D1: tl.constexpr, P1: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
-    SCORE: tl.constexpr, STAT: tl.constexpr, ROWS: tl.constexpr, LOG: tl.constexpr, FRONT: tl.constexpr,
+    SCORE: tl.constexpr, ADD: tl.constexpr, STAT: tl.constexpr, ROWS: tl.constexpr, LOG: tl.constexpr, FRONT: tl.constexpr,
 ):
     """One lane: the unprotected entry with the lowest score leaves, the newest (n-1) takes its place; see `evict`."""
     lane = tl.program_id(0).to(tl.int64)
@@ -166,6 +166,9 @@ def evict_kernel(
         pos = tl.load(tags + j, mask=inside, other=0)
         if SCORE:
             s = tl.load(score_ptr + lane * score_stride + j, mask=inside, other=float("inf")).to(tl.float32)
+            if ADD:
+                s += tl.load(stat_ptr + lane * stat_stride + j, mask=inside, other=0.0)
+                tl.store(stat_ptr + lane * stat_stride + j, s, mask=inside)
         else:
             s = pos.to(tl.float32)
         s = tl.where(inside & (pos >= first) & (pos <= newest - last), s, float("inf"))
@@ -173,6 +176,8 @@ def evict_kernel(
         where = tl.max(tl.where((s == low) & inside, j, -1), 0)
         at = tl.where(low <= best, where, at)  # of equals the later
         best = tl.minimum(low, best)
+    if ADD:
+        tl.debug_barrier()  # the sums just written are read below by other threads
     gone = tl.load(tags + at)
     if LOG:
         tl.store(log_ptr + tl.load(step_ptr) * lanes + lane, gone)

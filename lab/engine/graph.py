@@ -76,7 +76,7 @@ class GraphedDecode:
         if shorten:
             self._shorten(batch, room)
         if capture:
-            self._capture()
+            self._capture_beside()
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int64 [B] -> logits float32 [B, V]. Raises IndexError when the reserved room is used up."""
@@ -119,7 +119,18 @@ class GraphedDecode:
         finally:
             self.clock.trial = False
 
+    def _capture_beside(self) -> None:
+        """Capture with what steps change on a stream of its own; in one line where a card or driver refuses that."""
+        self.clock.side = torch.cuda.Stream()
+        try:
+            self._capture()
+        except RuntimeError as error:
+            log.warning("a step with two streams was not captured, one takes its place: %s", error)
+            self.clock.drop_side()
+            self._capture()
+
     def _capture(self) -> None:
+        self.graph = None
         altered = [x for layer in self.cache.lab_layers for x in layer.static.changed()]
         before = [x.clone() for x in altered]
         side = torch.cuda.Stream()
@@ -138,8 +149,11 @@ class GraphedDecode:
             self.clock.advance()
 
     def _forward(self) -> torch.Tensor:
-        if self.lean is not None:
-            return self.lean.run(self.ids)
+        logits = self.lean.run(self.ids) if self.lean is not None else self._modules()
+        self.clock.join()
+        return logits
+
+    def _modules(self) -> torch.Tensor:
         out = self.model(
             input_ids=self.ids, position_ids=self.position.expand(self.ids.shape[0], 1), past_key_values=self.cache, use_cache=True,
             logits_to_keep=1,

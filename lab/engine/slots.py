@@ -297,9 +297,14 @@ class Technique:
 
     evicts_in_decode: ClassVar[bool] = False
     # for steps in place: `score` in decode reads nothing but running statistics, `ctx.now`, positions and `ctx.newest`, and sizes
-    # nothing on the host; oldest_leaves says more: the lowest score is always the lowest unprotected position
+    # nothing on the host; oldest_leaves says more: the lowest score is always the lowest unprotected position; lightest_leaves:
+    # it is always the smallest running sum of attention
     scores_in_place: ClassVar[bool] = False
     oldest_leaves: ClassVar[bool] = False
+
+    @property
+    def lightest_leaves(self) -> bool:
+        return False
     fixed_gate: ClassVar[bool] = False  # `route` gives the same gate at every step and keeps it in ctx.shared[(name, layer)]
 
     def allocate(self, ctx: "LayerContext", total: int, scores: torch.Tensor | None) -> int | torch.Tensor:

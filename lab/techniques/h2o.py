@@ -33,6 +33,10 @@ class H2O(Technique):
     recent: float = param(0.5, "Share of the budget reserved for the most recent tokens.", min=0, max=1)
     norm: bool = param(False, "Divide accumulated attention by the number of rows that could see the token.")
 
+    @property
+    def lightest_leaves(self) -> bool:
+        return not self.norm
+
     def protected(self, entries: int, prompt: int) -> tuple[int, int]:
         return 0, max(1, round(self.recent * entries))
 

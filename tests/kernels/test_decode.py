@@ -116,6 +116,19 @@ def test_options(bits):
     check(q, [tier], threshold=torch.full((9,), 1e9, device=DEVICE), want_mass=True)
 
 
+@pytest.mark.parametrize("kept", [None, "bytes", "halves"])
+def test_gated_heads(kept):
+    """Outputs are multiplied, whichever launch merges them; nothing else changes."""
+    q, tier = case(16, [40, 9], 64, 3)
+    gate = torch.tensor([0.0, 1.0, 0.5, 2.0, 1.0, 0.0], device=DEVICE)
+    more = dict(want_mass=kept is not None, weights_as=kept)
+    plain = decode.attend(q, [tier], 0.125, impl="triton", **more)
+    for impl in ("triton", "torch"):
+        got = decode.attend(q, [tier], 0.125, impl=impl, gate=gate, **more)
+        assert error(got.out, plain.out.float() * gate[:, None]) < 3e-3 and (got.out[:, [0, 5]] == 0).all()
+        assert error(got.lse, plain.lse) < 1e-3
+
+
 def test_rotated_tier_beside_a_plain_one():
     generator = torch.Generator().manual_seed(9)
     turn = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0].to(DEVICE)

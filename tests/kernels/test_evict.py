@@ -55,6 +55,21 @@ def test_the_newest_leaves_where_it_scores_lowest():
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton", "auto"])
+def test_sums_grow_and_the_lightest_leaves(impl):
+    g = torch.Generator().manual_seed(8)
+    tags = torch.arange(30, dtype=torch.int32).repeat(3, 1).to(DEVICE)
+    stat, add = torch.rand(3, 32, generator=g), torch.rand(3, 30, generator=g)
+    total = stat[:, :30] + add
+    ours = stat.to(DEVICE)
+    slot = encode.evict(tags, 30, 2, 10, stat=ours, add=add.to(DEVICE), impl=impl)
+    assert slot.tolist() == [2 + int(row[2:20].argmin()) for row in total]
+    for lane, at in enumerate(slot.tolist()):
+        expected = total[lane].clone()
+        expected[at], expected[29] = total[lane, 29], 0
+        assert torch.allclose(ours[lane, :30].cpu(), expected) and torch.equal(ours[lane, 30:].cpu(), stat[lane, 30:])
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "auto"])
 def test_the_first_rows_turn_on(impl):
     g = torch.Generator().manual_seed(3)
     tags = torch.arange(9, dtype=torch.int32).repeat(2, 1).to(DEVICE)

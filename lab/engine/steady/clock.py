@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Callable
+
 import torch
 
 
@@ -15,6 +17,9 @@ class Clock:
     def __init__(self, position: int, room: int, device: torch.device) -> None:
         self.room, self.device = room, device
         self.trial = False  # steps attend and change nothing
+        # what steps change is not read again before the next step, so it runs beside the rest of the model
+        self.side: torch.cuda.Stream | None = None
+        self._held: list[object] = []
         self.position = torch.full((1, 1), position, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self._counters: list[tuple[object, str]] = []
@@ -32,6 +37,28 @@ class Clock:
             turn = torch.zeros(1, dtype=torch.int64, device=self.device)
             self._rings[key] = (turn, base, base.clone(), base + 1 % size)
         return self._rings[key][2:]
+
+    def aside(self, work: Callable[[], None], *uses: object) -> None:
+        """Do `work` beside what follows, until `join`; it may use what has been computed so far. `uses` are kept until then, so
+        that their memory is not given to others."""
+        if self.side is None:
+            work()
+            return
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side):
+            work()
+        self._held.append(uses)
+
+    def join(self) -> None:
+        """The end of a step: everything done aside is done."""
+        if self._held:
+            torch.cuda.current_stream(self.device).wait_stream(self.side)
+            self._held.clear()
+
+    def drop_side(self) -> None:
+        """Do everything in one line from here on."""
+        self.side = None
+        self._held.clear()
 
     def pool(self) -> None:
         """Lay the counters side by side, so that one addition advances them all. Each starts on a 16-byte boundary."""

@@ -14,6 +14,8 @@ from lab.engine.steady.step import SPARE, Step, level_views
 class Growing(Step):
     """Every row is kept: dense attention, prompts compressed once, sparse prefill, standing edits and gates."""
 
+    changes = False
+
     def __init__(self, policy, store, clock=None) -> None:
         super().__init__(policy, store, clock)
         k, v, meta = self._parts()
@@ -163,19 +165,22 @@ class Evicting(Step):
     def drop(self, q, mass, rows) -> torch.Tensor:
         """Add up the row's attention, score, and let one entry of each lane go: int64 [lanes], the place it had."""
         ctx, n = self.ctx, self.n + 1
+        scorer, score, add = self.policy.scorer, None, None
         if self.policy.want_mass:
-            self.stat[:, :n] += mass.reshape(self.lanes, n)
-        score = None
-        if not self.policy.scorer.oldest_leaves:
+            add = mass.reshape(self.lanes, n)
+            if not scorer.lightest_leaves:
+                self.stat[:, :n] += add
+                add = None
+        if add is None and not scorer.oldest_leaves:
             ctx.q, ctx.now, ctx.first = q, mass, self.store.seen
             self._visible(True)
-            score = self.policy.scorer.score(ctx).reshape(self.lanes, n)
+            score = scorer.score(ctx).reshape(self.lanes, n)
             self._visible(False)
             score = score if score.stride(-1) == 1 else score.contiguous()
         diary = self.diary
         return encode.evict(
             self.tags, n, self.first, self.last, score=score, stat=self.stat, rows=rows, log=diary.log if diary else None,
-            step=self.clock.step if self.clock is not None else diary.step if diary else None, front=self.turning,
+            step=self.clock.step if self.clock is not None else diary.step if diary else None, front=self.turning, add=add,
         )
 
     def _visible(self, shown: bool) -> None:

@@ -40,6 +40,7 @@ class Reading:
 class Step:
     """One layer's step. `settle` brings a layer's storage back to what ordinary steps expect."""
 
+    changes = True  # `change` does something
     orderly = True  # the store's entries are where ordinary steps have them, all the time
 
     def __init__(self, policy: "Policy", store: LabLayer, clock: Clock | None = None) -> None:
@@ -48,6 +49,10 @@ class Step:
         self.ctx = context(policy, store, clock)
         self.front, self.bias = standing(policy, self.ctx)
         self.gates = [g.transpose(1, 2).to(store.dtype) for g in fixed_gates(policy, store)]
+        self.gate: torch.Tensor | None = None  # under a graph the kernel multiplies by what is the same for all sequences
+        if clock is not None and self.gates and all(g.shape[0] == 1 for g in self.gates):
+            self.gate = torch.stack([g.float().reshape(-1).expand(self.heads * self.groups) for g in self.gates]).prod(0).contiguous()
+            self.gates = []
         self._mask: torch.Tensor | None = None
         # under a graph: what the decode kernel reads; the flat row of the exact tensors that takes the new key and value, and
         # that of `meta` which takes its position, where the step itself does not keep it
@@ -67,8 +72,10 @@ class Step:
     def stored(self, q: torch.Tensor, call) -> torch.Tensor:
         """The step once its row is stored. `call` has scale, softcap and sink, and under a graph `early`."""
         out, mass = self.read(q, call)
-        if self.clock is None or not self.clock.trial:
+        if self.clock is None:
             self.change(q, mass)
+        elif self.changes and not self.clock.trial:
+            self.clock.aside(lambda: self.change(q, mass), q, mass)
         for gate in self.gates:
             out = out * gate
         return out
@@ -120,7 +127,7 @@ class Step:
     def by_kernel(self, q: torch.Tensor, call, want_mass: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """All tiers in one launch: (out [B,1,Hq,d], mass per tier)."""
         got = decode.attend(
-            q[:, :, 0].contiguous(), self.tiers, call.scale, softcap=call.softcap, sink=call.sink, want_mass=want_mass,
+            q[:, :, 0].contiguous(), self.tiers, call.scale, softcap=call.softcap, sink=call.sink, want_mass=want_mass, gate=self.gate,
             early=getattr(call, "early", False),
         )
         return got.out.unsqueeze(1), got.mass
