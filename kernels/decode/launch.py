@@ -139,15 +139,17 @@ def run(
             blocks = triton.cdiv(max(1, t.capacity), 1024)
             finish_kernel[(pieces + blocks * lanes,)](
                 part_o, part_lse, part_ent, sink_in, gate_in, out, lse, ent_out, weights, tops, t.start, t.length, mass,
-                splits, rows, heads, tiles, pieces, blocks, D=dim, BD=slice_, BS=block, SINK=sink is not None, GATE=gate is not None,
-                ENTROPY=want_entropy, G=group, GP=triton.next_power_of_2(group), TILE=tile, BN=1024, PDL=overlap, num_warps=4, **early_launch,
+                splits, rows, heads, tiles, pieces, blocks, D=dim, BD=slice_, BS=block, SINK=sink is not None,
+                GATE=gate is not None, ENTROPY=want_entropy, G=group, GP=triton.next_power_of_2(group), TILE=tile, BN=1024, PDL=overlap,
+                num_warps=4, **early_launch,
             )
             masses.append(mass)
             pieces = 0  # merged already
         return Decoded(out, lse, entropy, masses)
     merge_kernel[(rows, triton.cdiv(dim, slice_))](
         part_o, part_lse, part_ent, sink_in, gate_in, out, lse, ent_out, splits, rows, heads, D=dim, BD=slice_, BS=block,
-        SINK=sink is not None, GATE=gate is not None, ENTROPY=want_entropy, PDL=overlap, num_warps=2 if splits <= 64 else 4, **early_launch,
+        SINK=sink is not None, GATE=gate is not None, ENTROPY=want_entropy, PDL=overlap,
+        num_warps=2 if splits <= 64 else 4, **early_launch,
     )
     if want_mass:
         for t, (weights, tops, tiles, tile) in zip(tiers, locals_):

@@ -155,7 +155,7 @@ class GraphedDecode:
 
     def _modules(self) -> torch.Tensor:
         out = self.model(
-            input_ids=self.ids, position_ids=self.position.expand(self.ids.shape[0], 1), past_key_values=self.cache, use_cache=True,
-            logits_to_keep=1,
+            input_ids=self.ids, position_ids=self.position.expand(self.ids.shape[0], 1), past_key_values=self.cache,
+            use_cache=True, logits_to_keep=1,
         )
         return out.logits[:, -1].float()

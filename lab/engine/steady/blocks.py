@@ -76,7 +76,8 @@ class Blocks(Step):
         starts = int32(self.coded_v.rows.starts, device)
         coded = TierView(
             self.coded_v.bits, k["codes"], v["codes"], starts, int32([self.n] * self.lanes, device), self.capacity,
-            k_scale=b["scale"], k_zero=b["zero"], v_scale=v["scale"], v_zero=v["zero"], k_group=group, k_block=self.block if self.block >= 32 else 0,
+            k_scale=b["scale"], k_zero=b["zero"], v_scale=v["scale"], v_zero=v["zero"], k_group=group,
+            k_block=self.block if self.block >= 32 else 0,
         )
         coded.bias = self.bias_of(coded)
         ring = TierView(

@@ -51,7 +51,8 @@ class Step:
         self.gates = [g.transpose(1, 2).to(store.dtype) for g in fixed_gates(policy, store)]
         self.gate: torch.Tensor | None = None  # under a graph the kernel multiplies by what is the same for all sequences
         if clock is not None and self.gates and all(g.shape[0] == 1 for g in self.gates):
-            self.gate = torch.stack([g.float().reshape(-1).expand(self.heads * self.groups) for g in self.gates]).prod(0).contiguous()
+            found = [g.float().reshape(-1).expand(self.heads * self.groups) for g in self.gates]
+            self.gate = torch.stack(found).prod(0).contiguous()
             self.gates = []
         self._mask: torch.Tensor | None = None
         # under a graph: what the decode kernel reads; the flat row of the exact tensors that takes the new key and value, and
@@ -127,8 +128,8 @@ class Step:
     def by_kernel(self, q: torch.Tensor, call, want_mass: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """All tiers in one launch: (out [B,1,Hq,d], mass per tier)."""
         got = decode.attend(
-            q[:, :, 0].contiguous(), self.tiers, call.scale, softcap=call.softcap, sink=call.sink, want_mass=want_mass, gate=self.gate,
-            early=getattr(call, "early", False),
+            q[:, :, 0].contiguous(), self.tiers, call.scale, softcap=call.softcap, sink=call.sink, want_mass=want_mass,
+            gate=self.gate, early=getattr(call, "early", False),
         )
         return got.out.unsqueeze(1), got.mass
 
@@ -172,7 +173,8 @@ def context(policy: "Policy", store: LabLayer, clock: Clock | None) -> LayerCont
     q = like.new_zeros(store.batch, store.heads * store.groups, 1, like.shape[-1])
     return LayerContext(
         store=store, layer=store.index, layers=policy.layers, phase="decode", q=q,
-        pos_q=None if clock is None else clock.position, first=store.seen, scale=1.0, softcap=None, window=None, prompt=policy.prompt or store.seen, seed=policy.seed,
+        pos_q=None if clock is None else clock.position, first=store.seen, scale=1.0, softcap=None, window=None,
+        prompt=policy.prompt or store.seen, seed=policy.seed,
         rope=policy.rope(store.index), shared=policy.shared, scorer=policy.scorer, encoder=policy.encoder, model=policy.model,
         calibrated=policy.calibrated_for(store.index),
     )
