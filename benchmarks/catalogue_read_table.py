@@ -43,7 +43,8 @@ def table(result: dict[str, Any], of: str) -> str:
     last = shares[-1]
     percent = [f"{s:.1%}".replace(".0%", "%") for s in shares]
     lines = [f"| policy, at shares {of} | " + " | ".join(f"KL at {p}" for p in percent)
-             + f" | perplexity ×, {percent[-1]} | needle, {percent[-1]} | of four, {percent[-1]} | to choose |", "|---|" + "---|" * (len(shares) + 4)]
+             + f" | perplexity ×, {percent[-1]} | needle, {percent[-1]} | of four, {percent[-1]} | read, {percent[-1]} | to choose |",
+             "|---|" + "---|" * (len(shares) + 5)]
 
     def order(item: tuple[str, dict[float, dict]]) -> tuple[int, float]:
         reached = [s for s in shares if s in item[1]]
@@ -51,7 +52,8 @@ def table(result: dict[str, Any], of: str) -> str:
 
     for name, found in sorted(by_policy.items(), key=order):
         row = found.get(last)
-        cells = [*(figure(found.get(s), "kl") for s in shares), ratio(row, dense), figure(row, "one"), figure(row, "many")]
+        cells = [*(figure(found.get(s), "kl") for s in shares), ratio(row, dense), figure(row, "one"), figure(row, "many"),
+                 "cannot" if row is None else f"{row['share']['mean']:.1%}"]
         choose = [r["choose"]["mean"] for r in found.values()]
         lines.append(f"| {name} | " + " | ".join([*cells, f"{statistics.mean(choose):.1%}" if any(choose) else "–"]) + " |")
     fixed = [r for r in rows if not r["target"]]

@@ -32,6 +32,19 @@ def test_the_catalogue_table_is_the_measured_one():
     assert shown == table(result), "run: python benchmarks/catalogue_table.py --readme"
 
 
+@pytest.mark.parametrize("name", ["catalogue_read", "catalogue_prefill"])
+def test_the_tables_of_the_read_side_are_the_measured_ones(name):
+    import json
+    import sys
+
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.catalogue_read_table import TABLES, marks, table
+
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    first, last = marks(name)
+    assert README.split(first)[1].split(last)[0].strip() == table(result, TABLES[name]), "run: python benchmarks/catalogue_read_table.py --readme"
+
+
 def test_linked_files_exist():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
