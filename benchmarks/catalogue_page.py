@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-TITLES = {"kl": "KL(dense || policy), nats", "perplexity": "Perplexity", "one": "One needle found", "many": "One of four needles found"}
+TITLES = {"kl": "KL(dense || policy), nats", "perplexity": "Perplexity", "one": "One needle found",
+          "many": "One of four needles found"}
 
 
 def page(
-    rows: list[dict], path: Path, title: str = "Cache policies at equal bytes", axis: str = "stored bytes, % of a dense 16-bit cache"
+    rows: list[dict], path: Path, title: str = "Cache policies at equal bytes",
+    axis: str = "stored bytes, % of a dense 16-bit cache",
 ) -> None:
     """Write a self-contained HTML page of the catalogue's rows. title, axis: what is compared, and what a share is of."""
     import plotly.graph_objects as go

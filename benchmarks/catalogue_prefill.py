@@ -74,7 +74,8 @@ def asked(answer: Any, ctx: LayerContext) -> int:
     if answer is None:
         return int((i + 1).sum()) * ctx.heads
     if isinstance(answer, Band):
-        return int(torch.minimum(i + 1, torch.clamp(i + 1, max=answer.window) + (i + 1 - answer.window).clamp(0, answer.sinks)).sum()) * ctx.heads
+        kept = (i + 1).clamp(max=answer.window) + (i + 1 - answer.window).clamp(0, answer.sinks)
+        return int(kept.sum()) * ctx.heads
     total = 0
     for r0 in range(0, rows, 64):
         r1 = min(r0 + 64, rows)

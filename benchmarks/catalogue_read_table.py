@@ -43,7 +43,7 @@ def table(result: dict[str, Any], of: str) -> str:
     last = shares[-1]
     percent = [f"{s:.1%}".replace(".0%", "%") for s in shares]
     lines = [f"| policy, at shares {of} | " + " | ".join(f"KL at {p}" for p in percent)
-             + f" | perplexity ×, {percent[-1]} | needle, {percent[-1]} | of four, {percent[-1]} | read, {percent[-1]} | to choose |",
+             + "".join(f" | {name}, {percent[-1]}" for name in ("perplexity ×", "needle", "of four", "read")) + " | to choose |",
              "|---|" + "---|" * (len(shares) + 5)]
 
     def order(item: tuple[str, dict[float, dict]]) -> tuple[int, float]:
@@ -58,11 +58,13 @@ def table(result: dict[str, Any], of: str) -> str:
         lines.append(f"| {name} | " + " | ".join([*cells, f"{statistics.mean(choose):.1%}" if any(choose) else "–"]) + " |")
     fixed = [r for r in rows if not r["target"]]
     if len(fixed) > 1:
-        lines += ["", "| without a budget | read | stored | KL | perplexity × | needle | of four | to choose |", "|---|" + "---|" * 7]
+        lines += ["", "| without a budget | read | stored | KL | perplexity × | needle | of four | to choose |",
+                  "|---|" + "---|" * 7]
         for row in sorted(fixed, key=lambda r: r["kl"]["mean"]):
             choose = row["choose"]["mean"]
             lines.append(f"| {row['policy']} | {row['share']['mean']:.1%} | {row['stored']['mean']:.1%} | {figure(row, 'kl')} | "
-                         f"{ratio(row, dense)} | {figure(row, 'one')} | {figure(row, 'many')} | {f'{choose:.1%}' if choose else '–'} |")
+                         f"{ratio(row, dense)} | {figure(row, 'one')} | {figure(row, 'many')} | "
+                         f"{f'{choose:.1%}' if choose else '–'} |")
     return "\n".join(lines)
 
 

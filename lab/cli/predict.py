@@ -12,11 +12,13 @@ from lab.errors import LabError
 def add(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("predict", help="predict bytes, work and times for a model, stacks and a machine")
     parser.add_argument("--model", default="default", help="default, a hub id, a folder or a config.json; weights are not read")
-    parser.add_argument("--variant", action="append", help='a stack such as "h2o(budget=0.25)+kivi"; may be repeated (default: dense)')
+    parser.add_argument("--variant", action="append",
+                        help='a stack such as "h2o(budget=0.25)+kivi"; may be repeated (default: dense)')
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prompt (default 2048)")
     parser.add_argument("--new", type=int, default=256, help="tokens generated after it (default 256)")
     parser.add_argument("--sequences", type=int, default=1, help="sequences decoded at once (default 1)")
-    parser.add_argument("--machine", default="", help='a name from the table, or part of one; "list" shows it (default: this machine)')
+    parser.add_argument("--machine", default="",
+                        help='a name from the table, or part of one; "list" shows it (default: this machine)')
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(act=act)
 
@@ -28,7 +30,8 @@ def act(args: argparse.Namespace) -> int:
     table = machines()
     if args.machine == "list":
         for m in table:
-            print(f"{m.name:<24} {m.flops / 1e12:>8.3g} TFLOP/s {m.format:<9} {m.bandwidth / 1e9:>7.4g} GB/s {m.memory / 1e9:>5.3g} GB  {m.source}")
+            print(f"{m.name:<24} {m.flops / 1e12:>8.3g} TFLOP/s {m.format:<9} {m.bandwidth / 1e9:>7.4g} GB/s "
+                  f"{m.memory / 1e9:>5.3g} GB  {m.source}")
         return 0
     found = [m for m in table if args.machine.lower() in m.name.lower()]
     if not found:
@@ -58,7 +61,8 @@ def predicted(facts: dict[str, Any], spec: str, args: argparse.Namespace, machin
     works = roofline.works(facts, stack, args.prompt, total, machine, args.sequences)
     room = roofline.room(facts, stack, machine, args.sequences)
     return {
-        "spec": stack.spec, "kv_bytes": said.kv_bytes, "kv_bytes_dense": said.kv_bytes_dense, "read_bytes_fraction": said.read_bytes_fraction,
+        "spec": stack.spec, "kv_bytes": said.kv_bytes, "kv_bytes_dense": said.kv_bytes_dense,
+        "read_bytes_fraction": said.read_bytes_fraction,
         "probe_fraction": said.probe_fraction, "pays": said.saves, "flops": said.flops, "eflops": said.eflops,
         "works": {name: {"flops": w.flops, "bytes": w.bytes, "intensity": w.intensity, "least_seconds": w.seconds(machine)}
                   for name, w in works.items()},
@@ -71,7 +75,8 @@ def show(facts: dict[str, Any], machine: Any, args: argparse.Namespace, rows: li
     """The figures as text."""
     print(f"predicted, nothing was run · {facts['id']} · {facts['parameters'] / 1e6:,.0f} M parameters · {machine.name} · "
           f"{args.prompt:,} + {args.new:,} tokens × {args.sequences}")
-    print(f"{'variant':<44} {'KV of one':>11} {'ratio':>6} {'read':>6} {'step':>9} {'prompt':>9} {'eFLOPs':>9} {'memory runs out':>16}")
+    print(f"{'variant':<44} {'KV of one':>11} {'ratio':>6} {'read':>6} {'step':>9} {'prompt':>9} "
+          f"{'eFLOPs':>9} {'memory runs out':>16}")
     for r in rows:
         if r["sequences_that_fit"] is None:
             where = "–"

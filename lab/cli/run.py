@@ -168,7 +168,8 @@ def table(record: dict[str, Any], out) -> None:
     from lab.measure.told import sentences
 
     print(f"run {record['run_id']} · {record['model']['id']} · {record['model']['weights']} weights · {record['device']}", file=out)
-    head = f"{'':2} {'variant':<36} {'TTFT':>9} {'per token':>10} {'KV':>10} {'ratio':>6} {'kept':>6} {'read':>6} {'agree':>6} {'KL':>7} {'fork':>5}"
+    head = f"{'':2} {'variant':<36} {'TTFT':>9} {'per token':>10} {'KV':>10} {'ratio':>6} {'kept':>6} {'read':>6} "
+    head += f"{'agree':>6} {'KL':>7} {'fork':>5}"
     print(head, file=out)
     for v in record["variants"]:
         if v["error"]:
@@ -180,7 +181,8 @@ def table(record: dict[str, Any], out) -> None:
         cells = [
             _number(v["ttft_ms"], "{:.0f} ms"), _number(v["tpot_ms"], "{:.1f} ms"),
             _number(v["kv_bytes"] and v["kv_bytes"] / 2**20, "{:.2f} MiB"), _number(ratio, "{:.2f}x"),
-            _number(v["kept_fraction"], "{:.0%}"), _number(read, "{:.0%}"), _number(v["top1_agreement"], "{:.2f}"), _number(v["kl_mean"], "{:.3f}"),
+            _number(v["kept_fraction"], "{:.0%}"), _number(read, "{:.0%}"),
+            _number(v["top1_agreement"], "{:.2f}"), _number(v["kl_mean"], "{:.3f}"),
             _number(v["first_divergence"], "{}"),
         ]
         widths = (9, 10, 10, 6, 6, 6, 6, 7, 5)

@@ -64,14 +64,17 @@ def weight_bytes(facts: dict[str, Any], machine: Machine) -> float:
     return float(facts.get("parameters") or 0) * (per or element_of(facts, machine))
 
 
-def works(facts: dict[str, Any], stack: Stack | str, prompt: int, total: int, machine: Machine, sequences: int = 1) -> dict[str, Work]:
+def works(
+    facts: dict[str, Any], stack: Stack | str, prompt: int, total: int, machine: Machine, sequences: int = 1
+) -> dict[str, Work]:
     """Work of each of KINDS: the decode step at `total` tokens for `sequences` at once, and the reading of one prompt.
 
     The weights are read once per decode step for all sequences, and once per 512 prompt rows.
     """
     element, weights = element_of(facts, machine), weight_bytes(facts, machine)
     found = cost.predict(facts, stack, prompt, total, element, weight_bytes=weights)
-    attend = Work(sequences * sum(x.flops for x in found.per_layer), sequences * sum(x.read_bytes + x.probe_bytes for x in found.per_layer))
+    moved = sum(x.read_bytes + x.probe_bytes for x in found.per_layer)
+    attend = Work(sequences * sum(x.flops for x in found.per_layer), sequences * moved)
     parameters = 2.0 * (facts.get("parameters") or 0)
     flops, moved = cost.prompt_work(facts, stack, prompt, element)
     return {
@@ -82,7 +85,9 @@ def works(facts: dict[str, Any], stack: Stack | str, prompt: int, total: int, ma
     }
 
 
-def memory(facts: dict[str, Any], stack: Stack | str, contexts: Iterable[int], machine: Machine, sequences: int = 1) -> list[float]:
+def memory(
+    facts: dict[str, Any], stack: Stack | str, contexts: Iterable[int], machine: Machine, sequences: int = 1
+) -> list[float]:
     """Bytes of weights and caches once `sequences` prompts of each length in `contexts` were read."""
     element, weights = element_of(facts, machine), weight_bytes(facts, machine)
     return [weights + sequences * cost.stored(facts, stack, n, n, element) for n in contexts]

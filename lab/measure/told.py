@@ -24,6 +24,6 @@ def sentences(variant: dict[str, Any]) -> list[str]:
     judged = verdict(variant)
     if judged is not None:
         reads = variant["reads"]
-        said.append(f"its newest step read {reads['attend']:.1%} of a dense step's bytes to attend and {reads['choose']:.1%} to choose, "
-                    f"which {judged}")
+        said.append(f"its newest step read {reads['attend']:.1%} of a dense step's bytes to attend "
+                    f"and {reads['choose']:.1%} to choose, which {judged}")
     return said

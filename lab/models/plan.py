@@ -39,5 +39,6 @@ def _place(source: str, progress: Progress) -> str:
         return str(locate(source, progress).folder)
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf":
-        raise LabError(f"{source} is a GGUF file, whose sizes are known once it is loaded", fix="Give the model's config.json or its hub id")
+        raise LabError(f"{source} is a GGUF file, whose sizes are known once it is loaded",
+                       fix="Give the model's config.json or its hub id")
     return str(path) if path.exists() else source

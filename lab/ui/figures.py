@@ -106,7 +106,8 @@ def roofline(roof: dict[str, Any], dots: list[dict[str, Any]]) -> go.Figure:
     layout(figure, "arithmetic intensity, FLOP per byte", "FLOP/s", 360)
     heights = [d["flops"] for d in dots if d["flops"]] + [low * roof["bandwidth"], roof["flops"]]
     figure.update_xaxes(type="log", tickformat="~g", dtick=1)
-    return figure.update_yaxes(type="log", tickformat="~s", dtick=1, range=[math.log10(min(heights) / 4), math.log10(max(heights) * 4)])
+    ends = [math.log10(min(heights) / 4), math.log10(max(heights) * 4)]
+    return figure.update_yaxes(type="log", tickformat="~s", dtick=1, range=ends)
 
 
 def _colour(dot: dict[str, Any]) -> str:
@@ -139,8 +140,8 @@ def memory_context(lines: list[dict[str, Any]], limit: float | None, machine: st
             hovertemplate=f"{letter} · %{{x:,}} tokens<br>%{{customdata}} predicted<extra></extra>")
         if line["longest"] and limit:
             figure.add_scatter(
-                x=[line["longest"]], y=[limit / GIB], mode="markers+text", text=[letter], textposition="top center", showlegend=False,
-                marker={"symbol": "x", "size": 10, "color": colour},
+                x=[line["longest"]], y=[limit / GIB], mode="markers+text", text=[letter], textposition="top center",
+                showlegend=False, marker={"symbol": "x", "size": 10, "color": colour},
                 hovertemplate=f"{letter} · memory runs out after %{{x:,}} tokens, predicted<extra></extra>")
     if limit and lines:
         ends = [min(line["contexts"][0] for line in lines), max(line["contexts"][-1] for line in lines)]

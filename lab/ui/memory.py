@@ -64,11 +64,13 @@ def chooser() -> str:
     """The control: which machine, how many sequences at once, with or without the weights."""
     def select(name: str, label: str, options: list[tuple[Any, str]]) -> str:
         lines = "".join(f'<option value="{esc(v)}">{esc(text)}</option>' for v, text in options)
-        return f'<label class="pick"><span>{esc(label)}</span><select name="{name}" aria-label="{esc(label)}">{lines}</select></label>'
+        return (f'<label class="pick"><span>{esc(label)}</span>'
+                f'<select name="{name}" aria-label="{esc(label)}">{lines}</select></label>')
     many = [(n, f"{count(n)} sequence{'s' if n > 1 else ''}") for n in roof.SEQUENCES]
     return ('<div class="roofpick row" role="group" aria-label="machine to predict for">'
             + select("machine", "machine", [(m.name, m.name) for m in roof.machines()])
-            + select("sequences", "decoded at once", many) + select("view", "roofline of the", list(roof.VIEWS.items())) + "</div>")
+            + select("sequences", "decoded at once", many)
+            + select("view", "roofline of the", list(roof.VIEWS.items())) + "</div>")
 
 
 def picker(lab: Lab) -> Callable[..., tuple[Any, ...]]:

@@ -96,7 +96,8 @@ def rows(lab: Lab, record: dict[str, Any], pick: Pick) -> list[Row]:
 def draw(lab: Lab, record: dict[str, Any], pick: Pick) -> tuple[Any, str, Any, str]:
     """(roofline, its table, memory against context, its table) of a run for what was picked."""
     machine, found = machine_of(pick), rows(lab, record, pick)
-    roof = {"name": machine.name, "flops": machine.flops, "bandwidth": machine.bandwidth, "measured": machine.source == "measured"}
+    roof = {"name": machine.name, "flops": machine.flops, "bandwidth": machine.bandwidth,
+            "measured": machine.source == "measured"}
     dots = []
     for r in found:
         about = f"{r.letter} · {KINDS[pick.view][r.kind]}<br>{decimal(r.work.intensity, 2)} FLOP/byte"

@@ -20,13 +20,15 @@ def _letter(variant: dict[str, Any]) -> str:
     return badge(variant.get("letter"))
 
 
-def folded(summary: str, caption: str, head: tuple[str, ...], body: list[tuple[str, list[str]]], note: str, opened: bool = False) -> str:
+def folded(
+    summary: str, caption: str, head: tuple[str, ...], body: list[tuple[str, list[str]]], note: str, opened: bool = False
+) -> str:
     """A table behind a figure. body: (row's head as HTML, cells as text); note is HTML."""
     heads = "".join(f'<th scope="col">{esc(h)}</th>' for h in head)
     lines = "".join(f'<tr><th scope="row">{name}</th>' + "".join(f'<td class="num">{esc(c)}</td>' for c in cells) + "</tr>"
                     for name, cells in body)
-    table = (f'<div class="tablebox"><table class="lines"><caption class="sr">{esc(caption)}</caption><thead><tr>{heads}</tr></thead>'
-             f"<tbody>{lines}</tbody></table></div>") if body else '<p class="soft note">Nothing to show for this run.</p>'
+    table = (f'<div class="tablebox"><table class="lines"><caption class="sr">{esc(caption)}</caption>'
+             f"<thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>") if body else '<p class="soft note">Nothing to show for this run.</p>'
     return f'{note}<details class="figtable"{" open" if opened else ""}><summary>{esc(summary)}</summary>{table}</details>'
 
 
