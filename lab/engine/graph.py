@@ -49,12 +49,15 @@ def place(store: LabLayer) -> lean.Place:
 class GraphedDecode:
     """Captured decode steps of one cache. `capture=False` runs the same body eagerly (tests on a CPU).
 
-    shorten: do the step in a few launches where the model allows it; `own` then says why it does not, or is None. Raises
+    shorten: do the step in a few launches where the model allows it; `own` then says why it does not, or is None.
+    beside: capture what steps change on a second stream. Off until a card has shown that it is right and faster: a wrong overlap
+    would raise nothing, and the one-stream capture has passed its tests on an H100. Raises
     `steady.Unfit` with the reason where a layer cannot be stepped in place.
     """
 
     def __init__(
-        self, model: torch.nn.Module, cache: LabCache, batch: int, room: int, capture: bool = True, shorten: bool = True
+        self, model: torch.nn.Module, cache: LabCache, batch: int, room: int, capture: bool = True, shorten: bool = True,
+        beside: bool = False,
     ) -> None:
         self.model, self.cache, self.left = model, cache, room
         layers = cache.lab_layers
@@ -76,7 +79,10 @@ class GraphedDecode:
         if shorten:
             self._shorten(batch, room)
         if capture:
-            self._capture_beside()
+            if beside:
+                self._capture_beside()
+            else:
+                self._capture()
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int64 [B] -> logits float32 [B, V]. Raises IndexError when the reserved room is used up."""
