@@ -22,6 +22,8 @@ function mark(id, on) { if (on && marked.size >= 10) { toast("Ten runs is the mo
 function buttons() { cmpbutton.disabled = marked.size < 2; cmpbutton.textContent = marked.size < 2 ? "Compare" : `Compare ${marked.size} runs`; }
 const open = id => trigger("open", {run_id: id, owner: owner()});
 function list() {
+  const typing = body.querySelector(".editing"); // news that arrives while somebody types waits until they are done
+  if (editing && typing && typing.dataset.edit === `${editing.id}/${editing.kind}`) return;
   const shown = rows.filter(matches); buttons();
   if (!rows.length) { swap(body, notice ? h("p", {class: "banner"}, notice) : null, h("div", {class: "empty"}, h("p", {}, "No saved runs yet. Every run is saved here when it ends."),
     h("button", {type: "button", onclick: () => { const t = document.querySelector('[role=tab][data-tab-id="compare"]'); if (t) t.click(); }}, "Make a run"))); return; }
@@ -31,7 +33,7 @@ function list() {
   if (editing) { const input = body.querySelector(".editing"); if (input) { input.focus(); input.select(); } }
 }
 function field(r, kind, value, done) {
-  return h("input", {type: "text", class: "editing", maxlength: 200, value, "aria-label": `${kind} of ${r.run_id}`,
+  return h("input", {type: "text", class: "editing", "data-edit": `${r.run_id}/${kind}`, maxlength: 200, value, "aria-label": `${kind} of ${r.run_id}`,
     onkeydown: e => { if (e.key === "Enter") e.target.blur(); if (e.key === "Escape") { editing = null; list(); } },
     onblur: async e => { if (!editing) return; editing = null; if (e.target.value !== value) { const a = await done(e.target.value); if (a && a.error) toast(a.error); } load(); }});
 }

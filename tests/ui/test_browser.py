@@ -181,6 +181,8 @@ def test_runs_open_rename_tag_delete_undo_compare_export(page):
     total = page.locator("table.runs tbody tr").count()
     first = page.locator("table.runs tbody tr").first
     first.get_by_role("button", name="Rename").click()
+    page.wait_for_selector(".editing")
+    page.evaluate("() => document.querySelector('#runs input[type=search]').dispatchEvent(new Event('input'))")  # a redraw while typing
     page.fill(".editing", 'my <i>run</i> "1"')
     page.keyboard.press("Enter")
     page.wait_for_function("document.querySelector('#runs').innerText.includes('my <i>run</i>')")
