@@ -105,6 +105,7 @@ def test_prompts_by_blocks(spec, served, interpreted, chunk, monkeypatch):
     calls, original = [], fused.block_rows
     monkeypatch.setattr(fused, "block_rows", lambda *args: calls.append(original(*args)) or calls[-1])
     if interpreted:
+        pytest.importorskip("triton")
         monkeypatch.setattr(prefill_api, "choose", lambda *_: "triton")
         monkeypatch.setattr(rectify, "choose", lambda *_: "triton")
     got, read = prompt()
