@@ -15,6 +15,7 @@ from typing import Callable
 
 import torch
 
+from benchmarks.intervals import interval
 from benchmarks.machine import write
 from lab.engine.cache import LabCache
 from lab.engine.layer import LabLayer
@@ -23,7 +24,6 @@ from lab.engine.sample_text import prose
 from lab.errors import LabError
 
 RESULTS = Path(__file__).parent / "results"
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 Key = tuple[str, float | None]  # policy, share aimed at
 
 
@@ -205,15 +205,6 @@ def bisect(template: str, share: float, most: int, reads: Callable[[str], float]
             break
         low, high = (middle, high) if (got < share) == rising else (low, middle)
     return best
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95% t interval."""
-    n = len(values)
-    if n < 2:
-        return values[0], math.nan
-    t = T95[n - 2] if n - 2 < len(T95) else 2.0
-    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n)
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:

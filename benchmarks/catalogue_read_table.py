@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.catalogue_table import README, interval  # noqa: E402
+from benchmarks.catalogue_table import figure, grouped, place, ratio  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TABLES = {"catalogue_read": "of a dense step's bytes", "catalogue_prefill": "of a dense prompt's pairs"}
@@ -32,12 +32,7 @@ def marks(name: str) -> tuple[str, str]:
 def table(result: dict[str, Any], of: str) -> str:
     """Markdown of one result: policies that meet shares, then those that read what they read. `of` says what a share is of."""
     rows = result["rows"]
-    dense = [v["perplexity"] for v in next(r for r in rows if r["policy"] == "Dense")["values"]]
-    shares = sorted({r["target"] for r in rows if r["target"]}, reverse=True)
-    by_policy: dict[str, dict[float, dict]] = {}
-    for row in rows:
-        if row["target"]:
-            by_policy.setdefault(row["policy"], {})[row["target"]] = row
+    dense, shares, by_policy = grouped(rows)
     for name, share in result["unreached"]:
         by_policy.setdefault(name, {})
     last = shares[-1]
@@ -68,16 +63,6 @@ def table(result: dict[str, Any], of: str) -> str:
     return "\n".join(lines)
 
 
-def figure(row: dict | None, name: str) -> str:
-    """Mean ± half of a figure, or that the share cannot be met."""
-    return "cannot" if row is None else interval([v[name] for v in row["values"]])
-
-
-def ratio(row: dict | None, dense: list[float]) -> str:
-    """Perplexity over the dense one's on the same text."""
-    return "cannot" if row is None else interval([v["perplexity"] / d for v, d in zip(row["values"], dense)])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", action="store_true")
@@ -85,9 +70,7 @@ def main() -> None:
     for name, of in TABLES.items():
         text = table(json.loads((RESULTS / f"{name}.json").read_text()), of)
         if options.readme:
-            first, last = marks(name)
-            before, rest = README.read_text(encoding="utf-8").split(first)
-            README.write_text(f"{before}{first}\n{text}\n{last}{rest.split(last)[1]}", encoding="utf-8")
+            place(text, marks(name))
         else:
             print(text, end="\n\n")
 

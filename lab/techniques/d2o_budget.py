@@ -10,7 +10,7 @@ import torch
 
 from lab.engine.context import LayerContext
 from lab.engine.slots import Forward, Paper, Technique, param
-from lab.techniques.shares import SHARED_BUDGET_HELP, share_budget, split
+from lab.techniques.shares import SHARED_BUDGET_HELP, share_budget, split, total_to_spread
 from lab.techniques.snapkv import SnapKV
 
 
@@ -46,13 +46,10 @@ class D2OBudget(Technique):
         return SnapKV(budget=self.budget or 0.25)
 
     def watch(self, step: Forward) -> None:
-        if not step.complete:
+        total = total_to_spread(self, step)
+        if total is None:
             return
         first = step.contexts[0]
-        own = self.budget_entries(first.prompt)
-        total = own if own is not None else first.scorer.budget_entries(first.prompt)
-        if total is None or total >= max(ctx.store.longest for ctx in step.contexts):
-            return
         variances = torch.stack([self.variance(ctx) for ctx in step.contexts], 1)  # [B, L]
         floor = min(total, 1 + sum(first.scorer.protected(1, first.prompt)))
         cap = min(ctx.store.longest for ctx in step.contexts)

@@ -9,7 +9,7 @@ import torch
 
 from lab.engine.context import LayerContext
 from lab.engine.slots import Forward, Paper, Technique, param
-from lab.techniques.shares import SHARED_BUDGET_HELP, always_kept, share_budget, top_counts
+from lab.techniques.shares import SHARED_BUDGET_HELP, always_kept, share_budget, top_counts, total_to_spread
 from lab.techniques.snapkv import SnapKV
 
 
@@ -39,14 +39,10 @@ class GlobalTop(Technique):
         return SnapKV(budget=self.budget or 0.25)
 
     def watch(self, step: Forward) -> None:
-        if not step.complete:
+        total = total_to_spread(self, step)
+        if total is None:
             return
-        first = step.contexts[0]
-        own = self.budget_entries(first.prompt)
-        total = own if own is not None else first.scorer.budget_entries(first.prompt)
         width = max(ctx.store.longest for ctx in step.contexts)
-        if total is None or total >= width:
-            return
         flat = torch.cat([_flat(ctx, total, width) for ctx in step.contexts], 1)  # [B, L*Hk, N]
         counts = top_counts(flat, total * flat.shape[1])
         at = 0

@@ -9,7 +9,7 @@ import torch
 
 from lab.engine.context import LayerContext
 from lab.engine.slots import Forward, Technique, param
-from lab.techniques.shares import SHARED_BUDGET_HELP, share_budget, split
+from lab.techniques.shares import SHARED_BUDGET_HELP, share_budget, split, total_to_spread
 from lab.techniques.snapkv import SnapKV
 
 SHRINK = 0.1
@@ -96,12 +96,8 @@ class Portfolio(Technique):
         ctx.state.pop("returns", None)
 
     def watch(self, step: Forward) -> None:
-        if not step.complete:
-            return
-        first = step.contexts[0]
-        own = self.budget_entries(first.prompt)
-        total = own if own is not None else first.scorer.budget_entries(first.prompt)
-        if total is None or total >= max(ctx.store.longest for ctx in step.contexts):
+        total = total_to_spread(self, step)
+        if total is None:
             return
         spread_budget(step, total, self.weights, self.scope, self.name)
 

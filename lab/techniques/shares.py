@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lab.engine.context import LayerContext
-from lab.engine.slots import Technique, resolve_budget
+from lab.engine.slots import Forward, Technique, resolve_budget
 
 SHARED_BUDGET_HELP = (
     "Mean budget per layer and head, as a fraction up to 1 or a number of entries; 0 takes the budget of the scoring technique."
@@ -16,6 +16,17 @@ def share_budget(technique: Technique, prompt: int) -> int | None:
     """A budget technique's own mean entries; None where it leaves that to the scorer (budget 0)."""
     budget = technique.budget
     return resolve_budget(technique.name, budget, prompt) if budget else None
+
+
+def total_to_spread(technique: Technique, step: Forward) -> int | None:
+    """The mean entries per lane that a whole prompt's lanes are to share: the technique's own or the scorer's; None while the
+    prompt goes on and where everything fits."""
+    if not step.complete:
+        return None
+    first = step.contexts[0]
+    own = technique.budget_entries(first.prompt)
+    total = own if own is not None else first.scorer.budget_entries(first.prompt)
+    return None if total is None or total >= max(ctx.store.longest for ctx in step.contexts) else total
 
 
 def always_kept(ctx: LayerContext, total: int) -> torch.Tensor:

@@ -20,15 +20,20 @@ def real(tmp_path_factory):
     demo.close()
 
 
-def test_run_look_save_reload_open(browser, real):
-    context = browser.new_context(viewport={"width": 1440, "height": 900})
-    page = context.new_page()
-    page.goto(real)
+def one_card(browser, url):
+    """A fresh visitor's page with the reference variant only."""
+    page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
+    page.goto(url)
     page.wait_for_selector("#setup .card")
     page.wait_for_timeout(800)
     while page.locator(".card").count() > 1:
         page.locator('[data-key^="rm-"]').last.click()
         page.wait_for_timeout(150)
+    return page
+
+
+def test_run_look_save_reload_open(browser, real):
+    page = one_card(browser, real)
     page.click('[data-key="more"]')
     page.fill('[data-key="find-1"]', "integer")
     page.click('[data-key="sw-1-int_codes"]')
@@ -59,18 +64,11 @@ def test_run_look_save_reload_open(browser, real):
     page.wait_for_function("document.querySelector('#status').innerText.includes('Opened')", timeout=60_000)
     assert page.inner_text("#columns .vB .text") == text
     assert page.input_value("#prompt textarea").startswith("The sea was calm")
-    context.close()
+    page.context.close()
 
 
 def test_several_continuations(browser, real):
-    context = browser.new_context(viewport={"width": 1440, "height": 900})
-    page = context.new_page()
-    page.goto(real)
-    page.wait_for_selector("#setup .card")
-    page.wait_for_timeout(800)
-    while page.locator(".card").count() > 1:
-        page.locator('[data-key^="rm-"]').last.click()
-        page.wait_for_timeout(150)
+    page = one_card(browser, real)
     page.fill("#prompt textarea", "Three colours of the sea are")
     page.get_by_role("button", name="sampled").click()
     page.get_by_label("continuations").fill("3")
@@ -81,4 +79,4 @@ def test_several_continuations(browser, real):
     assert "2 more continuations" in page.inner_text("#columns .samples summary")
     page.click("#columns .samples summary")
     assert page.locator("#columns .samples li").count() == 2
-    context.close()
+    page.context.close()

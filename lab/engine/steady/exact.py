@@ -208,7 +208,5 @@ class Evicting(Step):
         return [x for x in (self.tags, self.stat, self.keys, self.values) if x is not None]
 
 
-
-
 def int32(values: list[int], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)

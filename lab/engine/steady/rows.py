@@ -84,6 +84,16 @@ class _Coded:
         found = [c.codec.encode(x.unsqueeze(0).unsqueeze(2), None)[0] for c, x in ((self.coded_k, key), (self.coded_v, value))]
         return tuple({n: x[0, :, 0] for n, x in fields.items()} for fields in found)
 
+    def note_codes(self, target) -> bool:
+        """Tell the target's history that rows since the first step are coded; whether there was anything to tell."""
+        history, seen = target._history, target.seen
+        if history is None or seen <= self.first_row:
+            return False
+        bits, _, demoted = history.upto(seen)
+        bits[..., self.first_row : seen] = self.coded_k.bits
+        demoted[..., self.first_row : seen] = torch.arange(self.first_row, seen, dtype=torch.int32) + 1
+        return True
+
     def encode_at(self, place: torch.Tensor, capacity: int = 0) -> None:
         """Code the newest row of each lane into rows place int64 [lanes] of its `capacity`, or flat rows without one."""
         exact = [self.store.exact_k.rows.fields["x"], self.store.exact_v.rows.fields["x"]]
@@ -167,11 +177,7 @@ class CodedRows(_Coded, Step):
         self.note(target)
 
     def note(self, target) -> None:
-        history, seen = target._history, target.seen
-        if history is not None and seen > self.first_row:
-            bits, _, demoted = history.upto(seen)
-            bits[..., self.first_row : seen] = self.coded_k.bits
-            demoted[..., self.first_row : seen] = torch.arange(self.first_row, seen, dtype=torch.int32) + 1
+        self.note_codes(target)
 
 
 class CodedEvicting(_Coded, Evicting):
@@ -208,11 +214,7 @@ class CodedEvicting(_Coded, Evicting):
         store.meta.lens = [self.n + shown] * self.lanes
 
     def note(self, target) -> None:
-        history, seen = target._history, target.seen
-        if history is not None and seen > self.first_row:
-            bits, _, demoted = history.upto(seen)
-            bits[..., self.first_row : seen] = self.coded_k.bits
-            demoted[..., self.first_row : seen] = torch.arange(self.first_row, seen, dtype=torch.int32) + 1
+        if self.note_codes(target):
             super().note(target)
 
     def changed(self) -> list[torch.Tensor]:
