@@ -28,6 +28,30 @@ def overlaps(x: torch.Tensor) -> bool:
     return x.is_cuda and not interpreting() and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
+@functools.cache
+def _several() -> bool:
+    return torch.cuda.device_count() > 1 and not interpreting()
+
+
+class _Home:
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            where = next(a.device for a in args if isinstance(a, torch.Tensor))
+            with torch.cuda.device(where):
+                return self.kernel[grid](*args, **options)
+
+        return launch
+
+
+def home(kernel):
+    """A Triton kernel that is launched, as kernel[grid](...), on the card where its first tensor lies: Triton itself
+    launches on torch's current device, which is another one where a model is spread over several cards."""
+    return _Home(kernel) if _several() else kernel
+
+
 def choose(impl: str, *tensors: torch.Tensor) -> str:
     """Resolve impl "auto" | "torch" | "triton" for these tensors to "torch" or "triton".
 

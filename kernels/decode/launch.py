@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.backend import interpreting, overlaps
+from kernels.backend import home, interpreting, overlaps
 from kernels.decode import config
 from kernels.decode.api import Decoded
 from kernels.decode.tier import TierView
@@ -108,7 +108,7 @@ def run(
         first_early = early and overlap and not chained
         if chained or first_early:
             options["launch_pdl"] = True  # tiers do not depend on each other: let their launches overlap
-        split_kernel[(count, lanes)](
+        home(split_kernel)[(count, lanes)](
             q, *pointers, t.start, t.length, part_lse if t.bias is None else t.bias, bounds,
             t.start if t.pages is None else t.pages,
             part_o, part_lse, part_ent, weights, tops,
@@ -137,7 +137,7 @@ def run(
         for t, (weights, tops, tiles, tile) in zip(tiers, locals_):
             mass = torch.empty(t.slots, dtype=torch.float32, device=device)
             blocks = triton.cdiv(max(1, t.capacity), 1024)
-            finish_kernel[(pieces + blocks * lanes,)](
+            home(finish_kernel)[(pieces + blocks * lanes,)](
                 part_o, part_lse, part_ent, sink_in, gate_in, out, lse, ent_out, weights, tops, t.start, t.length, mass,
                 splits, rows, heads, tiles, pieces, blocks, D=dim, BD=slice_, BS=block, SINK=sink is not None,
                 GATE=gate is not None, ENTROPY=want_entropy, G=group, GP=triton.next_power_of_2(group), TILE=tile, BN=1024, PDL=overlap,
@@ -146,7 +146,7 @@ def run(
             masses.append(mass)
             pieces = 0  # merged already
         return Decoded(out, lse, entropy, masses)
-    merge_kernel[(rows, triton.cdiv(dim, slice_))](
+    home(merge_kernel)[(rows, triton.cdiv(dim, slice_))](
         part_o, part_lse, part_ent, sink_in, gate_in, out, lse, ent_out, splits, rows, heads, D=dim, BD=slice_, BS=block,
         SINK=sink is not None, GATE=gate is not None, ENTROPY=want_entropy, PDL=overlap,
         num_warps=2 if splits <= 64 else 4, **early_launch,
@@ -154,7 +154,7 @@ def run(
     if want_mass:
         for t, (weights, tops, tiles, tile) in zip(tiers, locals_):
             mass = torch.empty(t.slots, dtype=torch.float32, device=device)
-            mass_kernel[(triton.cdiv(max(1, t.capacity), 1024), lanes)](
+            home(mass_kernel)[(triton.cdiv(max(1, t.capacity), 1024), lanes)](
                 weights, tops, lse, t.start, t.length, mass, tiles,
                 G=group, GP=triton.next_power_of_2(group), TILE=tile, BN=1024, PDL=overlap, num_warps=4, **early_launch,
             )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels import codes
-from kernels.backend import choose, interpreting
+from kernels.backend import choose, home, interpreting
 from kernels.decode.reference import dequantise
 from kernels.decode.tier import TierView
 
@@ -38,7 +38,7 @@ def encode_tokens(
 
     if n:
         width = dim * bits // 8
-        encode_kernel[(triton.cdiv(n, 16),)](
+        home(encode_kernel)[(triton.cdiv(n, 16),)](
             x.contiguous(), slots, *out, n, D=dim, BITS=bits, GROUP=group, GP=triton.next_power_of_2(group), W=width,
             WP=triton.next_power_of_2(width), BR=16, num_warps=4,
             **({} if interpreting() else {"enable_fp_fusion": False}),  # the CPU's codes, bit for bit
@@ -70,7 +70,7 @@ def encode_sides(
     from kernels.encode.triton_encode import encode_sides_kernel
 
     width = dim * bits // 8
-    encode_sides_kernel[(triton.cdiv(n, 4), len(xs))](
+    home(encode_sides_kernel)[(triton.cdiv(n, 4), len(xs))](
         xs[0], xs[-1], slots if source is None else source, slots, *outs[0], *outs[-1], n, stride, D=dim, BITS=bits, GROUP=group,
         GP=triton.next_power_of_2(group), W=width, WP=triton.next_power_of_2(width), BR=4, GATHER=source is not None, num_warps=2,
         **({} if interpreting() else {"enable_fp_fusion": False}),
@@ -95,7 +95,7 @@ def append(tier: TierView, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor
 
         for target, x in ((tier.k, k), (tier.v, v)):
             if len(slots):
-                scatter_kernel[(len(slots),)](x.contiguous(), slots, target, D=tier.dim, DP=triton.next_power_of_2(tier.dim),
+                home(scatter_kernel)[(len(slots),)](x.contiguous(), slots, target, D=tier.dim, DP=triton.next_power_of_2(tier.dim),
                                               num_warps=1)
         return
     if tier.code != "affine" or tier.k_group is not None:
@@ -147,10 +147,10 @@ def compact(tier: TierView, keep: torch.Tensor, extra: Sequence[torch.Tensor] = 
         rows = rows.view({4: torch.int32, 2: torch.int16, 1: torch.uint8}[word])
         width = size // word
         block = min(32, triton.next_power_of_2(width))
-        compact_kernel[(tier.lanes, triton.cdiv(width, block))](
+        home(compact_kernel)[(tier.lanes, triton.cdiv(width, block))](
             rows, flags, tier.start, tier.length, W=width, BW=block, BN=128, num_warps=4
         )
     kept = torch.empty_like(tier.length)
-    count_kernel[(tier.lanes,)](flags, tier.start, tier.length, kept, BN=1024, num_warps=4)
+    home(count_kernel)[(tier.lanes,)](flags, tier.start, tier.length, kept, BN=1024, num_warps=4)
     tier.length.copy_(kept)
     return tier.length

@@ -12,7 +12,7 @@ import torch
 
 from kernels import codes
 from kernels import levels as grid
-from kernels.backend import choose, interpreting
+from kernels.backend import choose, home, interpreting
 from kernels.decode.tier import TierView
 from kernels.encode.api import encode_tokens
 
@@ -69,7 +69,7 @@ def channels(
         slots = rows * size
     wide = min(32, triton.next_power_of_2(width))
     if n:
-        channels_kernel[(n, triton.cdiv(width, wide))](
+        home(channels_kernel)[(n, triton.cdiv(width, wide))](
             blocks, slots, rows, *out, slots if names is None else names, G=size, GP=triton.next_power_of_2(size), D=dim,
             BITS=bits, W=width, BW=wide, NAMES=names is not None, num_warps=4,
             **({} if interpreting() else {"enable_fp_fusion": False}),  # the CPU's codes, bit for bit
@@ -145,7 +145,7 @@ def table(
     streams = [dim // 4, dim // 8] if bits == 3 else [dim * bits // 8, 16]
     p1, p2 = (max(16, triton.next_power_of_2(w)) for w in streams)
     if n:
-        table_kernel[(triton.cdiv(n, 16),)](
+        home(table_kernel)[(triton.cdiv(n, 16),)](
             rows, slots, edges, edges if low is None else low, edges if high is None else high,
             edges if turn is None else turn.to(device, torch.float32).contiguous(), out[0], out[0] if out[1] is None else out[1],
             n, math.sqrt(dim), span, lanes, D=dim, DP=triton.next_power_of_2(dim), BK=32 if dim >= 32 else 16, BITS=bits, BR=16,

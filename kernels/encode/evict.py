@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.backend import choose, interpreting
+from kernels.backend import choose, home, interpreting
 
 
 @dataclass
@@ -63,7 +63,7 @@ def evict(
     strides = [x.stride(0) for x in rows] + [0, 0]
     turning = (slot,) * 4 if front is None else (front.base, front.quarter, front.cos, front.sin)
     block = min(1024, max(16, triton.next_power_of_2(n)))
-    evict_kernel[(lanes,)](
+    home(evict_kernel)[(lanes,)](
         tags, slot if scores is None else scores, slot if stat is None else stat, one, two, slot if log is None else log,
         slot if step is None else step, slot, *turning, n, first, last, tags.stride(0), 0 if scores is None else scores.stride(0),
         0 if stat is None else stat.stride(0), strides[0], strides[1], lanes,

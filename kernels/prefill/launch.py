@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from kernels.backend import interpreting
+from kernels.backend import home, interpreting
 from kernels.prefill.options import Options
 from kernels.prefill.triton_forward import forward_kernel
 from kernels.prefill.triton_mass import mass_kernel
@@ -52,7 +52,7 @@ def forward(
     lse = torch.empty(batch, heads, n_rows, dtype=torch.float32, device=q.device)
     entropy = torch.empty_like(lse) if want_entropy else None
     index, counts = (x.contiguous() for x in o.blocks) if o.blocks is not None else (o.window, o.window)
-    forward_kernel[(triton.cdiv(n_rows, bm), batch * heads)](
+    home(forward_kernel)[(triton.cdiv(n_rows, bm), batch * heads)](
         q, k, v, out, lse, lse if entropy is None else entropy, o.window if o.rows is None else o.rows, o.window, o.sinks,
         lse if o.key_bias is None else o.key_bias, lse if o.sink is None else o.sink, index, counts,
         scale, o.softcap or 1.0, o.start, n_rows, k.shape[2], heads, heads // k.shape[1],
@@ -79,7 +79,7 @@ def mass_of(
     exact = q.dtype == torch.float32
     bm, bn, warps, stages, _ = config or _config(MASS, dim, exact)
     mass = torch.empty(batch, kv_heads, n, dtype=torch.float32, device=q.device)
-    mass_kernel[(triton.cdiv(n, bn), batch * kv_heads)](
+    home(mass_kernel)[(triton.cdiv(n, bn), batch * kv_heads)](
         q, k, lse, mass, o.window, o.sinks, lse if o.key_bias is None else o.key_bias,
         scale, o.softcap or 1.0, o.start, count, n, heads, 0 if o.key_bias is None else n,
         *q.stride()[:3], *k.stride()[:3],

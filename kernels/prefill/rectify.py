@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.backend import choose
+from kernels.backend import choose, home
 from kernels.prefill.blocks import block_sparse
 from kernels.select.sets import smallest_sets
 
@@ -44,7 +44,7 @@ def pool(x: torch.Tensor, block: int, lead: int = 0, impl: str = "auto") -> tupl
     blocks = triton.cdiv(lead + rows, block)
     mean = torch.empty(*x.shape[:2], blocks, dim, dtype=torch.float32, device=x.device)
     deviation = torch.empty_like(mean)
-    pool_kernel[(blocks, x.shape[0] * x.shape[1])](
+    home(pool_kernel)[(blocks, x.shape[0] * x.shape[1])](
         x, mean, deviation, rows, lead, *x.stride()[:3], x.shape[1], D=dim, DP=max(16, triton.next_power_of_2(dim)), BLOCK=block,
         num_warps=8 if block * dim > 8192 else 4,
     )

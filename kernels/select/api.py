@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from kernels.backend import choose
+from kernels.backend import choose, home
 from kernels.decode.tier import TierView
 from kernels.select import reference
 
@@ -27,7 +27,7 @@ def page_summaries(tier: TierView, page: int = 16, kind: str = "bounds", impl: s
     pages = triton.cdiv(tier.capacity, page)
     low = torch.empty(tier.lanes, pages, tier.dim, dtype=tier.k.dtype, device=tier.k.device)
     high = torch.empty_like(low) if kind == "bounds" else None
-    summary_kernel[(pages, tier.lanes)](
+    home(summary_kernel)[(pages, tier.lanes)](
         tier.k, tier.start, tier.length, low, low if high is None else high, pages, PAGE=page, D=tier.dim,
         DP=max(16, triton.next_power_of_2(tier.dim)), MEAN=high is None, num_warps=1,
     )
@@ -51,7 +51,7 @@ def page_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, l
 
     out = torch.empty(lanes, pages, dtype=torch.float32, device=q.device)
     bp = 64
-    score_kernel[(triton.cdiv(pages, bp), lanes)](
+    home(score_kernel)[(triton.cdiv(pages, bp), lanes)](
         rows.contiguous(), low, low if high is None else high, length, out, pages, PAGE=page, G=group,
         NQ=max(8, triton.next_power_of_2(group)), D=dim, DP=max(16, triton.next_power_of_2(dim)), BP=bp, MEAN=high is None,
         num_warps=2,
@@ -76,7 +76,7 @@ def top_pages(scores: torch.Tensor, length: torch.Tensor, count: int, page: int 
     out = torch.empty(lanes, count, dtype=torch.int32, device=scores.device)
 
     def launch(source: torch.Tensor, target: torch.Tensor, parts: int, padded: int, given: int) -> None:
-        top_kernel[(lanes, parts)](
+        home(top_kernel)[(lanes, parts)](
             scores, length, source, target, pages, count, given, PAGE=page, PP=padded, LAST=always_last, GIVEN=given > 0,
             num_warps=4 if padded <= 1024 else 8 if padded <= 8192 else 16,
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.backend import choose, overlaps
+from kernels.backend import choose, home, overlaps
 from kernels.step import config, reference
 
 WIDEST = 4  # sequences for which reading the weights decides; more are matrix products
@@ -49,7 +49,7 @@ def embed(ids: torch.Tensor, table: torch.Tensor, h: torch.Tensor, impl: str = "
     from kernels.step.triton_step import embed_kernel
 
     batch, width = h.shape
-    embed_kernel[(batch, triton.cdiv(width, 1024))](ids, table, h, K=width, BK=1024, PDL=overlaps(h), num_warps=4)
+    home(embed_kernel)[(batch, triton.cdiv(width, 1024))](ids, table, h, K=width, BK=1024, PDL=overlaps(h), num_warps=4)
 
 
 def project(
@@ -78,7 +78,7 @@ def project(
     raw = torch.empty(batch, weight.shape[0], dtype=torch.float32, device=h.device)
     _run("plain", h, norm, eps, weight, bias, raw, weight.shape[0])
     cos, sin, position, k, v, *rest = where
-    turn_kernel[(count + 2 * heads.kv_heads, batch)](
+    home(turn_kernel)[(count + 2 * heads.kv_heads, batch)](
         raw, heads.norms[0], heads.norms[1], cos, sin, position, heads.q, k, v, *rest, heads.norms[2], heads.first,
         DP=triton.next_power_of_2(dim), PDL=overlaps(h), num_warps=1, **sizes, **({"launch_pdl": True} if overlaps(h) else {}),
     )
@@ -128,7 +128,7 @@ def _run(end: str, x, norm, eps, weight, bias, y, rows: int, where: tuple | None
     batch, columns = x.shape
     overlap = overlaps(x)
     c = config.shape(rows, columns, end in ("gated", "rotate"))
-    product_kernel[(triton.cdiv(rows, c.rows),)](
+    home(product_kernel)[(triton.cdiv(rows, c.rows),)](
         x, x if norm is None else norm, weight, x if bias is None else bias, y, *(where or (x,) * 8), rows, eps, first,
         B=batch, K=columns, BN=c.rows, BK=c.width, TILES=c.tiles, END=end, NORM=int(norm is not None), BIAS=bias is not None,
         PDL=overlap, num_warps=c.warps, **(sizes or dict(D=2, HQ=0, HK=0, TAGS=False)), **({"launch_pdl": True} if overlap else {}),

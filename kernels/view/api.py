@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.backend import choose
+from kernels.backend import choose, home
 from kernels.view import reference
 
 
@@ -41,7 +41,7 @@ def pooled(
     width = -(-(c1 - c0) // sub)
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     out = torch.empty(height, width, dtype=torch.float32, device=q.device)
-    view_kernel[(triton.cdiv(c1 - c0, bn), height)](
+    home(view_kernel)[(triton.cdiv(c1 - c0, bn), height)](
         q, k, lse.contiguous(), lse if key_bias is None else key_bias.contiguous(), lse if death is None else death.contiguous(),
         out, scale, softcap or 1.0, window or 2**30, r0, r1, c0, c1, row_step, width, q.stride(0), k.stride(0),
         D=dim, DP=max(16, triton.next_power_of_2(dim)), BM=bm, BN=bn, SUB=sub, MAX=kind == "max",

@@ -27,6 +27,8 @@ def why_not(cache: LabCache) -> str | None:
     policy = cache.policy
     if len(cache.lab_layers) != len(cache.layers):
         return "the model has layers the lab does not store"
+    if len({layer.device for layer in cache.lab_layers}) > 1:
+        return "the model lies on several cards"
     if policy.not_in_place is not None:
         return policy.not_in_place
     if policy.probe is not None or any(layer.tap is not None for layer in cache.lab_layers):

@@ -108,7 +108,7 @@ class Session:
             self._leave_graph("the reserved room is used up")
         start = self._now()
         if self._graph is not None:
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.cuda.device(self.device):
                 logits = self._graph.step(ids)
         else:
             logits = self._forward(ids.view(-1, 1))
@@ -123,7 +123,7 @@ class Session:
         reason = why_not(self.cache)
         if reason is None:
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), torch.cuda.device(self.device):
                     self._graph = GraphedDecode(self.model, self.cache, batch, self.new_tokens + 1, shorten=self.shorten)
                 self.path, self.own = "CUDA graph", self._graph.own
                 return
@@ -158,5 +158,6 @@ class Session:
 
     def _now(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            for device in {self.device} | {x.device for x in self.cache.lab_layers if x.is_initialized}:
+                torch.cuda.synchronize(device)
         return time.perf_counter()
