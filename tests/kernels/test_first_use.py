@@ -11,6 +11,7 @@ from kernels import first_use
 @pytest.fixture
 def card(monkeypatch, tmp_path):
     monkeypatch.setattr(first_use, "has_triton", lambda: True)
+    monkeypatch.setattr(first_use, "_sources", lambda: "the kernels' sources")
     monkeypatch.setattr(first_use, "_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return torch.device("cuda", 0)
