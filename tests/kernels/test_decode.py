@@ -7,7 +7,7 @@ import torch
 
 from kernels import decode
 from kernels.decode import reference
-from kernel_caches import CUDA, DEVICE, error, make_tier
+from kernel_caches import BEST, CUDA, DEVICE, error, make_tier
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 LONG = 8 if CUDA else 1  # the interpreter takes a second per fifty tiles
@@ -17,7 +17,7 @@ def check(q, tiers, dtype=None, **options):
     """Compare every output of the Triton path with float64, with poisoned scratch."""
     scale = q.shape[-1] ** -0.5
     torch.manual_seed(0)
-    got = decode.attend(q, tiers, scale, impl="triton", **options)
+    got = decode.attend(q, tiers, scale, impl=BEST, **options)
     options.pop("want_entropy", None)
     options.pop("weights_as", None)
     out, lse, entropy, mass = reference.attend(q, tiers, scale, **options)

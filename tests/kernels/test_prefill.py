@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_caches import CUDA, DEVICE, error
+from kernel_caches import BEST, CUDA, DEVICE, error
 
 from kernels import prefill
 from kernels.prefill import reference
@@ -21,7 +21,7 @@ def inputs(heads, kv_heads, rows, keys, dim, dtype=torch.float16, batch=1):
 def check(q, k, v, **options):
     want = {x: options.pop(x, False) for x in ("want_mass", "want_entropy")}
     scale = q.shape[-1] ** -0.5
-    got = prefill.attend(q, k, v, scale, impl="triton", **want, **options)
+    got = prefill.attend(q, k, v, scale, impl=BEST, **want, **options)
     o = normalise(q, k, **{**dict(start=None, window=None, sinks=0, rows=None, blocks=None, softcap=None, sink=None,
                                   key_bias=None, weight="softmax"), **options})
     out, lse, entropy, mass = reference.attend(q, k, v, scale, o)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_caches import CUDA, DEVICE, error, make_tier
+from kernel_caches import BEST, CUDA, DEVICE, error, make_tier
 
 from kernels import decode, select
 from kernels.decode import reference as decode_reference
@@ -32,7 +32,7 @@ def test_scores_match_torch(kind, dim):
 
 def test_bounds_are_never_below_a_logit():
     tier, q = world()
-    low, high = select.page_summaries(tier, 16, impl="triton")
+    low, high = select.page_summaries(tier, 16, impl=BEST)
     scores = select.page_scores(q, low, high, tier.length, impl="torch")
     rows = q.view(len(LENGTHS), -1, 64).float()
     for lane, n in enumerate(LENGTHS):
@@ -64,13 +64,13 @@ def test_top_pages_in_two_rounds():
 @pytest.mark.parametrize("bits", [16, 4])
 def test_reading_selected_pages(bits):
     tier, q = world()
-    low, high = select.page_summaries(tier, 16, impl="triton")
+    low, high = select.page_summaries(tier, 16, impl=BEST)
     pages = select.top_pages(select.page_scores(q, low, high, tier.length), tier.length, 3)
     if bits == 4:
         tier = make_tier(4, LENGTHS, 64, channels=32, device=DEVICE, spare=5)
     sparse = select.read_pages(tier, pages)
-    got = decode.attend(q, [sparse], 0.125, impl="triton")
+    got = decode.attend(q, [sparse], 0.125, impl=BEST)
     assert error(got.out, decode_reference.attend(q, [sparse], 0.125)[0]) < 2e-3
     every = select.read_pages(tier, select.top_pages(torch.rand(len(LENGTHS), -(-max(LENGTHS) // 16), device=DEVICE),
                                                      tier.length, -(-max(LENGTHS) // 16)))
-    assert error(decode.attend(q, [every], 0.125, impl="triton").out, decode.attend(q, [tier], 0.125, impl="torch").out) < 2e-3
+    assert error(decode.attend(q, [every], 0.125, impl=BEST).out, decode.attend(q, [tier], 0.125, impl="torch").out) < 2e-3
