@@ -80,12 +80,12 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--check", type=int, default=6, help="steps to compare with ordinary ones; 0 for none")
-    parser.add_argument("--beside", action="store_true", help="capture what steps change on a second stream")
+    parser.add_argument("--one-stream", action="store_true", help="capture what steps change in line with the model")
     args = parser.parse_args()
     from benchmarks.e2e_gpu import small
     from lab.engine import session as engine
 
-    engine.GraphedDecode = functools.partial(engine.GraphedDecode, beside=args.beside)
+    engine.GraphedDecode = functools.partial(engine.GraphedDecode, beside=not args.one_stream)
     from lab.engine.attach import attach
     from lab.models.fuse import fuse
 
@@ -117,7 +117,7 @@ def main() -> None:
     over = [r["spec"] for r in rows if r.get("ratio", 0) > LIMIT or "error" in r]
     print(f"above {LIMIT} times dense:", ", ".join(over) if over else "none")
     print(machine())
-    print("written to", write("e2e_techniques", {"prompt": args.prompt, "beside": args.beside, "tokens": args.tokens, "limit": LIMIT, "rows": rows}))
+    print("written to", write("e2e_techniques", {"prompt": args.prompt, "one_stream": args.one_stream, "tokens": args.tokens, "limit": LIMIT, "rows": rows}))
 
 
 if __name__ == "__main__":

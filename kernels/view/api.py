@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from kernels.backend import choose, home
 from kernels.view import reference
+
+
+_compiled: set[tuple] = set()
 
 
 def pooled(
@@ -35,9 +40,18 @@ def pooled(
     from kernels.view.triton_view import view_kernel
 
     height, dim = -(-(r1 - r0) // row_step), q.shape[1]
+    made = (q.device, q.dtype, dim, softcap is None, key_bias is None, death is None)
+    if made not in _compiled and not interpreting():
+        # every shape is compiled at the first view, so that no later one has to wait for a compiler
+        _compiled.add(made)
+        corner = {"rows": (0, min(64, q.shape[0])), "cols": (0, min(64, k.shape[0]))}
+        for step, wide, how in itertools.product((1, 64), (1, 16), ("max", "sum")):
+            pooled(q, k, lse, scale, **corner, row_step=step, col_step=wide, kind=how, softcap=softcap, window=window,
+                   key_bias=key_bias, death=death)
     bn = 32 if interpreting() else 128
-    bm = min(64, max(16, triton.next_power_of_2(row_step)))
-    sub = min(bn, col_step & -col_step)
+    # few shapes, so that few are ever compiled; cells wider than `sub` are pooled once more below
+    bm = 16 if row_step <= 16 else 64
+    sub = 16 if col_step % 16 == 0 else 1
     width = -(-(c1 - c0) // sub)
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     out = torch.empty(height, width, dtype=torch.float32, device=q.device)

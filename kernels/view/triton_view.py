@@ -6,7 +6,9 @@ import triton.language as tl
 from kernels.prefill.triton_forward import LOG2E, logits
 
 
-@triton.jit
+# Where a window lies must not decide what is compiled: each of these numbers may or may not be a multiple of 16, and a fresh
+# compilation of half a second at every new place is what a view would then wait for.
+@triton.jit(do_not_specialize=["window", "r0", "r1", "c0", "c1", "row_step", "width"])
 def view_kernel(
     q_ptr, k_ptr, lse_ptr, bias_ptr, death_ptr, out_ptr,
     scale, softcap, window, r0, r1, c0, c1, row_step, width, q_t, k_t,

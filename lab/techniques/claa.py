@@ -91,7 +91,7 @@ class CLAA(Technique):
         found = policy.shared.pop("claa/scores", None)
         if self.rate == 1 or policy.stores[0].seen != (0 if self.again else rows):
             return None  # a later turn: what it adds is read in full
-        scores = torch.stack(found).amax(0) if found else self._asked(policy, rows)
+        scores = torch.stack([x.to(hidden.device) for x in found]).amax(0) if found else self._asked(policy, rows)
         return chosen(scores, self.kept(rows), self.window).to(hidden.device)
 
     def _asked(self, policy: Any, rows: int) -> torch.Tensor:

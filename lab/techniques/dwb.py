@@ -132,7 +132,7 @@ class Dwb(Technique):
         if any("pad" in ctx.state for ctx in step.contexts):
             raise LabError("Don't Waste Bits cannot count padding tokens", "All prompts of a batch have one length")
         state = first.state
-        entropy, top = next_token(step.model, step.hidden)
+        entropy, top = (x.to(step.ids.device) for x in next_token(step.model, step.hidden))
         ids = step.ids.int() if "dwb_ids" not in state else torch.cat([state["dwb_ids"], step.ids.int()], 1)
         belief = torch.stack([entropy, top], -1)
         if first.phase == "prefill" and "dwb_belief" in state:
@@ -140,7 +140,7 @@ class Dwb(Technique):
         state["dwb_ids"], state["dwb_belief"] = ids, belief
         if first.phase == "prefill" and not step.complete:
             return
-        spread = last.state.pop("dwb_spread")
+        spread = last.state.pop("dwb_spread").to(ids.device)
         state.pop("dwb_belief")
         new = ids[:, -spread.shape[1] :]
         features = torch.stack([belief[..., 0], rarity(ids, new), spread, belief[..., 1]], -1)
@@ -150,7 +150,7 @@ class Dwb(Technique):
         chosen = controller().choose(scores, state["dwb_price"])
         for ctx in step.contexts:  # tags wait in each layer until they are applied
             waiting = ctx.state.get("dwb_tags")
-            ctx.state["dwb_tags"] = chosen.clone() if waiting is None else torch.cat([waiting, chosen], 1)
+            ctx.state["dwb_tags"] = chosen.to(ctx.store.device, copy=True) if waiting is None else torch.cat([waiting, chosen.to(waiting.device)], 1)
 
     def tiers(
         self, ctx: LayerContext, scores: torch.Tensor | None, keep: torch.Tensor | None

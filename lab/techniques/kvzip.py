@@ -79,7 +79,7 @@ class KVzip(Technique):
         if any("pad" in ctx.state for ctx in contexts):
             raise LabError("KVzip cannot repeat prompts of different lengths at once", "All prompts of a batch have one length")
         seen, count = contexts[0].store.seen, ids.shape[1]
-        scores = [torch.ones(ctx.store.batch, ctx.kv_heads, ctx.store.longest, device=ids.device) for ctx in contexts]
+        scores = [torch.ones(ctx.store.batch, ctx.kv_heads, ctx.store.longest, device=ctx.store.device) for ctx in contexts]
         for at in range(0, count, self.chunk):
             end = min(count, at + self.chunk)
             fed = torch.cat([*self._asking(model, ids, at), ids[:, at:end]], 1)

@@ -118,12 +118,18 @@ def test_prompts_by_blocks(spec, served, interpreted, chunk, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("spec", SPECS + ["rotated(mode=quarot,bits=4)", "rotated(bits=4)",
                                           "rectified(block=16,share=0.5)", "kivi(group=16,residual=16)", "a_shape(window=16)+delta(gamma=8)", "streaming_llm(budget=20)"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 0.1)])
-def test_on_the_gpu(spec, dtype, tolerance, monkeypatch):
-    """Through Triton as through torch, on the same device in the same dtype."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_gpu(spec, dtype, monkeypatch):
+    """Through Triton as through torch on the same device. In bfloat16 what is rounded decides which entry leaves and which code a
+    number gets, so both are compared with float32 and ours may be no further from it than torch's own path."""
     model = tiny_models.build("llama", head_dim=64, max_position_embeddings=2048).to("cuda", dtype)
     got = steps(model, spec)
     monkeypatch.setattr(pipeline, "fusable", lambda q: False)
     monkeypatch.setattr(Session, "_prepare_graph", lambda self, batch: self._leave_graph("asked for"))
-    expected = steps(model, spec)
-    assert (got - expected).abs().mean() < tolerance * expected.abs().mean()
+    theirs = steps(model, spec)
+    if dtype == torch.float32:
+        assert (got - theirs).abs().mean() < 5e-3 * theirs.abs().mean()
+        return
+    exact = steps(model.float(), spec)
+    off, theirs_off = (float((x - exact).abs().mean() / exact.abs().mean()) for x in (got, theirs))
+    assert off < max(0.1, 2 * theirs_off)

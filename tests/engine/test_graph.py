@@ -205,3 +205,21 @@ def test_captured(spec):
     twin = session.fork()
     step = torch.tensor([7], device="cuda")
     assert torch.allclose(twin.step(step), session.step(step), atol=near)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("spec", [*GRAPHABLE, *CHANGING, *CODING])
+def test_two_streams_give_what_one_gives(spec):
+    """A wrong overlap would raise nothing: over many steps every logit and the whole history are the same bits."""
+    model = tiny_models.build("llama", head_dim=64, max_position_embeddings=2048).to("cuda")
+    (one, _, ids), (two, _, _) = prepared(model, spec), prepared(model, spec)
+    with torch.inference_mode():
+        graphs = [GraphedDecode(model, s.cache, 1, STEPS, beside=beside) for s, beside in ((one, False), (two, True))]
+        assert graphs[1].clock.side is not None
+        for token in ids:
+            a, b = (g.step(torch.tensor([token], device="cuda")) for g in graphs)
+            assert torch.equal(a, b)
+        for graph in graphs:
+            graph.release()
+    assert torch.equal(life(one), life(two))
