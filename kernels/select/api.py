@@ -93,6 +93,29 @@ def top_pages(scores: torch.Tensor, length: torch.Tensor, count: int, page: int 
     return out
 
 
+def best_pages(
+    q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, length: torch.Tensor, count: int, page: int = 16,
+    always_last: bool = True, impl: str = "auto", way: str = "auto",
+) -> torch.Tensor:
+    """`top_pages` of `page_scores` in one call, int32 [lanes,count]: the same pages, and no scores in memory.
+
+    way: "slices" scores a whole slice of pages per program, keeps that slice's best in registers and picks among those in
+    one small launch; "scores" is the two calls; "auto" takes slices wherever one program can hold what they keep.
+    """
+    if way not in ("auto", "slices", "scores"):
+        raise ValueError(f"unknown way {way!r}; expected 'auto', 'slices' or 'scores'.")
+    lanes, pages, dim = low.shape
+    if choose(impl, q) == "triton" and way != "scores":
+        from kernels.select import best
+
+        cut = best.slices(lanes, pages, dim, low.element_size())
+        if best.fits(cut, pages, count):
+            return best.best_pages(q.reshape(lanes, -1, dim), low, high, length, count, page, always_last, cut)
+        if way == "slices":
+            raise ValueError(f"{count} pages from each slice of {cut.pages} among {pages} do not fit one program; use way='auto'.")
+    return top_pages(page_scores(q, low, high, length, page, impl), length, count, page, always_last, impl)
+
+
 def read_pages(tier: TierView, pages: torch.Tensor, page: int = 16) -> TierView:
     """The same tier reading only the listed pages, int32 [lanes,n] (-1 entries are skipped): pass it to decode.attend."""
     if pages.shape[0] != tier.lanes:

@@ -41,7 +41,8 @@ def top_pages(scores: torch.Tensor, length: torch.Tensor, page: int, count: int,
     lanes, pages = scores.shape
     n = (length.long() + page - 1) // page
     i = torch.arange(pages, device=scores.device)
-    s = scores.float().masked_fill(i >= n[:, None], -torch.inf)
+    s = scores.float().clamp_max(torch.finfo(torch.float32).max)  # endless scores stay behind a page that must be kept
+    s = s.masked_fill(i >= n[:, None], -torch.inf)
     if always_last:
         s = torch.where(i == n[:, None] - 1, torch.inf, s)
     order = torch.sort(s, dim=1, descending=True, stable=True).indices[:, :count]

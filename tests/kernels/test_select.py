@@ -74,3 +74,44 @@ def test_reading_selected_pages(bits):
     every = select.read_pages(tier, select.top_pages(torch.rand(len(LENGTHS), -(-max(LENGTHS) // 16), device=DEVICE),
                                                      tier.length, -(-max(LENGTHS) // 16)))
     assert error(decode.attend(q, [every], 0.125, impl=BEST).out, decode.attend(q, [tier], 0.125, impl="torch").out) < 2e-3
+
+
+@pytest.mark.parametrize("dim,group,count,last,kind", [
+    (64, 1, 3, True, "bounds"), (80, 4, 7, False, "bounds"), (96, 3, 20, True, "mean"), (128, 8, 16, True, "bounds"),
+    (256, 2, 1, True, "bounds"), (64, 5, 1, False, "mean"), (128, 4, 200, True, "bounds")])
+def test_best_pages_of_slices(dim, group, count, last, kind):
+    """Every slice's best and then the best of those, over ragged and empty lanes, with equal scores among them."""
+    from kernels.select import best
+
+    generator = torch.Generator().manual_seed(dim + count)
+    lengths = [1500, 0, 37, 700] + ([40001] if CUDA else [])
+    tier = make_tier(16, lengths, dim, device=DEVICE, generator=generator, spare=5)
+    q = torch.randn(1, len(lengths) * group, dim, generator=generator).to(DEVICE, torch.float16)
+    low, high = select.page_summaries(tier, 16, kind, impl=BEST)
+    low[:, 3:6], low[0, 40] = low[:, 2:3], low[0, 2]  # ties within a slice and across slices
+    if high is not None:
+        high[:, 3:6], high[0, 40] = high[:, 2:3], high[0, 2]
+    rows = q.view(len(lengths), group, dim)
+    for cut in (best.Slices(16, 2, 1), best.Slices(32, 1, 2), best.slices(*low.shape, low.element_size())):
+        scores = torch.empty(low.shape[:2], device=DEVICE)
+        got = best.best_pages(rows, low, high, tier.length, count, 16, last, cut, scores)
+        assert torch.equal(got, select.top_pages(scores, tier.length, count, always_last=last, impl="torch"))
+        want = select.page_scores(q, low, high, tier.length, impl="torch")
+        seen = torch.isfinite(want)
+        assert torch.equal(seen, torch.isfinite(scores)) and error(scores[seen], want[seen]) < 2e-3
+    assert torch.equal(got, select.best_pages(q, low, high, tier.length, count, 16, last, impl="triton", way="slices"))
+
+
+def test_best_pages_with_endless_and_equal_scores():
+    """Overflowing scores, all scores equal, and fewer pages than asked for."""
+    low = torch.zeros(3, 70, 64, device=DEVICE, dtype=torch.float16)
+    low[1, ::7] = torch.inf
+    low[2] = torch.randn(70, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    length = torch.tensor([1120, 1100, 50], dtype=torch.int32, device=DEVICE)
+    q = torch.ones(1, 6, 64, device=DEVICE, dtype=torch.float16)
+    for last in (True, False):
+        got = select.best_pages(q, low, None, length, 5, always_last=last, impl="triton", way="slices")
+        want = select.best_pages(q, low, None, length, 5, always_last=last, impl="torch")
+        assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="unknown way"):
+        select.best_pages(q, low, None, length, 5, way="sorted")
