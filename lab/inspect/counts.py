@@ -1,4 +1,4 @@
-"""How many entries a cell holds, shows and has lost: counted per column, without looking at single weights."""
+"""How many entries a cell holds, shows and has lost: counted per entry, without looking at single weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from lab.inspect.capture import NEVER
 from lab.inspect.pooled import Frame, Source
 from lab.inspect.scores import visible_until
-
-_CHUNK = 1 << 22
 
 
 def causal(frame: Frame, shift: int, device) -> torch.Tensor:
@@ -27,93 +26,108 @@ def _triangle(n: torch.Tensor) -> torch.Tensor:
     return n * (n + 1) // 2
 
 
-def _columns(frame: Frame, first: torch.Tensor, end: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """int64 [h, w] rows i of each cell with ``first[j] <= i < end[j]``, summed over the columns ``which``."""
-    (r0, r1), (c0, _) = frame.rows, frame.cols
-    device = which.device
-    out = torch.zeros(frame.w, frame.h, dtype=torch.int64, device=device)
-    lo = torch.arange(r0, r1, frame.row_step, device=device)
-    hi = (lo + frame.row_step).clamp(max=r1)
-    for part in which.split(max(1, _CHUNK // max(1, frame.h))):
-        top = torch.maximum(lo, first[part].long()[:, None])
-        bottom = torch.minimum(hi, end[part].long()[:, None])
-        out.index_add_(0, (part - c0) // frame.col_step, (bottom - top).clamp_(min=0))
-    return out.T
+def _since(frame: Frame, x: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """int64 [h, w] rows of each cell at or after ``start``, summed over entries that lie in cell columns ``x`` (both [m])."""
+    (r0, r1), step = frame.rows, frame.row_step
+    inside = start < r1
+    x, start = x[inside], start[inside].clamp(min=r0)
+    y = (start - r0) // step
+    where, size = y * frame.w + x, frame.h * frame.w
+    begun = torch.bincount(where, minlength=size).view(frame.h, frame.w)
+    rest = (r0 + (y + 1) * step).clamp(max=r1) - start
+    first = torch.bincount(where, weights=rest.double(), minlength=size).view(frame.h, frame.w).long()
+    lo = torch.arange(r0, r1, step, device=x.device)
+    height = ((lo + step).clamp(max=r1) - lo)[:, None]
+    return first + (begun.cumsum(0) - begun) * height
+
+
+def _between(frame: Frame, x: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """int64 [h, w] rows of each cell in ``start`` to ``end``, summed over entries."""
+    return _since(frame, x, start) - _since(frame, x, torch.maximum(start, end))
+
+
+def _lanes(sources: Sequence[Source]) -> dict[tuple[int, int], list[Source]]:
+    """Sources by (capture, KV head): those of one lane lose the same entries."""
+    out: dict[tuple[int, int], list[Source]] = {}
+    for s in sources:
+        out.setdefault((s.capture.serial, s.capture.kv_head(s.head)), []).append(s)
+    return out
+
+
+def _ends(sources: Sequence[Source], c0: int, c1: int) -> list[torch.Tensor] | None:
+    """int64 [c1 - c0] first row that no longer sees each entry, per lane or head; None when one of them sees all for good."""
+    out = []
+    for lane in _lanes(sources).values():
+        for s in lane if lane[0].capture.key_bias is not None else lane[:1]:
+            end = visible_until(s.capture, s.head, (c0, c1))
+            if end is None:
+                return None
+            out.append(end.long())
+    return out
 
 
 def visible(sources: Sequence[Source], frame: Frame) -> torch.Tensor:
     """int64 [h, w] entries of each cell that their row sees in at least one source."""
     device = sources[0].capture.q.device
-    whole = causal(frame, 0, device)
-    end = None
-    for s in sources:
-        one = visible_until(s.capture, s.head)
-        if one is None:
-            return whole
-        end = one if end is None else torch.maximum(end, one)
-    c0, c1 = frame.cols
-    columns = torch.arange(end.shape[0], device=device)
-    limited = torch.nonzero(end[c0:c1] < frame.rows[1]).flatten() + c0
-    # A column's end before its own row hides the entry from everyone.
-    return whole - _columns(frame, torch.maximum(columns, end), torch.full_like(end, 2**31 - 1), limited)
+    whole, (c0, c1) = causal(frame, 0, device), frame.cols
+    ends = _ends(sources, c0, c1)
+    if ends is None:
+        return whole
+    columns = torch.arange(c0, c1, device=device)
+    end = torch.maximum(torch.stack(ends).amax(0), columns)  # an end before its own row hides the entry from everyone
+    return whole - _since(frame, (columns - c0) // frame.col_step, end)
 
 
 def evicted(sources: Sequence[Source], frame: Frame) -> torch.Tensor:
-    """uint8 [h, w] share of each cell's causal, in-window entries that the cache had evicted, 0..255, never
-    rounded to 0.
+    """uint8 [h, w] share of each cell's causal, in-window entries that the cache had evicted, 0..255, never rounded to 0.
 
     With several sources the share is over all of them; 255 means all.
     """
     device = sources[0].capture.q.device
-    lost = torch.zeros(frame.h, frame.w, dtype=torch.int64, device=device)
-    seen: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-    total = torch.zeros_like(lost)
-    for s in sources:
-        c = s.capture
-        key = (c.serial, c.kv_head(s.head))
-        if key not in seen:
-            reach = causal(frame, 0, device) - (causal(frame, c.window, device) if c.window else 0)
-            gone = torch.zeros_like(lost)
-            if c.death is not None:
-                columns = torch.arange(c.tokens, device=device)
-                death = c.death[key[1]]
-                which = (
-                    torch.nonzero(death[frame.cols[0] : frame.cols[1]] < frame.rows[1]).flatten()
-                    + frame.cols[0]
-                )
-                until = columns + c.window if c.window else torch.full_like(columns, 2**31 - 1)
-                if which.numel():
-                    gone = _columns(frame, torch.maximum(columns, death), until, which)
-            seen[key] = (reach, gone)
-        total += seen[key][0]
-        lost += seen[key][1]
+    (c0, c1), columns = frame.cols, torch.arange(*frame.cols, device=device)
+    x = (columns - c0) // frame.col_step
+    total, lost = (torch.zeros(frame.h, frame.w, dtype=torch.int64, device=device) for _ in range(2))
+    alike: dict[tuple[int, int | None], list[Source]] = {}
+    for lane in _lanes(sources).values():
+        alike.setdefault((len(lane), lane[0].capture.window), []).append(lane[0])
+    for (count, window), lanes in alike.items():
+        reach = causal(frame, 0, device) - (causal(frame, window, device) if window else 0)
+        total += reach * (count * len(lanes))
+        deaths = [s.capture.death[s.capture.kv_head(s.head), c0:c1] for s in lanes if s.capture.death is not None]
+        if deaths:
+            death = torch.maximum(torch.stack(deaths).long(), columns)
+            until = (columns + window if window else torch.full_like(columns, NEVER)).expand_as(death)
+            lost += _between(frame, x.expand_as(death).flatten(), death.flatten(), until.flatten()) * count
     share = (lost * 255 + total.clamp(min=1) - 1) // total.clamp(min=1)
     share = torch.where((share == 255) & (lost < total), 254, share)
     return share.to(torch.uint8)
 
 
 def lowest_bits(sources: Sequence[Source], frame: Frame) -> torch.Tensor | None:
-    """uint8 [h, w] fewest bits in which an entry of the cell was read (16 = exact), or None when no source
-    knows.
+    """uint8 [h, w] fewest bits in which an entry of the cell was read (16 = exact), or None when no source knows.
 
-    Entries count while they are visible; an entry is narrow from its demotion row on, or always when that is
-    unknown.
+    Entries count while they are visible; an entry is narrow from its demotion row on, or always when that is unknown.
     """
-    known = {(s.capture.serial, s.capture.kv_head(s.head)): s for s in sources if s.capture.bits is not None}
+    known = [lane[-1] for lane in _lanes(sources).values() if lane[-1].capture.bits is not None]
     if not known:
         return None
-    device = sources[0].capture.q.device
+    device, (c0, c1) = sources[0].capture.q.device, frame.cols
     out = torch.full((frame.h, frame.w), 16, dtype=torch.uint8, device=device)
-    c0, c1 = frame.cols
-    for (_, kv), s in known.items():
-        c = s.capture
-        columns = torch.arange(c.tokens, device=device)
-        first = columns if c.demoted is None else torch.maximum(columns, c.demoted[kv])
-        end = visible_until(c, s.head)
-        end = torch.full_like(columns, 2**31 - 1) if end is None else end
-        for bits in sorted({int(b) for b in c.bits.unique()} - {0, 16}, reverse=True):
-            which = torch.nonzero(c.bits[kv, c0:c1] == bits).flatten() + c0
-            if which.numel():
-                read = _columns(frame, first, end, which) > 0
-                out[read] = out[read].clamp(max=bits)
+    columns = torch.arange(c0, c1, device=device)
+    bits = torch.stack([s.capture.bits[s.capture.kv_head(s.head), c0:c1] for s in known])
+    widths = sorted({int(b) for b in bits.unique()} - {0, 16}, reverse=True)
+    if not widths:
+        return out
+    first, end = [], []
+    for s in known:
+        c, kv = s.capture, s.capture.kv_head(s.head)
+        first.append(columns if c.demoted is None else torch.maximum(columns, c.demoted[kv, c0:c1].long()))
+        until = visible_until(c, s.head, (c0, c1))
+        end.append(torch.full_like(columns, NEVER) if until is None else until.long())
+    first, end = torch.stack(first), torch.stack(end)
+    x = ((columns - c0) // frame.col_step).expand_as(bits)
+    for width in widths:
+        which = bits == width
+        read = _between(frame, x[which], first[which], end[which]) > 0
+        out[read] = out[read].clamp(max=width)
     return out

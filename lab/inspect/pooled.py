@@ -1,4 +1,4 @@
-"""Attention pooled to cells, straight from queries and keys or from a stored fine level; never a T x N matrix."""
+"""Attention pooled to cells, straight from queries and keys or from a stored level; never a T x N matrix."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lab.inspect import store
+from lab.inspect import store, workers
+from lab.inspect.bundle import Bundle, know_rows, spans
 from lab.inspect.capture import Capture
-from lab.inspect.scores import (
-    Cancel,
-    Cancelled,
-    Progress,
-    cells,
-    column_blocks,
-    log_weights,
-    lse_whole,
-)
+from lab.inspect.scores import Cancel, Cancelled, Progress, lse_whole
 
-FINE = 2048
-"""Side of the stored fine level: a whole run is kept as at most this many cells squared, twice (max and sum)."""
+FINE = 4096
+"""Side of the stored level: a whole run is kept as at most this many cells squared, twice (largest and mean)."""
+SIDE = 512
+SMALL = 2048 * 2048
+"""Cells of a level that is kept as float32."""
+HALF = 2.0**14
+DIRECT_CPU = 100_000_000
+"""Weights computed afresh for one view on a CPU (about 150 ms on two cores); beyond it the stored level answers."""
+DIRECT_GPU = 4_000_000_000
 
 
 class Reduce(NamedTuple):
@@ -86,30 +86,37 @@ def draw(
 ) -> dict[str, torch.Tensor]:
     """Pooled weights of the frame, {"max": [h, w], "sum": [h, w]} for the asked kinds; 0 where nothing is visible.
 
-    Several sources are combined weight by weight, as ``reduce`` says, before they are pooled.
+    Several sources are combined weight by weight, as ``reduce`` says, before they are pooled. What has to be known of the
+    rows first (their log-sum-exp) is computed once and kept.
     """
     if _by_kernel(sources, reduce, frame, kinds):
         return {kind: _kernel(sources, reduce, frame, kind, progress, cancel) for kind in kinds}
-    capture = sources[0].capture
-    out = {kind: torch.zeros(frame.h, frame.w, device=capture.q.device) for kind in kinds}
-    # exp is monotone: where only maxima are asked it can wait until the cells are pooled.
-    late_exp = tuple(kinds) == ("max",) and _only(sources, reduce, "max")
+    bundles = [Bundle(group[0].capture, tuple(s.head for s in group)) for group in _layers(sources)]
+    device = sources[0].capture.q.device
+    out = {kind: torch.zeros(frame.h, frame.w, device=device) for kind in kinds}
+    # The exponential is monotone: where only maxima are asked it can wait until the cells are pooled.
+    late = tuple(kinds) == ("max",) and _only(sources, reduce, "max")
+    begun = know_rows(bundles, frame.rows, _part(progress, 0.0, 0.5), cancel)
     (r0, r1), (c0, c1) = frame.rows, frame.cols
-    size = max(frame.row_step, min(512, math.isqrt(cells(capture))) // frame.row_step * frame.row_step)
-    for a in range(r0, r1, size):
-        if cancel and cancel():
-            raise Cancelled()
-        rows = (a, min(a + size, r1))
-        for cols in _spans(sources, rows, (c0, c1), frame.col_step):
-            tile = _combined(sources, reduce, rows, cols, late_exp)
+    height, width = min(b.shape(r1 - r0, (frame.row_step, frame.col_step)) for b in bundles)
+    widest = min((b.capture for b in bundles), key=lambda c: -(c.window or c.tokens))
+
+    def one(rows: tuple[int, int]) -> None:
+        for cols in spans(widest, rows, (c0, c1), width, frame.col_step):
+            tile = _combined(bundles, reduce, rows, cols, late)
             for kind in kinds:
                 part = pool(tile, frame.row_step, frame.col_step, kind)
-                i, j = (a - r0) // frame.row_step, (cols[0] - c0) // frame.col_step
-                out[kind][i : i + part.shape[0], j : j + part.shape[1]] = part.exp_() if late_exp else part
-        if progress:
-            # Work grows with the row number: a row reads everything before it.
-            progress((rows[1] ** 2 - r0**2) / max(1, r1**2 - r0**2))
+                i, j = (rows[0] - r0) // frame.row_step, (cols[0] - c0) // frame.col_step
+                out[kind][i : i + part.shape[0], j : j + part.shape[1]] = part.exp2_() if late else part
+
+    blocks = [(a, min(a + height, r1)) for a in range(r0, r1, height)][::-1]
+    workers.each(blocks, one, device, lambda rows: (rows[1] - rows[0]) * max(1, min(rows[1], c1) - c0),
+                 _part(progress, 0.5 if begun else 0.0, 1.0), cancel)
     return out
+
+
+def _part(progress: Progress | None, start: float, end: float) -> Progress | None:
+    return None if progress is None else lambda fraction: progress(start + (end - start) * fraction)
 
 
 def _layers(sources: Sequence[Source]) -> list[list[Source]]:
@@ -136,6 +143,8 @@ def _by_kernel(sources: Sequence[Source], reduce: Reduce, frame: Frame, kinds: S
 def _kernel(sources, reduce, frame, kind, progress, cancel, impl: str = "auto") -> torch.Tensor:
     from kernels.view import pooled
 
+    know_rows([Bundle(g[0].capture, tuple(s.head for s in g)) for g in _layers(sources)], frame.rows, None, cancel)
+
     count = [0]
 
     def one(s: Source) -> torch.Tensor:
@@ -156,18 +165,26 @@ def _kernel(sources, reduce, frame, kind, progress, cancel, impl: str = "auto") 
     return _fold((_fold(map(one, group), reduce.heads) for group in _layers(sources)), reduce.layers)
 
 
-def _spans(sources: Sequence[Source], rows: tuple[int, int], cols: tuple[int, int], step: int):
-    captures = {s.capture.serial: s.capture for s in sources}.values()
-    widest = min(captures, key=lambda c: -(c.window or c.tokens))
-    return column_blocks(widest, rows, cols, step)
-
-
-def _combined(sources: Sequence[Source], reduce: Reduce, rows, cols, late_exp: bool) -> torch.Tensor:
-    def one(s: Source) -> torch.Tensor:
-        tile = log_weights(s.capture, s.head, rows, cols)
-        return tile if late_exp else tile.exp_()
-
-    return _fold((_fold(map(one, group), reduce.heads) for group in _layers(sources)), reduce.layers)
+def _combined(bundles: Sequence[Bundle], reduce: Reduce, rows, cols, late: bool) -> torch.Tensor:
+    """float32 [rows, cols] weights of all bundles combined; their base-2 logarithms when the exponential is ``late``."""
+    total = None
+    for b in bundles:
+        s = b.log2(rows, cols)
+        if reduce.heads == "max" or len(b.heads) == 1:
+            tile = s.amax(0)
+            if not late:
+                tile.exp2_()
+        else:
+            tile = s.exp2_().sum(0)
+        if total is None:
+            total = tile
+        elif reduce.layers == "max":
+            torch.maximum(total, tile, out=total)
+        else:
+            total.add_(tile)
+    shares = len(bundles[0].heads) if reduce.heads == "mean" else 1
+    shares *= len(bundles) if reduce.layers == "mean" else 1
+    return total.div_(shares) if shares > 1 else total
 
 
 def _fold(tiles: Iterable[torch.Tensor], kind: str) -> torch.Tensor:
@@ -184,18 +201,28 @@ def _fold(tiles: Iterable[torch.Tensor], kind: str) -> torch.Tensor:
     return total.div_(count) if kind == "mean" and count > 1 else total
 
 
-def fine_step(tokens: int) -> int:
-    """Tokens per cell of the stored fine level: the power of two that fits ``tokens`` into ``FINE`` cells, at least 2."""
+def fine_step(tokens: int, sources: int = 1, device: str = "cpu") -> int:
+    """Tokens per cell of the stored level: the power of two that still serves the closest window that is not drawn afresh.
+
+    A window of 512 x step tokens a side is drawn afresh while ``direct`` allows; the level has at most ``FINE`` cells a side.
+    """
     step = 2
+    while (2 * step * SIDE) ** 2 * sources <= direct(device):
+        step *= 2
     while -(-tokens // step) > FINE:
         step *= 2
     return step
 
 
+def direct(device: str) -> int:
+    """Weights that a view may compute afresh."""
+    return DIRECT_CPU if device == "cpu" else DIRECT_GPU
+
+
 def fine(
     sources: Sequence[Source], reduce: Reduce, progress: Progress | None = None, cancel: Cancel | None = None
-) -> dict[str, torch.Tensor]:
-    """The whole run at ``fine_step``, max and sum, computed once and stored."""
+) -> Level:
+    """The whole run at ``fine_step``, computed once and stored."""
     key = (
         tuple(sorted({s.capture.serial for s in sources})),
         "fine",
@@ -204,15 +231,34 @@ def fine(
     )
     level = store.get(key)
     if level is None:
-        t, step = sources[0].capture.tokens, fine_step(sources[0].capture.tokens)
-        level = draw(sources, reduce, Frame((0, t), (0, t), step, step), ("max", "sum"), progress, cancel)
-        store.put(key, level, sum(x.nbytes for x in level.values()))
+        t, device = sources[0].capture.tokens, sources[0].capture.q.device.type
+        step = fine_step(t, len(sources), device)
+        drawn = draw(sources, reduce, Frame((0, t), (0, t), step, step), ("max", "sum"), progress, cancel)
+        drawn["sum"] /= step * step
+        if drawn["max"].numel() > SMALL:
+            drawn = {kind: (x * HALF).half() for kind, x in drawn.items()}
+        level = Level(step, drawn["max"], drawn["sum"])
+        store.put(key, level, level.largest.nbytes + level.mean.nbytes)
     return level
 
 
-def from_fine(level: torch.Tensor, step: int, frame: Frame, kind: str) -> torch.Tensor:
-    """A view of the stored level; the frame's origin and steps are multiples of ``step``."""
-    part = level[
-        frame.rows[0] // step : -(-frame.rows[1] // step), frame.cols[0] // step : -(-frame.cols[1] // step)
-    ]
-    return pool(part, frame.row_step // step, frame.col_step // step, kind)
+class Level(NamedTuple):
+    """A whole run in cells of ``step`` x ``step`` tokens: their largest weight and their mean, [n, n].
+
+    Large ones are kept as float16 times ``HALF``, which holds weights down to 4e-9 to 11 bits.
+    """
+
+    step: int
+    largest: torch.Tensor
+    mean: torch.Tensor
+
+    def frame(self, frame: Frame, kind: str) -> torch.Tensor:
+        """float32 cells ("max" or "sum") of a frame whose origin and steps are multiples of ``step``."""
+        (r0, r1), (c0, c1) = frame.rows, frame.cols
+        part = (self.largest if kind == "max" else self.mean)[
+            r0 // self.step : -(-r1 // self.step), c0 // self.step : -(-c1 // self.step)
+        ]
+        if part.dtype == torch.float16:
+            part = part.float().div_(HALF)
+        cells = pool(part, frame.row_step // self.step, frame.col_step // self.step, kind)
+        return cells * self.step**2 if kind == "sum" else cells

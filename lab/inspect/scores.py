@@ -1,8 +1,8 @@
-"""Logits of a block of rows and columns, and the log-sum-exp of rows: the two things every view is made
-of."""
+"""Logits of a block of rows and columns of one head, and the log-sum-exp of rows: the two things every view is made of."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -15,6 +15,7 @@ from lab.inspect.capture import NEVER, Capture
 CELLS_CPU = 1 << 20
 """Cells of one block on a CPU: 4 MiB of float32 stays in the cache and is enough work for two threads."""
 CELLS_GPU = 1 << 26
+_lse_lock = threading.Lock()
 
 Progress = Callable[[float], None]
 Cancel = Callable[[], bool]
@@ -63,20 +64,18 @@ def logits(capture: Capture, head: int, rows: tuple[int, int], cols: tuple[int, 
     return s
 
 
-def visible_until(capture: Capture, head: int) -> torch.Tensor | None:
-    """int32 [T]: first row that no longer sees each entry, or None when every entry stays visible."""
+def visible_until(capture: Capture, head: int, cols: tuple[int, int] | None = None) -> torch.Tensor | None:
+    """int32 [cols]: first row that no longer sees each entry, or None when every entry of the run stays visible."""
     if capture.death is None and not capture.window and capture.key_bias is None:
         return None
-    device = capture.q.device
-    end = torch.full((capture.tokens,), NEVER, dtype=torch.int32, device=device)
+    device, (a, b) = capture.q.device, cols or (0, capture.tokens)
+    end = torch.full((b - a,), NEVER, dtype=torch.int32, device=device)
     if capture.death is not None:
-        end = torch.minimum(end, capture.death[capture.kv_head(head)])
+        end = torch.minimum(end, capture.death[capture.kv_head(head), a:b])
     if capture.window:
-        end = torch.minimum(
-            end, torch.arange(capture.tokens, device=device, dtype=torch.int32) + capture.window
-        )
+        end = torch.minimum(end, torch.arange(a, b, device=device, dtype=torch.int32) + capture.window)
     if capture.key_bias is not None:
-        end = torch.where(torch.isneginf(capture.key_bias[head]), 0, end).to(torch.int32)
+        end = torch.where(torch.isneginf(capture.key_bias[head, a:b]), 0, end).to(torch.int32)
     return end
 
 
@@ -102,33 +101,25 @@ def lse_rows(capture: Capture, head: int, rows: tuple[int, int]) -> torch.Tensor
 
 def lse_whole(capture: Capture, head: int, rows: tuple[int, int]) -> torch.Tensor:
     """float32 [T] the log-sum-exp of every row, of which only ``rows`` are sure to be known; the others may be NaN."""
-    r0, r1 = rows
-    key = ((capture.serial,), "lse", head)
-    lse = store.get(key)
-    if lse is None:
-        lse = torch.full((capture.tokens,), torch.nan, device=capture.q.device)
-        store.put(key, lse, lse.nbytes)
-    missing = torch.nonzero(torch.isnan(lse[r0:r1])).flatten()
-    if missing.numel():
-        a, b = r0 + int(missing[0]), r0 + int(missing[-1]) + 1
-        size = max(1, min(512, cells(capture) // max(1, min(b, capture.tokens))))
-        for start in range(a, b, size):
-            block = (start, min(start + size, b))
-            lse[block[0] : block[1]] = _lse_block(capture, head, block)
+    from lab.inspect.bundle import Bundle, know_rows
+
+    know_rows([Bundle(capture, (head,))], rows)
+    return stored_lse(capture)[head]
+
+
+def stored_lse(capture: Capture) -> torch.Tensor:
+    """float32 [Hq, T] natural log of the sum of exponentials of each row's visible logits, NaN where not yet computed."""
+    key = ((capture.serial,), "lse")
+    with _lse_lock:
+        lse = store.get(key)
+        if lse is None:
+            lse = torch.full((capture.heads, capture.tokens), torch.nan, device=capture.q.device)
+            store.put(key, lse, lse.nbytes)
     return lse
 
 
-def _lse_block(capture: Capture, head: int, rows: tuple[int, int]) -> torch.Tensor:
-    total = None
-    for cols in column_blocks(capture, rows, (0, rows[1])):
-        part = torch.logsumexp(logits(capture, head, rows, cols), dim=1)
-        total = part if total is None else torch.logaddexp(total, part)
-    return total
-
-
 def row_lse(capture: Capture, head: int) -> np.ndarray:
-    """float32 [T]: natural log of the sum of exponentials of each row's visible logits (-inf: nothing
-    visible)."""
+    """float32 [T]: natural log of the sum of exponentials of each row's visible logits (-inf: nothing visible)."""
     return lse_rows(capture, capture.check_head(head), (0, capture.tokens)).cpu().numpy().copy()
 
 

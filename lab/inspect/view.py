@@ -17,10 +17,6 @@ from lab.inspect.scores import Cancel, Progress, row_lse
 
 __all__ = ["Cell", "View", "cell", "difference", "overview", "row", "row_lse", "view"]
 
-DIRECT_CPU = 20_000_000
-"""Weights computed afresh for one view on a CPU (about 100 ms on two cores); beyond it the stored level
-answers."""
-DIRECT_GPU = 4_000_000_000
 _SIDE = 4096
 
 
@@ -172,8 +168,8 @@ def view(
     if stored is None:
         cell_values = pooled.draw(sources, reduce, frame, (kind,), progress, cancel)[kind]
     else:
-        frame, step = stored, pooled.fine_step(t)
-        cell_values = pooled.from_fine(pooled.fine(sources, reduce, progress, cancel)[kind], step, frame, kind)
+        frame = stored
+        cell_values = pooled.fine(sources, reduce, progress, cancel).frame(frame, kind)
     shown = counts.visible(sources, frame)
     values = cell_values / shown.clamp(min=1) if pool == "mean" else cell_values.clone()
     values[shown == 0] = math.nan
@@ -202,10 +198,6 @@ def overview(
     cancel: Cancel | None = None,
 ) -> View:
     """The whole run in at most size x size cells, and the stored level that makes later zooms quick."""
-    sources, reduce = sources_of(capture, head, layers)
-    t = sources[0].capture.tokens
-    if _ceil(t, size) >= pooled.fine_step(t):
-        pooled.fine(sources, reduce, progress, cancel)
     return view(capture, head, None, None, size, size, pool, layers=layers, progress=progress, cancel=cancel)
 
 
@@ -227,22 +219,17 @@ def _ceil(a: int, b: int) -> int:
 
 
 def _stored_frame(sources: Sequence[Source], frame: Frame, t: int, width: int, height: int) -> Frame | None:
-    """The frame on the grid of the stored level, or None when computing afresh is quick enough or finer is
-    asked."""
-    step = pooled.fine_step(t)
+    """The frame on the grid of the stored level, or None when computing afresh is quick enough or finer is asked."""
+    device = sources[0].capture.q.device.type
+    step = pooled.fine_step(t, len(sources), device)
     finest = min(frame.row_step, frame.col_step)
     if finest == 1 or 2 * finest < step:
         return None
-    limit = DIRECT_CPU if sources[0].capture.q.device.type == "cpu" else DIRECT_GPU
     area = int(counts.causal(Frame(frame.rows, frame.cols, t, t), 0, "cpu").sum())
-    if area * len(sources) <= limit:
+    if area * len(sources) <= pooled.direct(device):
         return None
-    (r0, r1), (c0, c1) = (
-        (a // step * step, min(t, _ceil(b, step) * step)) for a, b in (frame.rows, frame.cols)
-    )
-    row_step, col_step = (
-        step * _ceil(_ceil(b - a, step), n) for a, b, n in ((r0, r1, height), (c0, c1, width))
-    )
+    (r0, r1), (c0, c1) = ((a // step * step, min(t, _ceil(b, step) * step)) for a, b in (frame.rows, frame.cols))
+    row_step, col_step = (step * _ceil(_ceil(b - a, step), n) for a, b, n in ((r0, r1, height), (c0, c1, width)))
     return Frame((r0, r1), (c0, c1), row_step, col_step)
 
 

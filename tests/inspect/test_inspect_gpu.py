@@ -9,7 +9,7 @@ import pytest
 import torch
 from brute_force import check
 
-from lab.inspect import view as view_module
+from lab.inspect import pooled
 from lab.inspect.capture import NEVER, Capture
 from lab.inspect.diagnostics import Session, registry, run
 from lab.inspect.heads import MEASURES, grid, stats
@@ -39,7 +39,7 @@ def pair(t: int = 40) -> tuple[Capture, Capture]:
 @pytest.mark.parametrize("stored", [False, True])
 def test_views(monkeypatch, head, pool, stored):
     if stored:
-        monkeypatch.setattr(view_module, "DIRECT_GPU", 0)
+        monkeypatch.setattr(pooled, "DIRECT_GPU", 0)
     host, device = pair()
     every = [(0, h) for h in range(4)] if isinstance(head, str) else [(0, head)]
     v = view(device, head, (3, 39), (1, 38), 6, 7, pool)

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab.errors import LabError
-from lab.inspect import pooled, scores, store
-from lab.inspect import view as view_module
+from lab.inspect import bundle, pooled, scores, store
 from lab.inspect.capture import NEVER, Capture
 from lab.inspect.scores import Cancelled, row_lse
 from lab.inspect.view import cell, difference, overview, row, view
@@ -66,7 +65,7 @@ def route(request, monkeypatch):
     times."""
     monkeypatch.setattr(scores, "CELLS_CPU", 64)
     if request.param == "stored":
-        monkeypatch.setattr(view_module, "DIRECT_CPU", 0)
+        monkeypatch.setattr(pooled, "DIRECT_CPU", 0)
     return request.param
 
 
@@ -95,7 +94,7 @@ def test_any_view_equals_brute_force(
     with pytest.MonkeyPatch.context() as m:
         m.setattr(scores, "CELLS_CPU", cells)
         m.setattr(pooled, "FINE", fine)
-        m.setattr(view_module, "DIRECT_CPU", 10**9 if direct else 0)
+        m.setattr(pooled, "DIRECT_CPU", 10**9 if direct else 0)
         v = view(capture, head, (r0, r1), (c0, c1), w, h, pool)
     assert v.shape[0] <= h and v.shape[1] <= w
     assert v.rows[0] <= r0 and v.rows[1] >= r1 and v.cols[0] <= c0 and v.cols[1] >= c1
@@ -282,7 +281,7 @@ def test_bad_requests_say_what_is_possible(call, words):
 
 def test_progress_rises_and_cancel_stops(monkeypatch):
     monkeypatch.setattr(scores, "CELLS_CPU", 64)
-    monkeypatch.setattr(view_module, "DIRECT_CPU", 0)
+    monkeypatch.setattr(pooled, "DIRECT_CPU", 0)
     seen: list[float] = []
     overview(make(1), "mean", 8, progress=seen.append)
     assert seen == sorted(seen) and seen[-1] == 1.0 and len(seen) > 2
@@ -293,17 +292,16 @@ def test_progress_rises_and_cancel_stops(monkeypatch):
 def test_no_block_is_larger_than_the_bound(monkeypatch):
     """The largest matrix of logits ever made stays at the bound, for a run many times larger."""
     largest = 0
-    real = scores.logits
+    real = bundle.buffer
 
-    def spy(*args):
+    def spy(size, device):
         nonlocal largest
-        out = real(*args)
-        largest = max(largest, out.numel())
-        return out
+        largest = max(largest, size)
+        return real(size, device)
 
-    monkeypatch.setattr(scores, "logits", spy)
+    monkeypatch.setattr(bundle, "buffer", spy)
     monkeypatch.setattr(scores, "CELLS_CPU", 1 << 14)
-    monkeypatch.setattr(view_module, "DIRECT_CPU", 0)
+    monkeypatch.setattr(pooled, "DIRECT_CPU", 0)
     capture = make(1, t=1500, heads=1, kv=1)
     overview(capture, 0, 64, "mean")
     view(capture, 0, (700, 1400), (0, 700), 64, 64)
@@ -323,3 +321,40 @@ def test_the_store_forgets_captures_and_stays_bounded(monkeypatch):
         store.put(((-1,), i), b"", 400)
     assert store.get(((-1,), 4)) is not None and store.get(((-1,), 0)) is None
     store.drop(-1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("head, over", [("mean", "mean"), ("max", "max"), ("mean", "max")])
+def test_any_number_of_threads_draws_the_same(monkeypatch, head, over, threads):
+    monkeypatch.setattr(scores, "CELLS_CPU", 256)
+    layers = [make(n, death=True, window=None if n else 11) for n in range(3)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        v = view(layers, head, (2, 37), (0, 31), 16, 16, layers=over)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    check(v, layers, *heads_of(head, layers), layers=over)
+
+
+def test_a_large_level_is_kept_in_half_precision(monkeypatch):
+    monkeypatch.setattr(pooled, "DIRECT_CPU", 0)
+    monkeypatch.setattr(pooled, "SMALL", 1)
+    capture = make(2, death=True, sharp=6.0)
+    for kind in ("max", "mean"):
+        check(view(capture, "mean", width=6, height=6, pool=kind), [capture], *heads_of("mean", [capture]), atol=5e-4)
+    sources, reduce = pooled.Source(capture, 0), pooled.Reduce("mean", "mean")
+    level = pooled.fine([sources], reduce)
+    assert level.largest.dtype == torch.float16
+    small = level.frame(pooled.Frame((0, 36), (0, 36), level.step, level.step), "max")
+    exact = pooled.draw([sources], reduce, pooled.Frame((0, 36), (0, 36), level.step, level.step), ("max",))["max"]
+    far = (exact > 1e-8) & (exact < 1e-4)
+    assert far.any() and ((small - exact).abs() <= exact * 2**-10)[far].all(), "small weights keep their digits"
+
+
+def test_a_dtype_of_16_bits_is_scaled_after_widening():
+    wide = make(3)
+    half = Capture(wide.q.half(), wide.k.half(), scale=0.3)
+    same = Capture(wide.q.half().float(), wide.k.half().float(), scale=0.3)
+    np.testing.assert_allclose(np.nan_to_num(view(half, 1).values), np.nan_to_num(view(same, 1).values), atol=1e-7)
