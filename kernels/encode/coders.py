@@ -94,6 +94,10 @@ def append_blocks(
                   slots=places, impl=impl)
 
 
+MANY = 2048
+"""Vectors from which a matrix product of its own turns them: inside the kernel exact products do not run on tensor cores."""
+
+
 def table(
     x: torch.Tensor, levels: torch.Tensor, bits: int, *, low: torch.Tensor | None = None, high: torch.Tensor | None = None,
     turn: torch.Tensor | None = None, by_norm: bool = False, out: tuple[torch.Tensor, torch.Tensor | None] | None = None,
@@ -144,9 +148,12 @@ def table(
         slots = torch.arange(n, device=device)
     streams = [dim // 4, dim // 8] if bits == 3 else [dim * bits // 8, 16]
     p1, p2 = (max(16, triton.next_power_of_2(w)) for w in streams)
+    turned = rows
+    if turn is not None and n > MANY:
+        turned, turn = rows.float() @ turn.to(device, torch.float32).mT, None
     if n:
         home(table_kernel)[(triton.cdiv(n, 16),)](
-            rows, slots, edges, edges if low is None else low, edges if high is None else high,
+            turned, rows, slots, edges, edges if low is None else low, edges if high is None else high,
             edges if turn is None else turn.to(device, torch.float32).contiguous(), out[0], out[0] if out[1] is None else out[1],
             n, math.sqrt(dim), span, lanes, D=dim, DP=triton.next_power_of_2(dim), BK=32 if dim >= 32 else 16, BITS=bits, BR=16,
             P1=p1, P2=p2, MODE=mode, TURN=turn is not None, num_warps=4,

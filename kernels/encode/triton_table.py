@@ -56,13 +56,15 @@ def _stream(
 
 @triton.jit
 def table_kernel(
-    x_ptr, slot_ptr, edge_ptr, low_ptr, high_ptr, turn_ptr, code_ptr, norm_ptr, rows, root, span, lanes,
+    x_ptr, plain_ptr, slot_ptr, edge_ptr, low_ptr, high_ptr, turn_ptr, code_ptr, norm_ptr, rows, root, span, lanes,
     D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, BR: tl.constexpr,
     P1: tl.constexpr, P2: tl.constexpr,  # padded widths of the one or two streams of bytes
     MODE: tl.constexpr,  # "given"; "norm" by the vector's length; "vector", "channel" by ranges of that shape
     TURN: tl.constexpr,  # multiply by turn [D,D] first
 ):
     """x [rows,D] to code [slots, D*BITS/8] uint8 (and norm float16 [slots]) at the slots named by slot_ptr (-1: skip).
+
+    plain: x before it was turned, whose length is the norm (x itself where the kernel turns, or nobody does).
 
     edge float32 [2**BITS - 1]: the middles between levels. low, high: [rows], or [lanes,D] of which row r takes lane
     (r // span) % lanes.
@@ -73,7 +75,7 @@ def table_kernel(
     norm = tl.zeros([BR], tl.float32)
     if MODE == "norm":
         d = tl.arange(0, DP)
-        x = tl.load(x_ptr + r[:, None] * D + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        x = tl.load(plain_ptr + r[:, None] * D + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         half = tl.sqrt_rn(tl.sum(x * x, 1)).to(tl.float16)
         tl.store(norm_ptr + slot, half, mask=ok)
         norm = half.to(tl.float32)

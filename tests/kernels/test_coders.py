@@ -82,9 +82,10 @@ def test_table_of_given_numbers(bits):
 
 
 @pytest.mark.parametrize("bits,dim", [(2, 64), (3, 128), (4, 80), (4, 16), (8, 64)])
-@pytest.mark.parametrize("turned", [False, True])
-def test_table_by_norm_and_rotation(bits, dim, turned):
-    """TurboQuant's codes: the turned vector over its length, against float64."""
+@pytest.mark.parametrize("turned,many", [(False, False), (True, False), (True, True)])
+def test_table_by_norm_and_rotation(bits, dim, turned, many, monkeypatch):
+    """TurboQuant's codes: the turned vector over its length, against float64; turned by the kernel or, many, by a product."""
+    monkeypatch.setattr(coders, "MANY", 4 if many else 10**6)
     table = levels.normal_levels(bits) if bits < 8 else uneven(8)
     table = table.to(DEVICE)
     x = numbers(3, 7, dim, seed=4) * 5
