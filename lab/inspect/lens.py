@@ -10,10 +10,10 @@ from typing import Protocol
 import numpy as np
 
 from lab.errors import LabError
-from lab.inspect import store
+from lab.inspect import rollout
 from lab.inspect import view as views
 from lab.inspect.capture import Capture
-from lab.inspect.rollout import rollout_rows, rollout_view
+from lab.inspect.rollout import rollout_view
 from lab.inspect.scores import Cancel, Progress
 from lab.inspect.view import Cell, View
 
@@ -72,9 +72,10 @@ class Heads:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Attention multiplied through all captured layers (2005.00928); cells of several rows show their last row.
+    """Attention multiplied through all captured layers (2005.00928).
 
-    ``exact``: a window's own rows, however long they take, see ``rollout.rollout_view``.
+    Rows are exact; columns of a long run are known in groups, see ``rollout.rollout_view``. ``exact``: the single tokens of
+    a window's rows, however long they take.
     """
 
     captures: Sequence[Capture]
@@ -89,12 +90,31 @@ class Rollout:
         """See ``rollout.rollout_view``."""
         return rollout_view(self.captures, rows, cols, width, height, pool, exact=self.exact, progress=progress, cancel=cancel)
 
-    def row(self, i: int) -> np.ndarray:
-        """Shares of every token at or before row i; the future is NaN."""
+    def groups(self, i: int) -> tuple[int, np.ndarray]:
+        """(tokens per group, float32 [groups] shares of row i); groups of one token where single tokens are known.
+
+        Raises:
+            LabError: when the run is long and nobody has drawn its rollout yet.
+        """
         self.captures[0].check_row(i)
-        whole = store.get((tuple(sorted(c.serial for c in self.captures)), "rollout", 0, self.tokens, 1))  # rollout_view's
-        found = rollout_rows(self.captures, [i])[0] if whole is None else whole[i]
-        values = found.cpu().numpy().copy()
+        single = rollout.kept_rows(self.captures, (i, i + 1))
+        if single is not None:
+            return 1, single[0].cpu().numpy()
+        held = rollout.known(self.captures)
+        if held is None:
+            if sum(c.heads for c in self.captures) * self.tokens**2 // 2 > rollout.QUICK:
+                raise LabError("The rollout of this run is not computed yet", "Its map is drawn first", "Wait for the map")
+            held = rollout.shares(self.captures)
+        return held.step, held.part((i, i + 1), (0, held.shares.shape[1]))[0].cpu().numpy()
+
+    def row(self, i: int) -> np.ndarray:
+        """Shares of every token at or before row i (a group's share spread over its tokens); the future is NaN."""
+        step, found = self.groups(i)
+        values = np.repeat(found, step)[: self.tokens].copy()
+        if step > 1:
+            own = i // step * step
+            values /= step
+            values[own : i + 1] = found[i // step] / (i + 1 - own)
         values[i + 1:] = math.nan
         return values
 

@@ -35,6 +35,7 @@ class View:
         rows, cols: the tokens really covered; may begin up to one cell before what was asked.
         row_step, col_step: tokens per cell; the last cell may be cut by the end of ``rows`` or ``cols``.
         head, pool: as asked.
+        group: neighbouring columns of which only the mean is known (a rollout of a long run); 1 everywhere else.
     """
 
     values: np.ndarray
@@ -46,6 +47,7 @@ class View:
     col_step: int
     head: int | str
     pool: str
+    group: int = 1
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.array(self.values, dtype=dtype, copy=True if copy is None else copy)
@@ -316,4 +318,5 @@ def difference(a: View, b: View) -> View:
         a.col_step,
         a.head,
         a.pool,
+        a.group,
     )

@@ -23,6 +23,7 @@ from lab.inspect.diagnostics import (
     sinks,
 )
 from lab.inspect.diagnostics.base import to_numpy
+from lab.inspect.lens import Rollout
 from lab.inspect.rollout import rollout_view
 from lab.inspect.scores import Cancelled
 
@@ -140,25 +141,73 @@ def test_flow_refuses_long_runs():
     assert np.isnan(long["flow"]).all() and np.isfinite(long["rollout"]).all()
 
 
-def test_rollout_map_equals_the_product(monkeypatch):
-    layers = random_captures()
-    full = torch.eye(40)
+def product(layers) -> torch.Tensor:
+    """[T, T] rollout by whole matrices."""
+    full = torch.eye(layers[0].tokens, dtype=torch.float64)
     for c in layers:
-        full = (rollout.mean_weights(c, (0, 40)) + torch.eye(40)) / 2 @ full
-    exact = rollout_view(layers)
-    want = full.masked_fill(torch.ones(40, 40, dtype=torch.bool).triu(1), torch.nan).numpy()
-    np.testing.assert_allclose(exact.values, want, atol=1e-5)
-    assert exact.exact and exact.head == "rollout"
-    coarse = rollout_view(layers, (4, 40), (2, 38), 9, 9)
-    assert coarse.values[3, 1] == pytest.approx(float(full[19, 6:10].max()), abs=1e-5)
-    mean = rollout_view(layers, (4, 40), (2, 38), 9, 9, "mean")
-    assert mean.values[1, 2] == pytest.approx(float(full[11, 10:12].mean()), abs=1e-5)
+        w = rollout.mean_weights(c, (0, c.tokens)).double()
+        full = (w + torch.diag(2 - w.sum(1))) / 2 @ full
+    return full
+
+
+def pooled_product(full, v, pool):
+    """What a view of the rollout shows, from whole matrices: the mean of every group of columns first."""
+    t = full.shape[0]
+    mean = torch.zeros_like(full)
+    for i in range(t):
+        for j in range(0, i + 1, v.group):
+            mean[i, j : j + v.group] = full[i, j : min(j + v.group, i + 1)].mean()
+    out = np.full(v.shape, np.nan)
+    for y in range(v.shape[0]):
+        for x in range(v.shape[1]):
+            (r0, r1), (c0, c1) = v.tokens_of(y, x)
+            cells = [(mean if pool == "max" else full)[i, j] for i in range(r0, r1) for j in range(c0, min(c1, i + 1))]
+            if cells:
+                out[y, x] = max(cells) if pool == "max" else sum(cells) / len(cells)
+    return out
+
+
+@pytest.mark.parametrize("groups", [1024, 40, 20, 14, 7])
+@pytest.mark.parametrize("pool", ["max", "mean"])
+@pytest.mark.parametrize("window", [(None, None, 512), ((4, 40), (2, 38), 9), ((20, 29), (0, 33), 6), ((17, 18), (3, 4), 1)])
+def test_rollout_map_equals_the_product(monkeypatch, groups, pool, window):
+    monkeypatch.setattr("lab.inspect.rollout.GROUPS", groups)
+    layers = random_captures()
+    full = product(layers)
+    rows, cols, size = window
+    v = rollout_view(layers, rows, cols, size, size, pool)
+    assert v.group == -(-40 // groups) and v.exact == (v.group == 1 and max(v.row_step, v.col_step) == 1)
+    np.testing.assert_allclose(v.values, pooled_product(full, v, pool), atol=1e-5)
+    lens = Rollout(layers)
+    step, row = lens.groups(33)
+    assert step == v.group
+    np.testing.assert_allclose(row, np.add.reduceat(full[33].numpy(), np.arange(0, 40, step)), atol=1e-5)
+    assert np.nansum(lens.row(33)) == pytest.approx(1, abs=1e-4) and np.isnan(lens.row(33)[34:]).all()
+    sharp = rollout_view(layers, (20, 29), (0, 33), 64, 64, pool, exact=True)
+    assert sharp.group == 1 and sharp.exact
+    want = full[20:29, :33].masked_fill(torch.arange(33) > torch.arange(20, 29)[:, None], torch.nan)
+    np.testing.assert_allclose(sharp.values, want, atol=1e-5)
+    assert lens.groups(22)[0] == 1 and lens.groups(30)[0] == step, "rows that were asked for stay known to single tokens"
+
+
+def test_a_rollout_says_what_it_cannot(monkeypatch):
     with pytest.raises(LabError):
-        rollout_view(layers, (4, 41))
+        rollout_view(random_captures(), (4, 41))
     with pytest.raises(LabError):
         rollout_view([])
     with pytest.raises(Cancelled):
         rollout_view(random_captures(), cancel=lambda: True)
+    monkeypatch.setattr("lab.inspect.rollout.MOST_ROWS", 10)
+    with pytest.raises(LabError, match="At most 10 can"):
+        rollout_view(random_captures(), exact=True)
+    monkeypatch.setattr("lab.inspect.rollout.QUICK", 1)
+    layers = random_captures()
+    with pytest.raises(LabError, match="Its map is drawn first"):
+        Rollout(layers).row(5)
+    told = []
+    rollout_view(layers, progress=told.append)
+    assert told == sorted(told) and told[-1] == pytest.approx(1)
+    assert Rollout(layers).row(5)[:6].sum() == pytest.approx(1, abs=1e-4)
 
 
 # sinks
