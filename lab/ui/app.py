@@ -54,9 +54,12 @@ def build(lab: Lab | None = None) -> gr.Blocks:
             tab.select(None, None, None, js=TAB_ADDRESS.format(tab=name), **PRIVATE)
         ran = _compare_events(lab, c, view, owner)
         pick = c.pick
-        changed = pick.load.click(modelpick.loader(lab, lambda: header_of(lab, None)), [pick.source, pick.weights],
-                                  [pick.status, c.model, header, pick.load], concurrency_id="model", show_progress="hidden",
-                                  trigger_mode="once", **PRIVATE)
+        # As with Run, the press is answered at once and the button rests; no later press is lost while the first one ends.
+        asked = pick.load.click(modelpick.waiter(lab), None, [pick.status, pick.load], **QUIET)
+        changed = asked.then(modelpick.loader(lab, lambda: header_of(lab, None)), [pick.source, pick.weights],
+                             [pick.status, c.model, header, pick.load], concurrency_id="model", show_progress="hidden",
+                             trigger_mode="multiple", **PRIVATE)
+        changed.failure(modelpick.refused, None, [pick.status, pick.load], **QUIET)
         changed.then(compare.token_counter(lab), c.prompt, c.info, **QUIET)
         shown = [c.prompt, c.setup, c.settings, c.columns, c.charts, c.saved, c.banner, c.status, c.model]
         att.replay(attention.replayer(lab), None, [att, att_status], concurrency_id="model", show_progress="hidden",
@@ -79,9 +82,10 @@ def build(lab: Lab | None = None) -> gr.Blocks:
 
 def _compare_events(lab: Lab, c: compare.Parts, view: gr.State, owner: gr.Textbox) -> Any:
     outputs = [c.columns, c.status, c.run, c.stop, view, c.saved, c.model, c.banner, c.charts]
-    c.run.click(compare.waiter(lab), None, [c.stop, c.status], **QUIET)
-    ran = c.run.click(compare.runner(lab), [c.prompt, c.setup, c.settings, owner], outputs, concurrency_id="model",
-                      concurrency_limit=1, trigger_mode="once", show_progress="minimal", show_progress_on=c.status, **PRIVATE)
+    asked = c.run.click(compare.waiter(lab), None, [c.run, c.stop, c.status], **QUIET)
+    ran = asked.then(compare.runner(lab), [c.prompt, c.setup, c.settings, owner], outputs, concurrency_id="model",
+                     concurrency_limit=1, trigger_mode="multiple", show_progress="minimal", show_progress_on=c.status, **PRIVATE)
+    ran.failure(compare.refused(lab), None, [c.run, c.stop, c.status], **QUIET)
     c.stop.click(compare.stopper(lab), None, c.status, **QUIET)
     c.settings.preset(compare.apply_preset(lab), c.settings, [c.prompt, c.setup, c.settings, c.status], **QUIET)
     c.info.ready(lambda text: (compare.token_counter(lab)(text), cards.model_card(lab.facts(), lab.loaded)), c.prompt,
@@ -165,7 +169,7 @@ def default_lab(db: str | Path | None = None, model: str = "default", device: st
 
 def launch_options() -> dict[str, Any]:
     """What every launch needs: theme and style, no run history, no server-side rendering, no public routes."""
-    return {"theme": theme(), "css_paths": [assets.CSS], "run_history": False, "ssr_mode": False, "footer_links": [],
+    return {"theme": theme(), "css_paths": [assets.CSS], "head": assets.head(), "run_history": False, "ssr_mode": False, "footer_links": [],
             "show_error": False, "max_file_size": "256mb", "quiet": True}
 
 

@@ -20,6 +20,12 @@ def script(*names: str) -> str:
 
 
 @cache
+def head() -> str:
+    """What the page runs before anything else: a queue stream that no event's answers are lost on."""
+    return f"<script>{(FOLDER / 'js' / 'stream.js').read_text(encoding='utf-8')}</script>"
+
+
+@cache
 def presets() -> tuple[dict[str, Any], ...]:
     """assets/presets.json: [{id, title, about, prompt | passage, variants: [spec], settings}]."""
     return tuple(json.loads((FOLDER / "presets.json").read_text(encoding="utf-8")))

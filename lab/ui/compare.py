@@ -265,12 +265,21 @@ def describe(lab: Lab, variant: dict[str, Any]) -> dict[str, Any]:
 
 
 def waiter(lab: Lab) -> Any:
-    """Run was pressed: whoever has to queue can still change their mind."""
+    """Run was pressed: it rests until the run is over, and whoever has to queue can still change their mind."""
     def wait(request: gr.Request) -> Any:
         busy = lab.wait(visitor_of(request))
         told = cards.status("Another run is under way; yours waits for its turn.", busy=True) if busy else gr.skip()
-        return gr.Button(interactive=True), told
+        return gr.Button(interactive=False), gr.Button(interactive=True), told
     return wait
+
+
+def refused(lab: Lab) -> Any:
+    """The queue took no more, or the run broke off outside the generator: Run can be pressed again."""
+    def again(request: gr.Request) -> Any:
+        lab.leave(visitor_of(request))
+        told = LabError("The run could not be queued", "At most 32 visitors wait at a time", "Press Run again in a moment")
+        return gr.Button(interactive=True), gr.Button(interactive=False), cards.error(sentence(told))
+    return again
 
 
 def visitor_of(request: gr.Request) -> str:

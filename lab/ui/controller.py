@@ -165,8 +165,7 @@ class Lab:
         words = list(dict.fromkeys(t.saves for t in stack.techniques if t.saves))
         if not words or any(w.startswith("memory") for w in words):
             return ""
-        reads = [w for w in words if w != "nothing"]
-        return reads[0] if reads else "saves nothing"
+        return next((w for w in words if w != "nothing"), "saves nothing")
 
     def _predicted(self, stack: Any, prompt_tokens: int | None, new_tokens: int) -> dict[str, Any]:
         facts = self.facts()
@@ -241,8 +240,7 @@ class Lab:
 
     def limit(self) -> int | None:
         """The model's context length in tokens."""
-        facts = self.facts()
-        return facts.get("context") if facts else None
+        return (self.facts() or {}).get("context")
 
     # -- runs ---------------------------------------------------------------------------------------------------
     def wait(self, visitor: str) -> bool:
@@ -251,6 +249,10 @@ class Lab:
             if visitor not in self._jobs:
                 self._waiting[visitor] = False
             return any(other != visitor for other in self._jobs)
+
+    def leave(self, visitor: str) -> None:
+        """A visitor waits no longer: the queue did not take them."""
+        self._waiting.pop(visitor, None)
 
     def begin(self, visitor: str) -> Job | None:
         """Register a visitor's job and return its stop signal; None when one is already under way.
@@ -329,9 +331,7 @@ class Lab:
 
     def replayable(self, run: OpenRun) -> bool:
         """True when the loaded (or loadable) model is the one that made the run."""
-        model = (run.record.get("model") or {}).get("id")
-        facts = self.facts() or {}
-        return not self.loaded or model == facts.get("id")
+        return not self.loaded or (run.record.get("model") or {}).get("id") == (self.facts() or {}).get("id")
 
     def growth(self, record: dict[str, Any], variant: dict[str, Any], points: int = 24) -> tuple[list[int], list[float]]:
         """Predicted KV bytes from the run's end to the model's full context, as (tokens, bytes)."""

@@ -38,6 +38,20 @@ def build(lab: Lab) -> Parts:
     return Parts(source, weights, load, status)
 
 
+def waiter(lab: Lab) -> Any:
+    """Load was pressed: the button rests, and the line tells that it waits while a run is under way."""
+    def wait() -> tuple[Any, ...]:
+        text = "A run is under way; the model is changed when it ends." if lab.busy() else "Waiting for its turn"
+        return cards.status(text, busy=True), gr.Button(interactive=False)
+    return wait
+
+
+def refused() -> tuple[Any, ...]:
+    """The queue took no more: Load can be pressed again."""
+    told = LabError("The model could not be queued for loading", "At most 32 visitors wait at a time", "Press Load again in a moment")
+    return cards.error(sentence(told)), gr.Button(interactive=True)
+
+
 def loader(lab: Lab, header: Any) -> Any:
     """The event behind Load: yields (status, model card, header, button). `header()` gives the page's header."""
 
@@ -55,7 +69,7 @@ def loader(lab: Lab, header: Any) -> Any:
 
         if not (source or "").strip():
             problem = LabError("No model was named", "default, a hub id, a folder or a .gguf file", "Type one")
-            yield cards.error(sentence(problem)), gr.skip(), gr.skip(), gr.skip()
+            yield cards.error(sentence(problem)), gr.skip(), gr.skip(), gr.Button(interactive=True)
             return
         thread = threading.Thread(target=work, name="change-model", daemon=True)
         thread.start()

@@ -80,3 +80,27 @@ def test_several_continuations(browser, real):
     page.click("#columns .samples summary")
     assert page.locator("#columns .samples li").count() == 2
     page.context.close()
+
+
+def test_another_model_is_loaded_after_a_run_and_while_one_is_going(browser, real):
+    page = one_card(browser, real)
+    page.fill("#prompt textarea", "The lamp was lit, and")
+    page.get_by_label("new tokens").fill("400")
+    page.keyboard.press("Tab")
+    page.get_by_role("button", name="Change model").click()
+    page.fill("#modelsource textarea, #modelsource input", "/no/such/folder")
+    page.click("#run")
+    page.wait_for_function("document.querySelector('#status').innerText.includes('writing token')", timeout=120_000)
+    page.click("#modelload")
+    page.wait_for_function("document.querySelector('#modelstatus').innerText.includes('A run is under way')", timeout=30_000)
+    page.click("#stop")
+    page.wait_for_function("document.querySelector('#status').innerText.includes('Stopped')", timeout=60_000)
+    page.wait_for_selector("#modelstatus .errorcard", timeout=120_000)
+    assert "still loaded" in page.inner_text("#modelstatus")
+    page.fill("#modelsource textarea, #modelsource input", "default")
+    page.click("#modelload")
+    page.wait_for_function("document.querySelector('#modelstatus').innerText.includes('Loaded')", timeout=240_000)
+    page.get_by_label("new tokens").fill("4")
+    page.click("#run")
+    page.wait_for_function("document.querySelector('#status').innerText.includes('Done.')", timeout=120_000)
+    page.context.close()
