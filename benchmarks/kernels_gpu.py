@@ -129,19 +129,18 @@ def quest_row(table: Table) -> None:
     q = torch.randn(1, heads, dim, device="cuda", dtype=torch.bfloat16)
 
     def step(t, low, high):
-        pages = select.top_pages(select.page_scores(q, low, high, t.length), t.length, 64)
-        return decode.attend(q, [select.read_pages(t, pages)], dim**-0.5)
+        pages = select.best_pages(q, low, high, t.length, 64)
+        return decode.attend(q, [select.read_pages(t, pages)], dim**-0.5, early=True)
 
     us, spread = time_us([lambda s=s: step(*s) for s in sets])
     floor = (n // 16 * kv * dim * 4 + 1024 * kv * dim * 4) / BYTES_PER_US
     table.add("quest: score, select, read 1k", 16, 1, LLAMA, n, (us, spread), table.dense(1, LLAMA, n), floor)
     t, low, high = sets[0]
-    scores = select.page_scores(q, low, high, t.length)
-    pages = select.top_pages(scores, t.length, 64)
+    pages = select.best_pages(q, low, high, t.length, 64)
     parts = [time_us([lambda s=s: select.page_scores(q, s[1], s[2], s[0].length) for s in sets])[0],
-             time_us([lambda: select.top_pages(scores, t.length, 64)] * 4)[0],
+             time_us([lambda s=s: select.best_pages(q, s[1], s[2], s[0].length, 64) for s in sets])[0],
              time_us([lambda s=s: decode.attend(q, [select.read_pages(s[0], pages)], dim**-0.5) for s in sets])[0]]
-    print("  of which score, select, read:", [round(p, 1) for p in parts], flush=True)
+    print("  scores alone, scores and selection, reading:", [round(p, 1) for p in parts], flush=True)
 
 
 def prefill_rows(table: Table, long: bool = True) -> None:
