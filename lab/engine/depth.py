@@ -109,5 +109,5 @@ def _rows(value, chosen: torch.Tensor, full: int):
     if isinstance(value, tuple) and value and all(isinstance(x, torch.Tensor) for x in value):
         return tuple(_rows(x, chosen, full) for x in value)
     if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[1] == full and value.shape[1] != chosen.numel():
-        return value[:, chosen]
+        return value[:, chosen.to(value.device)]
     return value

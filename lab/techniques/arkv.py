@@ -63,9 +63,9 @@ class Arkv(Technique):
     def watch(self, step: Forward) -> None:
         if not step.complete:
             return
-        ratios = self.ratios(torch.stack([self.quality(ctx) for ctx in step.contexts]))
+        ratios = self.ratios(torch.stack([self.quality(ctx).to(step.hidden.device) for ctx in step.contexts]))
         for ctx, ratio in zip(step.contexts, ratios):
-            ctx.state["arkv_ratio"] = ratio
+            ctx.state["arkv_ratio"] = ratio.to(ctx.store.device)
 
     def quality(self, ctx: LayerContext) -> torch.Tensor:
         """log OQ of one layer, float32 [B]: entropy, variance and kurtosis over rows of the window's view of the past."""

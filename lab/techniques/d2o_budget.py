@@ -50,7 +50,7 @@ class D2OBudget(Technique):
         if total is None:
             return
         first = step.contexts[0]
-        variances = torch.stack([self.variance(ctx) for ctx in step.contexts], 1)  # [B, L]
+        variances = torch.stack([self.variance(ctx).to(step.hidden.device) for ctx in step.contexts], 1)  # [B, L]
         floor = min(total, 1 + sum(first.scorer.protected(1, first.prompt)))
         cap = min(ctx.store.longest for ctx in step.contexts)
         rows = [split(total * len(one), self.shares(one), floor, cap) for one in variances.tolist()]

@@ -43,11 +43,11 @@ class GlobalTop(Technique):
         if total is None:
             return
         width = max(ctx.store.longest for ctx in step.contexts)
-        flat = torch.cat([_flat(ctx, total, width) for ctx in step.contexts], 1)  # [B, L*Hk, N]
+        flat = torch.cat([_flat(ctx, total, width).to(step.hidden.device) for ctx in step.contexts], 1)  # [B, L*Hk, N]
         counts = top_counts(flat, total * flat.shape[1])
         at = 0
         for ctx in step.contexts:
-            ctx.state["global_counts"] = counts[:, at : at + ctx.kv_heads]
+            ctx.state["global_counts"] = counts[:, at : at + ctx.kv_heads].to(ctx.store.device)
             at += ctx.kv_heads
 
     def allocate(self, ctx: LayerContext, total: int, scores: torch.Tensor | None) -> int | torch.Tensor:

@@ -14,7 +14,7 @@ from lab.techniques import registry
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 STEPS = 12
-SPECS = ["dense", *sorted(registry()), "snapkv+pyramidkv+kivi", "h2o+cam", "h2o(budget=20)+d2o", "streaming_llm(budget=20)+zerotuning(gamma=2)",
+SPECS = ["dense", *sorted(registry()), "snapkv+pyramidkv+kivi", "h2o+cam", "h2o(budget=20)+d2o_merge", "streaming_llm(budget=20)+zerotuning(gamma=2)",
          "h2o(budget=20)+int_codes(bits=4)", "a_shape(sinks=2,window=16)+delta(gamma=8)"]
 
 
@@ -34,11 +34,11 @@ def spread() -> torch.nn.Module:
 def walk(model: torch.nn.Module, spec: str, graph: bool) -> tuple[torch.Tensor, int, float, str]:
     """Logits of forced steps [STEPS, V] on the CPU, bytes, share kept, and how the steps ran."""
     session = Session(model, spec, new_tokens=STEPS + 4, record=True)
-    ids = tiny_models.tokens(90 + STEPS, seed=5).tolist()
-    session.prefill(ids[:90])
+    ids = tiny_models.tokens(180 + STEPS, seed=5).tolist()
+    session.prefill(ids[:180])
     if not graph:
         session.path = "step by step: asked for"
-    rows = [session.step(torch.tensor([t], device=session.device))[0].cpu() for t in ids[90:]]
+    rows = [session.step(torch.tensor([t], device=session.device))[0].cpu() for t in ids[180:]]
     return torch.stack(rows), session.cache.kv_bytes, session.cache.kept_fraction, session.path
 
 
