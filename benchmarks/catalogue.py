@@ -1,7 +1,7 @@
 """Every cache policy at the same stored bytes: prose, needles, and fidelity on the default model.
 
     python benchmarks/catalogue.py [--model default] [--shares 0.25,0.125,0.06] [--seeds 5] [--prompt 768] [--next 48]
-                                   [--text FILE] [--only SUBSTRING,...] [--html] [--resume] [--side stored|read]
+                                   [--text FILE] [--only SUBSTRING,...] [--html] [--resume | --jobs N] [--side stored|read]
 
 For each share of a dense 16-bit cache and each policy, the budget is set so that the bytes stored after the prompt (codes,
 scales, positions, running sums) are that share; exact numbers count two bytes whatever the model's precision, as they would
@@ -27,7 +27,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.catalogue_common import Read, Side, arguments, compressed, interval, quality, rows16, sweep  # noqa: E402
+from benchmarks.catalogue_common import Read, Side, arguments, compressed, interval, quality, rows16  # noqa: E402
+from benchmarks.catalogue_jobs import swept  # noqa: E402
 from benchmarks.catalogue_page import page  # noqa: E402
 from lab.engine.cache import LabCache  # noqa: E402
 from lab.errors import LabError  # noqa: E402
@@ -132,7 +133,7 @@ def main() -> None:
 
             catalogue_read.report(options)
         else:
-            show(sweep(STORED, options))
+            show(swept(STORED, options))
     except LabError as problem:
         sys.exit(str(problem))
 

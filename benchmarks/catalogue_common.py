@@ -220,6 +220,10 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--only", default="")
     parser.add_argument("--html", action="store_true")
     parser.add_argument("--resume", action="store_true", help="go on after the seeds in this side's result file")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; each takes some of the policies")
+    parser.add_argument("--limit", type=float, default=0, help="with --jobs: seconds after which the finished seeds are enough")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--side-of", help=argparse.SUPPRESS)
     return parser
 
 
@@ -275,20 +279,20 @@ def sweep(side: Side, options: argparse.Namespace) -> dict[Key, list[dict]]:
             except LabError as problem:
                 print(f"{name} at {share}: {problem}", file=sys.stderr)
             print(f"seed {seed}: {name} {share or ''} ({time.time() - started:.0f} s)", file=sys.stderr, flush=True)
-        save(side, options, loaded, found, specs, time.time() - started)
+        save(side, options, loaded.facts.to_dict(), found, specs, time.time() - started)
     return found
 
 
-def save(side: Side, options: argparse.Namespace, loaded, found: dict, specs: dict, seconds: float) -> None:
+def save(side: Side, options: argparse.Namespace, model: dict, found: dict, specs: dict, seconds: float) -> None:
     """Write what is known so far: a long run that is stopped still leaves its seeds."""
     rows = []
     for (name, share), results in found.items():
         figures = {k: interval([r[k] for r in results]) for k in side.figures}
         rows.append({"policy": name, "target": share, "spec": specs[name, share], "seeds": len(results),
                      **{k: {"mean": m, "half": None if math.isnan(h) else h} for k, (m, h) in figures.items()}, "values": results})
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("part", "side_of")}
     unreached = [key for key, spec in specs.items() if spec is None]
-    path = write(side.name, {"model": loaded.facts.to_dict(), "settings": settings, "seconds": seconds, "rows": rows,
+    path = write(side.name, {"model": model, "settings": settings, "seconds": seconds, "rows": rows,
                              "unreached": unreached})
     if options.html:
         side.page(rows, path.with_suffix(".html"))

@@ -11,7 +11,8 @@ from typing import Any, Callable
 import torch
 
 from benchmarks import catalogue_page
-from benchmarks.catalogue_common import Key, Read, Side, bisect, compressed, interval, quality, sweep
+from benchmarks.catalogue_common import Key, Read, Side, bisect, compressed, interval, quality
+from benchmarks.catalogue_jobs import swept
 from lab.engine.cache import LabCache
 from lab.engine.context import LayerContext
 from lab.engine.slots import Band
@@ -157,7 +158,7 @@ PREFILL = Side("catalogue_prefill", POLICIES, solve, measure, FIGURES, partial(
 
 def report(options: argparse.Namespace) -> None:
     """Measure and print the table."""
-    show(sweep(PREFILL, argparse.Namespace(**{**vars(options), "shares": SHARES})))
+    show(swept(PREFILL, argparse.Namespace(**{**vars(options), "shares": SHARES})))
 
 
 def show(found: dict[Key, list[dict]]) -> None:

@@ -24,7 +24,8 @@ from functools import partial
 import torch
 
 from benchmarks import catalogue_page, catalogue_prefill
-from benchmarks.catalogue_common import Key, Read, Side, bisect, compressed, interval, quality, rows16, step, sweep
+from benchmarks.catalogue_common import Key, Read, Side, bisect, compressed, interval, quality, rows16, step
+from benchmarks.catalogue_jobs import swept
 from lab.engine.cache import LabCache
 
 FLOAT32_TABLES = ("qada",)  # whose statistics are float32 on any machine; other tables follow the cache's precision
@@ -131,7 +132,7 @@ READ = Side("catalogue_read", POLICIES, solve, measure, FIGURES, partial(
 
 def report(options: argparse.Namespace) -> None:
     """Measure and print both tables."""
-    show(sweep(READ, options))
+    show(swept(READ, options))
     print()
     catalogue_prefill.report(options)
 
