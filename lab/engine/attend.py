@@ -8,6 +8,7 @@ import torch
 
 from kernels import cpu_attention as core
 from kernels.merge import merge, scale_columns, sink_logit
+from lab.engine.common import stacked, unstacked
 from lab.engine.context import LayerContext
 from lab.engine.slots import Band, ColumnBias, EntryBias, Shift
 
@@ -49,6 +50,8 @@ def prompt_rows(ctx: LayerContext, k: torch.Tensor, v: torch.Tensor, band: Band 
 def one_row(ctx: LayerContext) -> Result:
     """A decode step over exact rows, nothing observed: flash attention with the group's query heads packed as rows."""
     store = ctx.store
+    if store.split is not None:
+        return _split_row(ctx)
     keys, values = store.exact_k.decode(), store.exact_v.decode()
     if ctx.window and keys.shape[2] > ctx.window:
         keys, values = keys[:, :, -ctx.window :], values[:, :, -ctx.window :]
@@ -56,6 +59,32 @@ def one_row(ctx: LayerContext) -> Result:
     q = ctx.q.reshape(ctx.q.shape[0], ctx.kv_heads, ctx.groups, -1)
     out, lse = core.plain(q, keys, values, ctx.scale)
     return Result(out.reshape(*ctx.q.shape[:3], -1), lse.reshape(ctx.q.shape[:3]))
+
+
+def _split_row(ctx: LayerContext) -> Result:
+    store, shape = ctx.store, ctx.q.shape
+    q = ctx.q.reshape(shape[0], ctx.kv_heads, ctx.groups, -1)
+    out, lse = samples_row(q, store.split, store.exact_k.decode(), store.exact_v.decode(), ctx.scale)
+    store.last_read = sum(store.counts)
+    return Result(out.reshape(*shape[:3], -1), lse.reshape(shape[:3]))
+
+
+def samples_row(
+    q: torch.Tensor, common: tuple, keys: torch.Tensor, values: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [B,Hk,G,d], lse [B,Hk,G]) of one row per sample over the exact rows they have in common and over their own.
+
+    q [B,Hk,G,d]; common (keys, values), segments of one sequence; keys, values [B,Hk,n,d]. The common rows are read once, for the
+    rows of all samples together; the two parts are merged exactly. mask: additive, [1,Hk,G,N] on the common rows.
+    """
+    batch, rows = q.shape[0], stacked(q)
+    mask = None if mask is None else mask.repeat(1, 1, batch, 1)
+    first, first_lse = (unstacked(x, batch) for x in core.plain(rows, common[0].decode(), common[1].decode(), scale, mask=mask))
+    if not keys.shape[2]:
+        return first, first_lse
+    rest, rest_lse = core.plain(q, keys, values, scale)
+    share = torch.sigmoid(rest_lse - first_lse)
+    return torch.lerp(first, rest, share.to(first.dtype).unsqueeze(-1)), torch.logaddexp(first_lse, rest_lse)
 
 
 def general(ctx: LayerContext, bands: list[Band], edits: list, want_mass: bool, want_last: bool) -> Result:

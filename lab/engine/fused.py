@@ -65,8 +65,8 @@ def one_row(ctx: LayerContext, want_mass: bool) -> tuple[torch.Tensor, torch.Ten
     """
     store = ctx.store
     tiers = _tiers(store, ctx.window)
-    if tiers is None or (want_mass and any(t.rotation is not None for t in tiers)):
-        return None
+    if tiers is None or (want_mass and (store.common is not None or any(t.rotation is not None for t in tiers))):
+        return None  # the masses of all samples would meet in the slots they have in common
     got = decode.attend(ctx.q[:, :, 0].contiguous(), tiers, ctx.scale, softcap=ctx.softcap, sink=ctx.sink, want_mass=want_mass)
     mass = _in_logical_order(store, got.mass) if want_mass else None
     return got.out.unsqueeze(2), got.lse.unsqueeze(2), mass
@@ -74,21 +74,27 @@ def one_row(ctx: LayerContext, want_mass: bool) -> tuple[torch.Tensor, torch.Ten
 
 def _tiers(store: LabLayer, window: int | None) -> list[TierView] | None:
     """Views of a layer's segments as the decode kernel reads them; None where key and value sides differ."""
-    if len(store.coded_k) != len(store.coded_v):
+    keys, values = store.keys_side, store.values_side
+    if len(keys) != len(values):
         return None
-    if window is not None and (store.coded_k or store.meta is not None):
+    if window is not None and (len(keys) > 1 or store.meta is not None):
         return None  # which entries are inside the window is a question of positions, not of slots
     views = []
-    for key, value in zip(store.keys_side, store.values_side):
+    for key, value in zip(keys, values):
         if key.rows.lens != value.rows.lens or key.rows.starts != value.rows.starts:
             return None
         if key.rows.longest == 0:
             continue
-        view = _exact(key, value, store.device, window) if isinstance(key, Exact) else _coded(key, value, store.device)
+        view = tier_of(key, value, store.device, window)
         if view is None:
             return None
         views.append(view)
     return views or None
+
+
+def tier_of(key: Exact | Coded, value: Exact | Coded, device: torch.device, window: int | None = None) -> TierView | None:
+    """Keys and values of one segment, lying alike, as the decode kernel reads them; None for codes it does not know."""
+    return _exact(key, value, device, window) if isinstance(key, Exact) else _coded(key, value, device)
 
 
 def _exact(key: Exact, value: Exact, device: torch.device, window: int | None) -> TierView | None:

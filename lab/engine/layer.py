@@ -2,6 +2,9 @@
 
 Logical order. Entry n of a lane is the same entry on the key side, the value side and in `meta`. On each side rows lie
 as [coded..., exact...]; the two sides may have coded different prefixes (KIVI codes keys by blocks, values one by one).
+
+Samples of one prompt hold its entries once (`common`), each tier's common rows in front of the samples' own. What changes a
+common entry first gives every sample its own copy (`part`); what only reads, adds entries or changes added ones never does.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from lab.engine.common import Common, Stacked, aligned, joined, joined_coded
 from lab.engine.history import History
 from lab.engine.ragged import Ragged
 from lab.engine.segments import Codec, Coded, Exact
@@ -71,6 +75,8 @@ class LabLayer(CacheLayerMixin):
         self.base = 0  # position of entry 0 while positions are implicit
         self.coded_k: list[Coded] = []
         self.coded_v: list[Coded] = []
+        self.common: Common | None = None  # entries that the samples of one prompt hold once
+        self.shared_rows = 0  # tokens that were seen when sequences became samples of one prompt
         self.exact_k: Exact | None = None
         self.exact_v: Exact | None = None
         self.meta: Ragged | None = None
@@ -119,13 +125,18 @@ class LabLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
+        if self.batch == 1:
+            self.repeat(repeats)
+        else:
+            self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.settle()
         chosen = [int(i) for i in indices]
         for part in self._parts():
             part.select_sequences(chosen)
+        if self.common is not None:
+            self.common = self.common.seen_by(len(chosen))
         if self.history is not None:
             self.history.select(chosen)
         self._each_sequence(lambda x: x[torch.tensor(chosen, device=x.device)])
@@ -171,16 +182,28 @@ class LabLayer(CacheLayerMixin):
 
     @property
     def keys_side(self) -> list[Segment]:
+        if self.common is not None:
+            return self.common.side("key", self.coded_k, self.exact_k)
         return [*self.coded_k, self.exact_k]
 
     @property
     def values_side(self) -> list[Segment]:
+        if self.common is not None:
+            return self.common.side("value", self.coded_v, self.exact_v)
         return [*self.coded_v, self.exact_v]
 
     @property
     def plain(self) -> bool:
         """Only exact rows, equally many in every lane: the fast paths apply."""
-        return not self.coded_k and not self.coded_v and self.exact_k.rows.level and self.exact_k.rows.dense
+        alone = self.common is None and not self.coded_k and not self.coded_v
+        return alone and self.exact_k.rows.level and self.exact_k.rows.dense
+
+    @property
+    def split(self) -> tuple[Exact, Exact] | None:
+        """The common (keys, values) of one sequence where all rows, common and own, are exact and equally many in every lane."""
+        if self.common is None or self.coded_k or self.coded_v or not (self.exact_k.rows.level and self.exact_k.rows.dense):
+            return None
+        return self.common.exact
 
     @property
     def counts(self) -> list[int]:
@@ -195,13 +218,15 @@ class LabLayer(CacheLayerMixin):
 
     @property
     def live_bytes(self) -> int:
-        """Bytes of everything held for the entries kept: codes, scales, tags, positions, running statistics."""
-        return sum(part.live_bytes for part in self._parts()) + self.table_bytes
+        """Bytes of everything held for the entries kept: codes, scales, tags, positions, running statistics; common ones once."""
+        common = 0 if self.common is None else self.common.live_bytes
+        return sum(part.live_bytes for part in self._parts()) + common + self.table_bytes
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes of the tensors behind them; the difference to live_bytes is slack capacity."""
-        return sum(part.allocated_bytes for part in self._parts()) + self.table_bytes
+        common = 0 if self.common is None else self.common.allocated_bytes
+        return sum(part.allocated_bytes for part in self._parts()) + common + self.table_bytes
 
     @property
     def table_bytes(self) -> int:
@@ -210,14 +235,28 @@ class LabLayer(CacheLayerMixin):
 
     def bits_count(self) -> dict[int, int]:
         """Entries per key width, summed over lanes; 0 counts the entries dropped."""
-        table = {16: sum(self.exact_k.rows.lens)} if self.is_initialized else {}
-        for segment in self.coded_k:
+        table = {16: 0} if self.is_initialized else {}
+        for segment in self.keys_side if self.is_initialized else ():
             table[segment.bits] = table.get(segment.bits, 0) + sum(segment.rows.lens)
         return table
+
+    def coded_rows(self, side: str) -> list[Segment]:
+        """The coded segments of side "key" or "value", common ones included."""
+        if self.common is None:
+            return self.coded_k if side == "key" else self.coded_v
+        return [s for s in (self.keys_side if side == "key" else self.values_side) if isinstance(s, Coded)]
+
+    def exact_lens(self, side: str) -> list[int]:
+        """Exact rows per lane of side "key" or "value", common ones included."""
+        own = (self.exact_k if side == "key" else self.exact_v).rows.lens
+        common = None if self.common is None else self.common.exact_of(side)
+        return own if common is None else [a + b for a, b in zip(common.rows.lens, own)]
 
     def positions(self) -> torch.Tensor:
         """Absolute position of every entry, int64 [B, Hk, longest]; past a lane's end the value is undefined."""
         if self.meta is not None:
+            if self.common is not None and self.common.meta is not None:
+                return self.common.positions(self.meta)
             return self.meta.padded("pos").long()
         line = torch.arange(self.base, self.base + self.longest, device=self.device)
         return line.expand(self.batch, self.heads, -1)
@@ -291,6 +330,7 @@ class LabLayer(CacheLayerMixin):
 
     def attribute(self, name: str) -> torch.Tensor:
         """A running float32 statistic per entry, [B, Hk, longest]; created as zeros on first use."""
+        self.part_meta()
         if name not in self.meta.fields:
             like = torch.zeros(self.batch, self.heads, self.longest, device=self.device)
             self.meta.add_field(name, like)
@@ -298,6 +338,7 @@ class LabLayer(CacheLayerMixin):
 
     def set_attribute(self, name: str, value: torch.Tensor) -> None:
         """Replace a running statistic by value [B, Hk, longest]."""
+        self.part_meta()
         if self.meta.dense and name in self.meta.fields:
             self.meta.padded(name).copy_(value)
         else:
@@ -305,6 +346,8 @@ class LabLayer(CacheLayerMixin):
 
     def keep(self, mask: torch.Tensor, row: int) -> None:
         """Drop every entry whose mask bool [B, Hk, longest] is False, and free its memory."""
+        if self.common is not None:
+            self._part_for(~mask)
         if self.history is not None:
             valid = self.valid()
             gone = ~mask if valid is None else ~mask & valid
@@ -317,9 +360,12 @@ class LabLayer(CacheLayerMixin):
                     continue
                 index = (start + torch.arange(width, device=self.device)).clamp_max(mask.shape[-1] - 1)
                 lens = segment.rows.lens_tensor(self.device).unsqueeze(-1)
-                last = segment is side[-1]
-                segment.keep(mask.gather(2, index), spare=self.slack if last else 0)
+                if not isinstance(segment, Stacked):  # common rows all stay
+                    segment.keep(mask.gather(2, index), spare=self.slack if segment is side[-1] else 0)
                 start = start + lens
+        if self.common is not None and self.common.meta is not None:
+            first = self.common.meta_view.lens_tensor(self.device).unsqueeze(-1)
+            mask = mask.gather(2, (first + torch.arange(self.meta.longest, device=self.device)).clamp_max(mask.shape[-1] - 1))
         self.meta.keep(mask, spare=self.slack)
 
     def drop_one(self, slot: torch.Tensor, row: int, lanes: list[int] | None = None) -> None:
@@ -329,32 +375,38 @@ class LabLayer(CacheLayerMixin):
             which = ~which
             which[lanes] = True
         which = which.view(self.batch, self.heads, 1)
-        if self.coded_k or self.coded_v:
+        if self.coded_rows("key") or self.coded_rows("value"):
             mask = torch.ones(self.batch, self.heads, self.longest, dtype=torch.bool, device=self.device)
             self.keep(mask.scatter_(2, slot.unsqueeze(-1), ~which), row)
             return
         if self.history is not None:
             self.history.dropped(self.positions().gather(2, slot.unsqueeze(-1)), which, row)
-        for part in (self.exact_k.rows, self.exact_v.rows, self.meta):
-            part.pop_swap(slot, lanes)
+        places = (slot, slot) if self.common is None else self._behind_common(slot, which)
+        for part, place in zip((self.exact_k.rows, self.exact_v.rows, self.meta), (places[0], *places)):
+            part.pop_swap(place, lanes)
 
     def trim_window(self) -> None:
         """Drop entries no later query can see in a sliding-window layer, a block at a time."""
         extra = self.longest - self.window + 1
-        if self.meta is None and self.plain and extra > 64:
-            self.exact_k.rows.take_front(extra)
-            self.exact_v.rows.take_front(extra)
+        if self.meta is None and extra > 64 and (self.plain or self.split is not None):
             self.base += extra
+            if self.common is not None:
+                held = self.common.exact[0].rows.longest
+                self.common, extra = self.common.trimmed(extra), max(0, extra - held)
+            if extra:
+                self.exact_k.rows.take_front(extra)
+                self.exact_v.rows.take_front(extra)
 
     def code(self, side: str, codec: Codec, first: int, count: int | list[int], row: int) -> None:
         """Move `count` exact rows of one side, oldest first after skipping `first`, into that side's coded segment.
 
         A list gives the count of each lane, where lanes hold different numbers of exact rows.
         """
+        self.part_exact(side)
         exact, coded = (self.exact_k, self.coded_k) if side == "key" else (self.exact_v, self.coded_v)
         if not coded:
             coded.append(Coded(codec, self.batch, self.heads))
-        before = coded[0].rows.lens_tensor(self.device).unsqueeze(-1)
+        before = self._coded_lens(side)
         if isinstance(count, list):
             line = torch.arange(exact.rows.longest, device=self.device)
             flags = (line >= first) & (line < first + torch.tensor(count, device=self.device).view(self.batch, self.heads, 1))
@@ -378,16 +430,23 @@ class LabLayer(CacheLayerMixin):
             return
         if isinstance(count, list):
             count = torch.tensor(count, device=self.device).view(self.batch, self.heads, 1)
+        self.part_meta()
         line = torch.arange(self.meta.longest, device=self.device)
-        start = self.coded_k[0].rows.lens_tensor(self.device).unsqueeze(-1) - count  # [B, Hk, 1]
+        start = self._coded_lens("key") - count  # [B, Hk, 1]
         back = torch.where(line < start + count + first, line - count, line)
         self.meta.order(torch.where(line < start, line, torch.where(line < start + count, line + first, back)))
 
     def repeat(self, times: int) -> None:
-        """Turn one prompt's cache into `times` samples of it."""
+        """Turn one prompt's cache into `times` samples of it, which hold its entries once."""
         self.settle()
-        for part in self._parts():
-            part.repeat(times)
+        if times == 1:
+            return
+        if self.is_initialized and self.batch == 1 and self.common is None:
+            self._share(times)
+        else:
+            for part in self._parts():
+                part.repeat(times)
+            self.common = None if self.common is None else self.common.seen_by(self.batch)
         if self.history is not None:
             self.history.repeat(times)
         self._each_sequence(lambda x: x.repeat(times, *[1] * (x.dim() - 1)))
@@ -409,15 +468,106 @@ class LabLayer(CacheLayerMixin):
                 running.settle(twin)
         return twin
 
+    # -- samples of one prompt -------------------------------------------------------------------------------------
+    def _share(self, times: int) -> None:
+        """What is stored becomes common to `times` sequences, without slack; what comes is their own."""
+        for part in self._parts():
+            part.select_sequences([0])
+        sides, meta = (self.keys_side, self.values_side), self.meta
+        firsts, rests = aligned(*sides)
+        self.coded_k, self.coded_v = ([], [])
+        for rest, coded in zip(rests, (self.coded_k, self.coded_v)):
+            coded += rest
+            for segment in coded:
+                segment.repeat(times)
+        self.exact_k, self.exact_v = (side[-1].empty(times) for side in sides)
+        self.meta = None if meta is None else meta.empty(times)
+        self.shared_rows = self.seen
+        self.common = Common(*([s for s in side if s.rows.longest] for side in firsts), meta, times)
+
+    def part(self) -> None:
+        """Give every sample its own copy of the common entries; nothing changes its place."""
+        common = self.common
+        if common is None:
+            return
+        self.part_meta()
+        for side, coded in (("key", self.coded_k), ("value", self.coded_v)):
+            self.part_exact(side)
+            for segment in (s for s in common.views[side] if isinstance(s, Coded)):
+                own = next((i for i, s in enumerate(coded) if s.bits == segment.bits), None)
+                if own is None:
+                    coded.append(joined_coded(segment, Coded(segment.codec, self.batch, self.heads)))
+                else:
+                    coded[own] = joined_coded(segment, coded[own])
+            coded.sort(key=lambda s: s.bits)
+        self.common, self.step_refused = None, False
+
+    def part_meta(self) -> None:
+        """Give every sample its own positions and statistics of the common entries."""
+        if self.common is not None and self.common.meta is not None:
+            self.meta = joined(self.common.meta_view, self.meta, _room(self.meta))
+            self.common = self.common.without_meta()
+
+    def part_exact(self, side: str) -> None:
+        """Give every sample its own copy of the common exact rows of one side: they are about to be coded."""
+        common = None if self.common is None else self.common.exact_of(side)
+        if common is None:
+            return
+        own = self.exact_k if side == "key" else self.exact_v
+        own.rows = joined(common.rows, own.rows, _room(own.rows))
+        self.common = self.common.without_exact(side)
+        if self.common.empty:
+            self.part_meta()
+            self.common = None
+
+    def touches(self, flags: torch.Tensor) -> bool:
+        """Whether flags bool [B, Hk, longest] mark an entry whose key or value is common."""
+        valid = self.valid()
+        flags = flags if valid is None else flags & valid
+        for side in (self.keys_side, self.values_side):
+            start = torch.zeros(self.batch, self.heads, 1, dtype=torch.long, device=self.device)
+            for segment in side:
+                if isinstance(segment, Stacked) and bool((flags & self._within(flags, segment.rows, start)).any()):
+                    return True
+                start = start + segment.rows.lens_tensor(self.device).unsqueeze(-1)
+        return False
+
+    def _part_for(self, gone: torch.Tensor) -> None:
+        """Part as far as needed before entries flagged by gone bool [B, Hk, longest] leave."""
+        if self.touches(gone):
+            self.part()
+        elif self.common.meta is not None and bool((gone & self._within(gone, self.common.meta_view)).any()):
+            self.part_meta()
+
+    def _within(self, flags: torch.Tensor, rows: Ragged, start: torch.Tensor | int = 0) -> torch.Tensor:
+        line = torch.arange(flags.shape[-1], device=flags.device)
+        return (line >= start) & (line < start + rows.lens_tensor(flags.device).unsqueeze(-1))
+
+    def _behind_common(self, slot: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(among own exact rows, among own tags) of slot int64 [B, Hk], where none of the exact entries that leave (which bool
+        [B, Hk, 1]) is common; else the layer parts and slots stay as they are."""
+        common = self.common.exact_of("key").rows.lens_tensor(slot.device)
+        if bool(((slot < common) & which[:, :, 0]).any()):
+            self.part()
+            return slot, slot
+        own = (slot - common).clamp_min(0)
+        return own, slot if self.common.meta is None else own
+
     # -- inside ----------------------------------------------------------------------------------------------------
     def _parts(self) -> list:
         if not self.is_initialized:
             return []
-        return [*self.keys_side, *self.values_side] + ([self.meta] if self.meta is not None else [])
+        own = [*self.coded_k, self.exact_k, *self.coded_v, self.exact_v]
+        return own if self.meta is None else [*own, self.meta]
 
     def _orderly(self) -> "LabLayer":
         """This layer, or a copy in ordinary order where a running step keeps it in its own."""
         return self.clone() if self.in_place is not None and not self.in_place.orderly else self
+
+    def _coded_lens(self, side: str) -> torch.Tensor:
+        """int64 [B, Hk, 1]: coded rows per lane."""
+        lens = [sum(lane) for lane in zip(*(s.rows.lens for s in self.coded_rows(side)))]
+        return torch.tensor(lens, device=self.device).view(self.batch, self.heads, 1)
 
     def _each_sequence(self, change) -> None:
         """Apply a change of the batch to what is kept beside the stored rows: [B, ...] tensors."""
@@ -444,3 +594,8 @@ class LabLayer(CacheLayerMixin):
                 out[b, h, at : at + n] = x[b, h, :n]
                 at += n
         return out
+
+
+def _room(rows: Ragged) -> int:
+    """Entries that every lane could still take."""
+    return min(c - n for c, n in zip(rows.caps, rows.lens))

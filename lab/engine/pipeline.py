@@ -79,6 +79,8 @@ def _dense_row(handle: Handle, q: torch.Tensor, call: Call) -> torch.Tensor | No
         return None
     k, v = store.exact_k.rows, store.exact_v.rows
     n = k.lens[0]
+    if store.common is not None and store.common.exact is None:
+        return None
     if n >= k.caps[0] or k.fields["x"].shape != v.fields["x"].shape:
         return None
     keys, values = k.whole("x"), v.whole("x")
@@ -87,6 +89,10 @@ def _dense_row(handle: Handle, q: torch.Tensor, call: Call) -> torch.Tensor | No
     store.appended()
     handle.fresh = False
     rows = q.reshape(batch, store.heads, -1, q.shape[-1])
+    if store.common is not None:
+        store.last_read += sum(store.common.exact[0].rows.lens) * batch
+        out, _ = attend.samples_row(rows, store.common.exact, keys[:, :, : n + 1], values[:, :, : n + 1], call.scale)
+        return out.reshape(batch, 1, q.shape[1], -1)
     out, _ = core.plain(rows, keys[:, :, : n + 1], values[:, :, : n + 1], call.scale)
     return out.reshape(batch, 1, q.shape[1], -1)
 
@@ -182,6 +188,8 @@ def _attend(policy: Policy, ctx: LayerContext, handle: Handle, call: Call) -> at
         if found is not None:
             store.last_read = min(sum(store.counts), (ctx.window or store.longest) * store.batch * store.heads)
             return attend.Result(*found)
+    if rows == 1 and store.common is not None:  # nothing slides out of sight among what is left
+        quick = ctx.pos_q is None and not call.softcap and store.split is not None and not ctx.window
     alone = rows == 1 and store.plain and not ctx.window and not call.softcap and ctx.pos_q is None  # sees all there is
     if rows == 1 and (quick or alone) and not bands and not edits and not want_mass and not policy.want_last:
         return _with_sink(ctx, attend.one_row(ctx))

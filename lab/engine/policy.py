@@ -8,7 +8,7 @@ from lab.engine.attend import Result
 from lab.engine.context import LayerContext
 from lab.engine.layer import LabLayer
 from lab.engine.rope import Rope, rope_of
-from lab.engine.slots import Forward
+from lab.engine.slots import UNLIMITED, Forward
 from lab.engine.stack import Stack
 from lab.engine.steady.plan import not_in_place
 from lab.engine.tiers import narrow
@@ -287,15 +287,24 @@ class Policy:
         keep = rank < limit
         return keep if valid is None else keep & valid
 
+    def part_exact(self, store: LabLayer) -> None:
+        """Give samples their own copies of the exact rows that this stack codes sooner or later."""
+        for side in ("key", "value"):
+            if self.encoder.due(side, UNLIMITED)[1]:
+                store.part_exact(side)
+
     def _encode(self, ctx: LayerContext) -> None:
         store = ctx.store
         key_codec, value_codec = self.encoder.codecs(ctx)
         first, moved = 0, 0
-        for side, codec, segment in (("key", key_codec, store.exact_k), ("value", value_codec, store.exact_v)):
-            dues = [self.encoder.due(side, n) for n in dict.fromkeys(segment.rows.lens)]
-            by_length = dict(zip(dict.fromkeys(segment.rows.lens), dues))
-            counts = [by_length[n][1] - by_length[n][1] % codec.block for n in segment.rows.lens]
+        for side, codec in (("key", key_codec), ("value", value_codec)):
+            lens = store.exact_lens(side)
+            dues = [self.encoder.due(side, n) for n in dict.fromkeys(lens)]
+            by_length = dict(zip(dict.fromkeys(lens), dues))
+            counts = [by_length[n][1] - by_length[n][1] % codec.block for n in lens]
             if max(counts) > 0:
+                if store.common is not None:
+                    self.part_exact(store)
                 first = dues[0][0]
                 even = counts.count(counts[0]) == len(counts)
                 store.code(side, codec, first, counts[0] if even else counts, ctx.row)

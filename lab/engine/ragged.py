@@ -237,6 +237,12 @@ class Ragged:
             lane = torch.repeat_interleave(torch.tensor(self.lens)).to(device)
             self._rebuild(source, lane, list(self.lens), 0)
 
+    def empty(self, batch: int) -> "Ragged":
+        """Lanes of `batch` sequences with the same fields and no entry."""
+        twin = Ragged(batch, self.heads)
+        twin.fields = {name: field.new_zeros(0, *field.shape[1:]) for name, field in self.fields.items()}
+        return twin
+
     def clone(self) -> "Ragged":
         """An independent copy."""
         twin = Ragged(self.batch, self.heads)

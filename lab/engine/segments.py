@@ -70,6 +70,12 @@ class Exact:
         twin.rows = self.rows.clone()
         return twin
 
+    def empty(self, batch: int) -> "Exact":
+        """Lanes of `batch` sequences for the same kind of rows, without one."""
+        twin = Exact(batch, self.rows.heads)
+        twin.rows = self.rows.empty(batch)
+        return twin
+
     def repeat(self, times: int) -> None:
         self.rows.repeat(times)
 
@@ -137,6 +143,12 @@ class Coded:
     def clone(self) -> "Coded":
         twin = Coded(self.codec, self.rows.batch, self.rows.heads)
         twin.rows, twin.blocks = self.rows.clone(), self.blocks.clone()
+        return twin
+
+    def empty(self, batch: int) -> "Coded":
+        """Lanes of `batch` sequences for the same kind of codes, without one."""
+        twin = Coded(self.codec, batch, self.rows.heads)
+        twin.rows, twin.blocks = self.rows.empty(batch), self.blocks.empty(batch)
         return twin
 
     def repeat(self, times: int) -> None:

@@ -422,6 +422,11 @@ class Technique:
         return ""
 
     @property
+    def code_block(self) -> int:
+        """Rows that share scales: samples of one prompt have whole blocks in common."""
+        return 1
+
+    @property
     def keeps_order(self) -> bool:
         """Coding always takes the oldest exact rows first, so storage order stays the order of positions."""
         return True

@@ -10,6 +10,7 @@ from typing import Callable
 
 import torch
 
+from lab.engine.common import Stacked
 from lab.engine.layer import LabLayer
 from lab.engine.segments import Codec, Coded, Exact
 
@@ -21,7 +22,7 @@ def held_bits(layer: LabLayer) -> torch.Tensor:
     line = torch.arange(layer.longest, device=layer.device)
     bits = torch.full((layer.batch, layer.heads, layer.longest), Exact.bits, device=layer.device)
     end = layer.exact_k.rows.lens_tensor(layer.device) * 0
-    for segment in layer.coded_k:
+    for segment in layer.coded_rows("key"):
         start, end = end, end + segment.rows.lens_tensor(layer.device)
         inside = (line >= start.unsqueeze(-1)) & (line < end.unsqueeze(-1))
         bits = torch.where(inside, segment.bits, bits)
@@ -41,6 +42,8 @@ def narrow(layer: LabLayer, bits: torch.Tensor, codecs: Codecs, row: int) -> Non
         move &= valid
     widths = torch.unique(bits[move]).tolist() if bool(move.any()) else []
     target = have
+    if layer.common is not None and widths and layer.touches(move):
+        layer.part()
     for width in widths:
         made = codecs(width)
         flags = move & (bits == width)
@@ -63,6 +66,7 @@ def narrow(layer: LabLayer, bits: torch.Tensor, codecs: Codecs, row: int) -> Non
     for side in (layer.keys_side, layer.values_side):
         _move(layer, side, moved, target)
     order = target if valid is None else target.masked_fill(~valid, 2 * Exact.bits)
+    layer.part_meta()
     layer.meta.order(order.argsort(dim=-1, stable=True))
 
 
@@ -80,7 +84,7 @@ def _move(layer: LabLayer, side: list, moved: torch.Tensor, target: torch.Tensor
         if not bool(goes.any()):
             continue
         leaving.append((segment, ~goes))
-        for goal in side:
+        for goal in (s for s in side if not isinstance(s, Stacked)):
             if goal.bits < segment.bits and bool((goes & (wanted == goal.bits)).any()):
                 arriving.append((goal, *_picked(segment, pos, goes & (wanted == goal.bits))))
     for segment, stay in leaving:
@@ -103,6 +107,8 @@ def replace(layer: LabLayer, side: str, changed: torch.Tensor, x: torch.Tensor) 
     Coded entries are encoded again at their own width, so merging into them costs a second rounding. Entries whose code
     shares scales with neighbours (blocks) are left as they are.
     """
+    if layer.common is not None and layer.touches(changed):
+        layer.part()
     segments = layer.keys_side if side == "key" else layer.values_side
     start = torch.zeros(layer.batch, layer.heads, 1, dtype=torch.long, device=layer.device)
     for segment, pos in layer.spans(segments):

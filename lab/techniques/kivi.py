@@ -76,6 +76,10 @@ class Kivi(Technique):
         return f"KIVI {self.bits}-bit"
 
     @property
+    def code_block(self) -> int:
+        return self.group
+
+    @property
     def codes_in_place(self) -> str:
         return "blocks"
 

@@ -37,7 +37,7 @@ def tables(
     """
     store, state = ctx.store, ctx.state
     counts = store.counts
-    coded = sum(s.rows.longest for s in (store.coded_k if side == "key" else store.coded_v))
+    coded = sum(s.rows.longest for s in store.coded_rows(side))
     total, lanes, known = sum(counts), len(counts), state.get(f"{name}/seen")
     at = 0
     if known is not None and total in (known[0], known[0] + lanes) and coded >= known[1] and ctx.store.meta is None:

@@ -14,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from lab.engine.common import joined
 from lab.engine.history import NEVER, History
 from lab.engine.layer import LabLayer
 from lab.engine.tiers import held_bits, narrow, replace
@@ -35,7 +36,7 @@ def storage_bytes(layer: LabLayer) -> int:
             [walk(v, depth + 1) for v in x.values()]
         elif isinstance(x, (list, tuple)):
             [walk(v, depth + 1) for v in x]
-        elif hasattr(x, "__dict__") and depth < 6 and not isinstance(x, History):
+        elif hasattr(x, "__dict__") and depth < 12 and not isinstance(x, History):
             walk(vars(x), depth + 1)
 
     walk({n: v for n, v in vars(layer).items() if n not in ("history", "policy", "queries", "budget")})
@@ -125,7 +126,7 @@ class LayerMachine(RuleBasedStateMachine):
     def drop_one(self, seed):
         g = torch.Generator().manual_seed(seed)
         slots = [int(torch.randint(len(lane), (1,), generator=g)) for lane in self.lanes]
-        swaps = not self.layer.coded_k and not self.layer.coded_v
+        swaps = not self.layer.coded_rows("key") and not self.layer.coded_rows("value")
         self.layer.drop_one(torch.tensor(slots).view(self.batch, self.heads), self.seen - 1)
         for n, (lane, slot) in enumerate(zip(self.lanes, slots)):
             self.died(n, lane[slot])
@@ -251,7 +252,8 @@ class LayerMachine(RuleBasedStateMachine):
             bits[e["kbits"]] = bits.get(e["kbits"], 0) + 1
         assert {w: n for w, n in layer.bits_count().items() if n} == bits
         valid, keys, values, held = layer.valid(), layer.all_keys(), layer.all_values(), held_bits(layer)
-        pos, mass = layer.positions(), layer.meta.padded("mass") if "mass" in layer.meta.fields else None
+        tags = joined(layer.common.meta_view, layer.meta) if layer.common is not None and layer.common.meta is not None else layer.meta
+        pos, mass = layer.positions(), tags.padded("mass") if "mass" in tags.fields else None
         if layer.longest:
             for lane, entries in enumerate(lanes):
                 b, h = divmod(lane, self.heads)

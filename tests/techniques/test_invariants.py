@@ -207,6 +207,7 @@ def held_storage(cache: LabCache) -> int:
 
     for layer in cache.lab_layers:
         walk([layer.coded_k, layer.coded_v, layer.exact_k, layer.exact_v, layer.meta, layer.state])
+        walk(vars(layer.common) if layer.common is not None else ())  # what samples hold once
     return sum(size for pointer, size in found.items() if pointer)
 
 
@@ -321,8 +322,10 @@ def test_samples_of_one_prompt(name):
     streams = torch.tensor([IDS[PROMPT:], tokens(STEPS, seed=6).tolist(), IDS[PROMPT:]])
     got = torch.stack([session.step(streams[:, t]) for t in range(STEPS)])
     other = feed(llama(), case(name).lossy, ids=IDS[:PROMPT] + streams[1].tolist())[0]
-    assert far(got[:, 0], lossy(name)[1:]) < 2e-5 and far(got[:, 2], lossy(name)[1:]) < 2e-5
-    assert far(got[:, 1], other[1:]) < 2e-5
+    # the common entries and the others are summed apart: a half-precision scale of a new code may round the other way
+    near = 2e-5 if session.cache.policy.encoder is None else 2e-4
+    assert far(got[:, 0], lossy(name)[1:]) < near and far(got[:, 2], lossy(name)[1:]) < near
+    assert far(got[:, 1], other[1:]) < near
     accounted(session.cache)
 
 

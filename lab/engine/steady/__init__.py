@@ -45,6 +45,14 @@ def begin(policy: "Policy", store: "LabLayer", clock: "Clock | None" = None) -> 
     from lab.engine.steady.plan import evicts
 
     reason = policy.not_in_place or unfit(policy, store)
+    if reason is None and store.common is not None:
+        if evicts(policy):
+            store.part()
+            reason = unfit(policy, store)
+        elif policy.encoder is not None:
+            policy.part_exact(store)
+        elif clock is None and store.split is None:
+            reason = "heads keep different numbers of entries"
     if reason is None and clock is None and not store.exact_k.rows.level:
         reason = "heads keep different numbers of entries"
     if reason is not None:

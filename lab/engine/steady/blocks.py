@@ -26,7 +26,7 @@ class Blocks(Step):
         self.size = size = self.residual + 1
         self.coded_k, self.coded_v = store.coded_k[0], store.coded_v[0]
         self.block = self.coded_k.codec.block
-        if self.bias is not None and self.bias[0] >= self.n:
+        if self.bias is not None and self.bias[0] >= self.ahead + self.n:
             raise Unfit("the stack edits an entry whose value is not coded yet")
         self._fill()
         self.turn = 0  # where the next row goes; the oldest row stands behind it
@@ -79,12 +79,13 @@ class Blocks(Step):
             k_scale=b["scale"], k_zero=b["zero"], v_scale=v["scale"], v_zero=v["zero"], k_group=group,
             k_block=self.block if self.block >= 32 else 0,
         )
-        coded.bias = self.bias_of(coded)
+        if self.common is None:
+            coded.bias = self.bias_of(coded)
         ring = TierView(
             16, store.exact_k.rows.fields["x"], store.exact_v.rows.fields["x"], int32(store.exact_k.rows.starts, device),
             int32([self.size] * self.lanes, device), self.size,
         )
-        self.tiers = [coded, ring]
+        self.tiers = [coded, ring] if self.common is None else [coded, ring, self.common_tier()]
         self.slot, self.oldest = clock.ring(self.size, self.lanes)
         clock.count(coded, "length")
         self.slot_coded = torch.tensor([s + self.n for s in self.coded_v.rows.starts], device=device)
@@ -93,6 +94,18 @@ class Blocks(Step):
             store.meta.reserve(room)
             self.tag = torch.tensor([s + n for s, n in zip(store.meta.starts, store.meta.lens)], device=device)
             clock.count(self, "tag")
+
+    def common_tier(self) -> TierView:
+        key, value = self.common.views["key"][0], self.common.views["value"][0]
+        k, b, v, device = key.rows, key.blocks.fields, value.rows.fields, self.store.device
+        tier = TierView(
+            key.bits, k.fields["codes"], v["codes"], int32(k.starts, device), int32(k.lens, device), max(k.lens),
+            k_scale=b["scale"], k_zero=b["zero"], v_scale=v["scale"], v_zero=v["zero"],
+            k_group=torch.arange(k.fields["codes"].shape[0], device=device, dtype=torch.int32) // self.block,
+            k_block=self.block if self.block >= 32 else 0,
+        )
+        tier.bias = self.bias_of(tier)
+        return tier
 
     def write(self, handle) -> None:
         store, meta = self.store, self.store.meta
@@ -117,11 +130,17 @@ class Blocks(Step):
         keys, values = self.keys.view(shape), self.values.view(shape)
         blocks = -(-n // self.block)
         codes = {name: x[:, :, : blocks * self.block] for name, x in self.fields_k.items()}
-        s = self.coded_k.codec.logits(rows, codes, {name: x[:, :, :blocks] for name, x in self.fields_b.items()}, True)
-        s = torch.cat([s[..., :n], rows @ keys.mT], -1).float().mul_(call.scale)
+        parts = [] if self.common is None else [self.common.views["key"][0].logits(rows)]
+        if n or self.common is None:
+            own = self.coded_k.codec.logits(rows, codes, {name: x[:, :, :blocks] for name, x in self.fields_b.items()}, True)
+            parts.append(own[..., :n])
+        s = torch.cat([*parts, rows @ keys.mT], -1).float().mul_(call.scale)
         p = torch.softmax(self.add_bias(s), -1).to(self.store.dtype)
-        mixed = self.coded_v.codec.mix(p[..., :n], {name: x[:, :, :n] for name, x in self.fields_v.items()})
-        return self.flat(mixed.to(values.dtype) + p[..., n:] @ values), None
+        first, last = self.ahead, self.ahead + n
+        mixed = 0 if self.common is None else self.common.views["value"][0].mix(p[..., :first])
+        if n or self.common is None:
+            mixed = mixed + self.coded_v.codec.mix(p[..., first:last], {name: x[:, :, :n] for name, x in self.fields_v.items()})
+        return self.flat(mixed.to(values.dtype) + p[..., last:] @ values), None
 
     def change(self, q, mass) -> None:
         coded = self.coded_v
@@ -153,7 +172,7 @@ class Blocks(Step):
         if store.meta is not None:
             store.meta.lens = [n + 1 for n in store.meta.lens]
         store.seen += 1
-        store.last_read, store.last_probe = (self.n + self.residual) * self.lanes, 0
+        store.last_read, store.last_probe = (self.n + self.residual) * self.lanes + self.shared, 0
         if key.lens[0] == self.residual:
             self._code_keys()
         if self.clock is None and self.n >= self.capacity - 1:
@@ -180,8 +199,10 @@ class Blocks(Step):
         self.keys.index_copy_(1, order, decoded.to(self.keys.dtype).reshape(self.lanes, self.residual, -1))
 
     def _positions(self, first: int, count: int) -> torch.Tensor:
-        """Positions int64 [B,Hk,count] of logical entries from `first` on."""
-        store = self.store
+        """Positions int64 [B,Hk,count] of logical entries from `first` on, common ones not counted."""
+        store, first = self.store, first + self.ahead
+        if self.common is not None and store.meta is not None:
+            return store.positions()[:, :, first : first + count]
         if store.meta is not None:
             return store.meta.whole("pos")[:, :, first : first + count].long()
         line = torch.arange(store.base + first, store.base + first + count, device=store.device)

@@ -28,9 +28,12 @@ class Growing(Step):
         self.slot = ends(k)
         self.tiers = [TierView(
             16, k.fields["x"], v.fields["x"], int32(k.starts, device), int32([n + 1 for n in k.lens], device), max(k.caps))]
-        self.tiers[0].bias = self.bias_of(self.tiers[0])
         clock.count(self, "slot")
         clock.count(self.tiers[0], "length")
+        if self.common is None:
+            self.tiers[0].bias = self.bias_of(self.tiers[0])
+        else:
+            self.tiers.append(self.common_tier())
         if meta is not None:
             self.tag = ends(meta)
             clock.count(self, "tag")
@@ -45,13 +48,13 @@ class Growing(Step):
             return
         n = k.lens[0]
         for rows in filter(None, (k, v, meta)):
-            if n >= rows.caps[0]:
+            if rows.lens[0] >= rows.caps[0]:
                 rows.reserve(SPARE)
         k.whole("x")[:, :, n : n + 1] = handle.k
         v.whole("x")[:, :, n : n + 1] = handle.v
         if meta is not None:
             for name in meta.fields:
-                meta.whole(name)[:, :, n] = self.store.seen if name == "pos" else 0
+                meta.whole(name)[:, :, meta.lens[0]] = self.store.seen if name == "pos" else 0
 
     def read(self, q, call):
         if self.clock is not None:
@@ -64,7 +67,7 @@ class Growing(Step):
         for rows in filter(None, self._parts()):
             rows.lens = [n + 1 for n in rows.lens]
         self.store.seen += 1
-        self.store.last_read = sum(self.store.exact_k.rows.lens)
+        self.store.last_read = self.shared + sum(self.store.exact_k.rows.lens)
         self.store.last_probe = 0
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lab.engine.segments import Exact
 from lab.engine.slots import ColumnBias, Technique, Trailing
 
 if TYPE_CHECKING:
@@ -58,11 +59,15 @@ def unfit(policy: "Policy", store: "LabLayer") -> str | None:
         return "a layer slides, is shared or is padded"
     if not store.prompt_done:
         return "the prompt is not complete"
+    if store.common is not None and evicts(policy):  # samples part before the first entry leaves
+        return _unfilled(policy, store)
     k, v = store.exact_k.rows, store.exact_v.rows
     if policy.encoder is not None:
         return _uncoded(policy, store)
     if store.coded_k or store.coded_v or k.starts != v.starts or k.caps != v.caps or k.fields["x"].shape != v.fields["x"].shape:
         return "keys and values are stored unevenly"
+    if store.common is not None and (store.common.pair is None or not isinstance(store.common.pair[0], Exact)):
+        return "keys and values that samples share are stored unevenly"
     if not evicts(policy):
         return None
     return _unfilled(policy, store)
@@ -93,12 +98,16 @@ def _uncoded(policy: "Policy", store: "LabLayer") -> str | None:
     parts = [store.coded_k[0].rows, store.coded_v[0].rows, store.exact_k.rows, store.exact_v.rows]
     if not all(rows.level for rows in parts):
         return "heads hold different numbers of codes"
+    if store.common is not None:
+        shared = [s for s in (*store.common.views["key"], *store.common.views["value"]) if not isinstance(s, Exact)]
+        if [s.rows.level for s in shared] not in ([True, True], []) or shared and shared[0].rows.lens != shared[1].rows.lens:
+            return "codes that samples share are stored unevenly"
     if policy.encoder.codes_in_place == "blocks":
-        if store.exact_v.rows.lens[0] != policy.encoder.residual:
+        if set(store.exact_lens("value")) != {policy.encoder.residual}:
             return FILLING
         return None if store.exact_k.rows.fields["x"].shape[-1] == store.exact_v.rows.fields["x"].shape[-1] else (
             "keys and values have different widths")
-    if store.exact_k.rows.longest or store.exact_v.rows.longest or parts[0].lens != parts[1].lens:
+    if any(store.exact_lens("key")) or any(store.exact_lens("value")) or parts[0].lens != parts[1].lens:
         return "keys and values are stored unevenly"
     return _unfilled(policy, store) if evicts(policy) else None
 

@@ -42,10 +42,13 @@ class _Coded:
             self.coded_k.bits, k["codes"], v["codes"], starts, int32([held] * self.lanes, device), capacity, k_scale=k["scale"],
             k_zero=k["zero"], v_scale=v["scale"], v_zero=v["zero"],
         )
-        coded.bias = self.bias_of(coded)
+        if self.common is None:
+            coded.bias = self.bias_of(coded)
         one = int32([1] * self.lanes, device)
         lanes = torch.arange(self.lanes, device=device)
         self.tiers = [coded, TierView(16, store.exact_k.rows.fields["x"], store.exact_v.rows.fields["x"], lanes.int(), one, 1)]
+        if self.common is not None:
+            self.tiers.append(self.common_tier())
         self.slot = lanes
 
     def write(self, handle) -> None:
@@ -66,14 +69,17 @@ class _Coded:
         shape = (self.batch, self.heads, 1, -1)
         key, value = store.exact_k.rows.fields["x"].view(shape), store.exact_v.rows.fields["x"].view(shape)
         codes_k, codes_v = ({name: x[:, :, :n] for name, x in fields.items()} for fields in (self.fields_k, self.fields_v))
-        s = self.coded_k.codec.logits(rows, codes_k, {}, True)
-        if s is None:
-            s = rows @ self.coded_k.codec.decode(codes_k, {}, None).to(rows.dtype).mT
-        s = torch.cat([s, rows @ key.mT], -1).float().mul_(call.scale)
+        parts = [] if self.common is None else [self.common.views["key"][0].logits(rows)]
+        if n or self.common is None:
+            s = self.coded_k.codec.logits(rows, codes_k, {}, True)
+            parts.append(rows @ self.coded_k.codec.decode(codes_k, {}, None).to(rows.dtype).mT if s is None else s)
+        s = torch.cat([*parts, rows @ key.mT], -1).float().mul_(call.scale)
         p = torch.softmax(self.add_bias(s), -1)
-        weights = p.to(store.dtype)
-        mixed = self.coded_v.codec.mix(weights[..., :n], codes_v)
-        return torch.addcmul(mixed.to(value.dtype), weights[..., n:], value), p
+        weights, first, last = p.to(store.dtype), self.ahead, self.ahead + n
+        mixed = 0 if self.common is None else self.common.views["value"][0].mix(weights[..., :first])
+        if n or self.common is None:
+            mixed = mixed + self.coded_v.codec.mix(weights[..., first:last], codes_v)
+        return torch.addcmul(mixed.to(value.dtype), weights[..., last:], value), p
 
     def encoded(self) -> tuple[dict, dict]:
         """The newest row's codes: fields [lanes, ...] of keys and of values."""
@@ -137,10 +143,11 @@ class CodedRows(_Coded, Step):
         meta = self.store.meta
         if meta is None:
             return
-        if self.n >= meta.caps[0]:
+        held = meta.lens[0]
+        if held >= meta.caps[0]:
             meta.reserve(SPARE)
         for name in meta.fields:
-            meta.whole(name)[:, :, self.n] = self.store.seen if name == "pos" else 0
+            meta.whole(name)[:, :, held] = self.store.seen if name == "pos" else 0
 
     def read(self, q, call):
         if self.clock is not None:
@@ -168,10 +175,12 @@ class CodedRows(_Coded, Step):
     def count(self) -> None:
         store = self.store
         self.n += 1
-        for rows in (self.coded_k.rows, self.coded_v.rows, *([store.meta] if store.meta is not None else [])):
+        for rows in (self.coded_k.rows, self.coded_v.rows):
             rows.lens = [self.n] * self.lanes
+        if store.meta is not None:
+            store.meta.lens = [n + 1 for n in store.meta.lens]
         store.seen += 1
-        store.last_read, store.last_probe = self.n * self.lanes, 0
+        store.last_read, store.last_probe = self.n * self.lanes + self.shared, 0
 
     def settle(self, target) -> None:
         self.note(target)

@@ -15,10 +15,12 @@ import torch
 from kernels import cpu_attention as core
 from kernels import decode
 from kernels.decode import TierView
+from lab.engine.attend import samples_row
 from lab.engine.context import LayerContext
+from lab.engine.fused import tier_of
 from lab.engine.layer import Handle, LabLayer
 from lab.engine.steady.clock import Clock
-from lab.engine.steady.plan import standing
+from lab.engine.steady.plan import Unfit, standing
 
 if TYPE_CHECKING:
     from lab.engine.policy import Policy
@@ -46,8 +48,14 @@ class Step:
     def __init__(self, policy: "Policy", store: LabLayer, clock: Clock | None = None) -> None:
         self.policy, self.store, self.clock = policy, store, clock
         self.batch, self.heads, self.lanes, self.groups = store.batch, store.heads, store.batch * store.heads, store.groups
+        # what samples of one prompt share, and how many entries of each lane that is: in front of all others, for good
+        self.common = store.common
+        self.ahead = 0 if self.common is None else min(self.common.pair[0].rows.lens)
+        self.shared = 0 if self.common is None else sum(self.common.pair[0].rows.lens) * self.batch
         self.ctx = context(policy, store, clock)
         self.front, self.bias = standing(policy, self.ctx)
+        if self.common is not None and self.bias is not None and self.bias[0] >= self.ahead:
+            raise Unfit("the stack edits an entry that samples do not share")
         self.gates = [g.transpose(1, 2).to(store.dtype) for g in fixed_gates(policy, store)]
         self.gate: torch.Tensor | None = None  # under a graph the kernel multiplies by what is the same for all sequences
         if clock is not None and self.gates and all(g.shape[0] == 1 for g in self.gates):
@@ -143,6 +151,15 @@ class Step:
             self._mask[..., slot] = bias
         return self._mask[..., :n]
 
+    def common_tier(self) -> TierView:
+        """Under a graph: the common rows, whose slots the lanes of all samples point to."""
+        key, value = self.common.views["key"][0], self.common.views["value"][0]
+        found = tier_of(key, value, self.store.device)
+        if found is None:
+            raise Unfit("samples share codes without a kernel")
+        found.bias = self.bias_of(found)
+        return found
+
     def add_bias(self, s: torch.Tensor) -> torch.Tensor:
         """s [B,Hk,G,N] with the standing bias."""
         if self.bias is not None:
@@ -161,6 +178,9 @@ class Step:
     def attend_exact(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call, want_mass: bool):
         """(out [B,Hk,G,d], mass [B,Hk,N] or None) over exact rows in torch."""
         rows = self.packed(q)
+        if self.common is not None:
+            mask = None if self.bias is None else self.mask(self.ahead, q)[:1]
+            return samples_row(rows, self.common.exact, keys, values, call.scale, mask)[0], None
         if not want_mass:
             return core.plain(rows, keys, values, call.scale, mask=self.mask(keys.shape[2], q))[0], None
         p = torch.softmax(self.add_bias((rows @ keys.mT).float().mul_(call.scale)), -1)
