@@ -62,13 +62,13 @@ def _merge(
     z = keys
     if SINK:
         z += tl.exp2(sink - m)
-    inv = tl.where(z > 0.0, 1.0 / tl.maximum(z, 1e-38), 0.0)
+    inv = tl.where(z > 0.0, 1.0 / tl.maximum(z, 1e-37), 0.0)
     out = acc * inv
     if GATE:
         out = out * tl.load(gate_ptr + row % heads)
     tl.store(o_ptr + row * D + d, out.to(o_ptr.dtype.element_ty), mask=d < D)
     if piece == 0:
-        lse = tl.where(z > 0.0, m + tl.log2(tl.maximum(z, 1e-38)), float("-inf"))
+        lse = tl.where(z > 0.0, m + tl.log2(tl.maximum(z, 1e-37)), float("-inf"))
         tl.store(lse_ptr + row, lse * LN2)
         if ENTROPY:
             # -sum p ln p = lse * sum p - sum p*s, in base 2 until the end
@@ -151,7 +151,7 @@ def finish_kernel(
             z = tl.sum(total * tl.exp2(top - m[None, :]), 0)
             if SINK:
                 z += tl.exp2(sink - m)
-            lse = m + tl.log2(tl.maximum(z, 1e-38))
+            lse = m + tl.log2(tl.maximum(z, 1e-37))
             i = t + tl.arange(0, BN)
             slot = tl.load(start_ptr + lane).to(tl.int64) + i
             ok = (i < n)[:, None] & live[None, :]

@@ -383,7 +383,7 @@ def split_kernel(
             acc = new_acc
 
     total = tl.sum(l, 0)
-    inv = tl.where(total > 0.0, 1.0 / tl.maximum(total, 1e-38), 0.0)
+    inv = tl.where(total > 0.0, 1.0 / tl.maximum(total, 1e-37), 0.0)
     out = o_ptr + (row + g) * D
     if BITS == 16:
         tl.store(out[None, :] + d[:, None], acc * inv[None, :], mask=live[None, :] & kin[:, None])
@@ -399,7 +399,7 @@ def split_kernel(
                 ch = (cp % PARTS) * W + (cp // PARTS) * CV + wv * WV + j
                 tl.store(out[None, :] + ch[:, None], (acc[cp * WV + j] * unscale + mid[None, :]) * inv[None, :],
                          mask=live[None, :] & vin[:, None])
-    tl.store(lse_ptr + row + g, tl.where(total > 0.0, m + tl.log2(tl.maximum(total, 1e-38)), float("-inf")), mask=live)
+    tl.store(lse_ptr + row + g, tl.where(total > 0.0, m + tl.log2(tl.maximum(total, 1e-37)), float("-inf")), mask=live)
     if ENTROPY:
         tl.store(ent_ptr + row + g, tl.sum(ent, 0) * inv, mask=live)
     if CHAIN:

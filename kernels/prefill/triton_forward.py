@@ -184,13 +184,13 @@ def forward_kernel(
             ent = ent * tl.exp2(m - top)
             l = keys + tl.exp2(logit - top)
             m = top
-        inv = tl.where(l > 0.0, 1.0 / tl.maximum(l, 1e-38), 0.0)
+        inv = tl.where(l > 0.0, 1.0 / tl.maximum(l, 1e-37), 0.0)
         acc = acc * inv[:, None]
-        lse = tl.where(l > 0.0, m + tl.log2(tl.maximum(l, 1e-38)), float("-inf"))
+        lse = tl.where(l > 0.0, m + tl.log2(tl.maximum(l, 1e-37)), float("-inf"))
         tl.store(lse_ptr + at, lse * LN2, mask=inside)
         if ENTROPY:
             h_row = tl.maximum(lse, -1e30) * keys * inv - ent * inv
             tl.store(ent_ptr + at, tl.where(keys > 0.0, tl.maximum(h_row, 0.0), 0.0) * LN2, mask=inside)
     else:
-        tl.store(lse_ptr + at, tl.where(l > 0.0, tl.log2(tl.maximum(l, 1e-38)), float("-inf")) * LN2, mask=inside)
+        tl.store(lse_ptr + at, tl.where(l > 0.0, tl.log2(tl.maximum(l, 1e-37)), float("-inf")) * LN2, mask=inside)
     tl.store(o_ptr + at[:, None] * D + d[None, :], acc.to(o_ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
