@@ -94,5 +94,5 @@ def variants(dim: int, gamma: int) -> list[Joined]:
     some = [c, replace(c, grouped=False), replace(c, overlap=False)]
     some += [replace(c, rest=r) for r in ((64, 64, 4, 3, 3), (128, 64, 8, 3, 3), (64, 128, 4, 2, 2))]
     some += [replace(c, waves=w) for w in (3, 8)]
-    some += [replace(c, shape=s) for s in ((64, 64, 4, 3, 1), (64, 64, 4, 2, 2), (64, 128, 8, 2, 2), (128, 64, 8, 3, 3))]
+    some += [replace(c, shape=s) for s in ((64, 64, 4, 3, 1), (64, 64, 4, 2, 2), (128, 64, 8, 3, 3), (128, 32, 4, 3, 3))]
     return some

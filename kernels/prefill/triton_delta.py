@@ -91,8 +91,8 @@ def rest_kernel(
         acc, m, l, ent = _tile(acc, m, l, ent, q, k_ptr, v_ptr, lse_ptr, lo + t * BN, pos - window, hi, 0, 0x40000000, scale,
                                1.0, k_t, v_t, d, D, DP, BN, True, "softmax", False, False, False, ASM)
     seen = l > 0.0
-    acc = acc * tl.where(seen, 1.0 / tl.maximum(l, 1e-38), 0.0)[:, None]
-    tl.store(lse_ptr + at, tl.where(seen, m + tl.log2(tl.maximum(l, 1e-38)), float("-inf")), mask=inside)
+    acc = acc * tl.where(seen, 1.0 / tl.maximum(l, 1e-37), 0.0)[:, None]
+    tl.store(lse_ptr + at, tl.where(seen, m + tl.log2(tl.maximum(l, 1e-37)), float("-inf")), mask=inside)
     tl.store(part_ptr + at[:, None] * D + d[None, :], acc, mask=inside[:, None] & (d < D)[None, :])
 
 
@@ -172,14 +172,14 @@ def delta_kernel(
             w = tl.exp2(lses - top)
             z = tl.sum(w)
             parts = tl.load(part_ptr + where[:, None] * D + d[None, :], mask=(w > 0.0)[:, None] & (d < D)[None, :], other=0.0)
-            own = tl.sum(tl.where((local == a * GAMMA)[:, None], acc, 0.0), 0)
+            own = tl.gather(acc, tl.full([1, DP], a * GAMMA, tl.int32), 0)
             own_lse = tl.sum(tl.where(local == a * GAMMA, lse, 0.0), 0)
             weight = z / (z + tl.exp2(tl.minimum(own_lse - top, 120.0)))
-            shift = weight * (tl.sum(parts * w[:, None], 0) / tl.maximum(z, 1e-30) - own)
+            shift = weight * ((tl.sum(parts * w[:, None], 0) / tl.maximum(z, 1e-30))[None, :] - own)
             if BM == GAMMA:
-                acc += shift[None, :]
+                acc += shift
             else:
-                acc += tl.where((local // GAMMA == a)[:, None], shift[None, :], 0.0)
+                acc += tl.where((local // GAMMA == a)[:, None], shift, 0.0)
     else:
         which = base + tl.where(row < body, row // GAMMA, n_anchors + tl.minimum(row, n_rows - 1) - body)
         its = acc
