@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 import tempfile
@@ -53,7 +52,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def act(args: argparse.Namespace) -> int:
-    from storage import Store
+    from storage import StorageError, Store
 
     from lab.engine.sampling import Sampling
     from lab.measure.experiment import Experiment
@@ -69,6 +68,7 @@ def act(args: argparse.Namespace) -> int:
     experiment = Experiment(loaded, request)
     # With --db the file asked for is used or refused; without it a locked default file must not cost the run.
     store = None if args.no_save else Store.open(args.db, fallback=args.db is None)
+    unsaved: StorageError | None = None
     try:
         if store is not None:
             if store.notice:
@@ -76,7 +76,10 @@ def act(args: argparse.Namespace) -> int:
             store.begin(experiment.record)
         run(experiment, say, None if store is None else store.checkpoint)
         if store is not None:
-            store.save(experiment.record, experiment.arrays)
+            try:
+                store.save(experiment.record, experiment.arrays)
+            except StorageError as problem:  # what was generated is still written and printed
+                unsaved = problem
     finally:
         if store is not None:
             store.close()
@@ -84,6 +87,8 @@ def act(args: argparse.Namespace) -> int:
         write_json(experiment.record, args.json)
     if not args.quiet:
         table(experiment.record, sys.stderr if args.json == Path("-") else sys.stdout)
+    if unsaved is not None:
+        raise unsaved
     return 1 if experiment.record["status"] == "failed" else 0
 
 
@@ -128,7 +133,7 @@ def run(experiment: Any, say: "Say", checkpoint: Callable[[dict[str, Any]], None
                 say.progress((event.index + 1) / total, f"token {event.index + 1} of {total}")
             elif isinstance(event, Failed):
                 say.clear()
-                say.line(event.message)
+                print(event.message, file=sys.stderr)  # quiet is about progress
     say.clear()
 
 
@@ -155,11 +160,15 @@ def write_json(record: dict[str, Any], path: Path) -> None:
     if str(path) == "-":
         print(text)
         return
+    half = None
     try:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as f:
+            half = Path(f.name)
             f.write(text)
-        os.replace(f.name, path)
+        half.replace(path)
     except OSError as error:
+        if half is not None:
+            half.unlink(missing_ok=True)
         raise LabError(f"{path} cannot be written ({error.strerror})", "Give a path in a folder you may write to") from None
 
 

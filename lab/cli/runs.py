@@ -13,7 +13,7 @@ from lab.cli.run import table, write_json
 def add(verbs: argparse._SubParsersAction) -> None:
     parser = verbs.add_parser("runs", help="list, show, compare, export and import saved runs")
     parser.add_argument("--db", type=Path, help="the database (default: the lab's own)")
-    acts = parser.add_subparsers(dest="what", required=True, metavar="list|show|compare|export|import|rename|tag|delete")
+    acts = parser.add_subparsers(dest="what", required=True, metavar="list|show|compare|export|import|rename|tag|delete|undelete")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--db", type=Path, default=argparse.SUPPRESS, help="the database (default: the lab's own)")
 

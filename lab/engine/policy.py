@@ -123,7 +123,8 @@ class Policy:
                 f"{self.scorer.title} would keep {total} of {prompt} entries but must protect {first + last} "
                 f"({first} first, {last} last)",
                 "The budget has to be larger than the entries that are always kept",
-                f"Raise the budget above {(first + last) / prompt:.2f} or lower the protected window",
+                f"Raise the budget above {(first + last) / prompt:.2f} or lower the protected window" if first + last < prompt
+                else "A prompt this short fits whole: give a longer one, lower the protected window, or set budget=1",
             )
 
     def total(self, prompt: int) -> int | None:

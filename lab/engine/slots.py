@@ -83,8 +83,9 @@ class Parameter:
     def expected(self) -> str:
         if self.choices is not None:
             return f"{self.name} is one of {', '.join(map(str, self.choices))}"
-        bounds = [f"from {self.min:g}" if self.min is not None else "", f"to {self.max:g}" if self.max is not None else ""]
-        span = " ".join(b for b in bounds if b)
+        bounds = [f"{word} {x:,.0f}" if abs(x) >= 1000 else f"{word} {x:g}" for word, x in (("from", self.min), ("to", self.max))
+                  if x is not None]
+        span = " ".join(bounds)
         return f"{self.name} is {_article(self.type)}{' ' + span if span else ''}{' ' + self.unit if self.unit else ''}"
 
 

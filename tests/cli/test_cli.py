@@ -101,7 +101,7 @@ def test_runs_compare_export_import(tiny, files, capsys):
     [
         (["--variant", "h3o"], "Did you mean h2o"),
         (["--variant", "h2o(budgt=1)"], "Did you mean budget"),
-        (["--variant", "h2o(budget=-1)"], "out of range"),
+        (["--variant", "h2o(budget=-1)"], "from 0.001 to 1,000,000"),
         (["--variant", "h2o+snapkv"], "both fill the score slot"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--max-new-tokens", "500"], "only 12 fit"),
@@ -119,6 +119,44 @@ def test_a_run_whose_only_variant_fails_is_saved_and_exits_1(tiny, files, capsys
     assert run(files, "--variant", "snapkv(budget=0.3,window=32)") == 1
     out = json.loads((files / "out.json").read_text())
     assert out["status"] == "failed" and "must protect" in out["variants"][0]["error"]
+
+
+def test_a_run_that_cannot_be_saved_is_still_written_and_printed(tiny, files, monkeypatch, capsys):
+    from storage import StorageError, Store
+
+    def full(self, *_):
+        raise StorageError("The disk has no room left")
+
+    monkeypatch.setattr(Store, "save", full)
+    assert run(files, "--variant", "dense") == 2
+    told = capsys.readouterr()
+    assert "no room left" in told.err and "dense" in told.out
+    assert json.loads((files / "out.json").read_text())["status"] == "complete"
+
+
+def test_quiet_says_why_nothing_came(tiny, files, capsys):
+    assert run(files, "--quiet", "--variant", "snapkv(budget=0.3,window=32)") == 1
+    assert "must protect" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_leaves_no_half(tmp_path, monkeypatch):
+    from lab.cli.run import write_json
+    from lab.errors import LabError
+
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(LabError, match="No space left"):
+        write_json({}, tmp_path / "out.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_short_prompt_gets_advice_that_can_be_followed(tiny, tmp_path, capsys):
+    args = ["run", "--prompt", "abc de", "--max-new-tokens", "2", "--no-save"]
+    assert main([*args, "--variant", "snapkv(budget=0.3,window=32)"]) == 1
+    assert "budget=1" in capsys.readouterr().err
+    assert main([*args, "--variant", "snapkv(budget=1,window=32)"]) == 0
 
 
 @pytest.mark.parametrize("content, words", [(None, "cannot be read"), (b"\xff\xfe\x00", "UTF-8"), (b"   ", "empty")])
