@@ -52,7 +52,7 @@ def spread_budget(
     groups = [contexts] if scope == "all" else [[ctx] for ctx in contexts]
     floor = min(total, 1 + sum(contexts[0].scorer.protected(1, contexts[0].prompt)))
     for members in groups:
-        series = torch.cat([ctx.state.pop("returns") for ctx in members], 1).cpu()  # [B, H, T]
+        series = torch.cat([ctx.state.pop("returns").cpu() for ctx in members], 1)  # [B, H, T]
         cap = min(ctx.store.longest for ctx in members)
         rows = []
         for one in series:
