@@ -61,7 +61,7 @@ def spread_budget(
         counts = torch.tensor(rows, device=contexts[0].q.device)
         at = 0
         for ctx in members:
-            ctx.state[name] = counts[:, at : at + ctx.kv_heads].clone()
+            ctx.state[name] = counts[:, at : at + ctx.kv_heads].to(ctx.store.device, copy=True)
             at += ctx.kv_heads
 
 
