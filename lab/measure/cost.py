@@ -101,7 +101,8 @@ def predict(
         element: bytes per cached number of the exact tier (4 for float32, 2 for bfloat16).
         intensity: FLOPs a machine could do per byte moved (eFLOPs). weight_bytes: bytes of all weights read per step;
             by default parameters times `element`; 0 leaves weights out, as the paper does. batch: sequences that
-            share one read of the weights. trials: continuations of one prompt; dense trials share the prompt's read.
+            share one read of the weights. trials: continuations of one prompt; kv_bytes (and those of the dense cache, and per
+            layer) are of all of them, which hold the prompt's entries once; dense trials also share the prompt's read.
     Raises LabError for sizes that make no sense.
     """
     f = _facts(facts)
@@ -113,8 +114,8 @@ def predict(
     parameters = f.get("parameters") or 0
     weights = parameters * element if weight_bytes is None else weight_bytes
     plan, dense = _Plan(f, stack, prompt, element), _Plan(f, Stack(), prompt, element)
-    layers = tuple(plan.layer(i, total) for i in plan.attending)
-    full = [dense.layer(i, total) for i in dense.attending]
+    layers = tuple(plan.layer(i, total, trials) for i in plan.attending)
+    full = [dense.layer(i, total, trials) for i in dense.attending]
     full_entries = sum(x.entries for x in full)
     full_bytes = sum(x.read_bytes for x in full)
     step_flops = 2.0 * parameters + sum(x.flops for x in layers)
@@ -130,10 +131,10 @@ def predict(
     )
 
 
-def stored(facts: Any, stack: Stack | str, prompt: int, total: int, element: int = 4) -> int:
+def stored(facts: Any, stack: Stack | str, prompt: int, total: int, element: int = 4, trials: int = 1) -> int:
     """`predict`'s kv_bytes alone, for curves of many points."""
     plan = _Plan(_facts(facts), Stack.parse(stack) if isinstance(stack, str) else stack, prompt, element)
-    return sum(plan.stored(layer, total) for layer in plan.attending)
+    return sum(plan.stored(layer, total, trials) for layer in plan.attending)
 
 
 def prompt_work(facts: Any, stack: Stack | str, prompt: int, element: int = 4) -> tuple[float, float]:
@@ -226,11 +227,48 @@ class _Plan:
         trim = self.stack.one("trim")
         return self.prompt if trim is None else trim.planned_rows(self.prompt, layer, self.f["layers"])
 
-    def stored(self, layer: int, total: int) -> int:
-        """Bytes of one layer, all KV heads."""
-        return sum(self._bytes(int(n[0]), layer) for n in self.entries(layer, np.array([total])))
+    def stored(self, layer: int, total: int, trials: int = 1) -> int:
+        """Bytes of one layer, all KV heads and trials; what trials of one prompt share is counted once."""
+        alone = sum(self._bytes(int(n[0]), layer) for n in self.entries(layer, np.array([total])))
+        return alone if trials == 1 else trials * alone - (trials - 1) * self.shared(layer, total)
 
-    def layer(self, layer: int, total: int) -> LayerCost:
+    def shared(self, layer: int, total: int) -> int:
+        """Bytes of one layer that trials of the prompt hold once: its entries as the prompt left them, where no trial has had to
+        change one by now (an eviction parts them; codes of the prompt stay common, exact rows that are still to be coded do not)."""
+        before, now = (self.entries(layer, np.array([n])) for n in (self.prompt, total))
+        new = total - self.prompt
+        if self.window(layer) and not self.policy.tracks:
+            pairs = [(max(0, int(n[0]) - new),) * 2 for n in now]
+        else:
+            pairs = [(int(a[0]), int(b[0])) for a, b in zip(before, now)]
+            if any(held < first + new for first, held in pairs):
+                return 0
+        tags = 0
+        if self.policy.tracks or self._prompt_rows(layer) < self.prompt:
+            moves = self.policy.tiered or self.policy.encoder is not None and not self.policy.encoder.keeps_order
+            tags = 0 if new and (self.policy.want_mass or moves) else POSITION_BYTES
+        if self.policy.want_mass and not new:
+            tags += MASS_BYTES
+        return int(sum(first * tags + self._shared_codes(first, held) for first, held in pairs))
+
+    def _shared_codes(self, first: int, held: int) -> int:
+        """Bytes of keys and values that a head's `first` entries after the prompt still have in common at `held` entries."""
+        d, encoder = self.f["head_dim"], self.policy.encoder
+        if encoder is None or self.policy.tiered or not first:
+            return self._codes(first)
+        coded = {side: (encoder.due(side, first)[1], encoder.due(side, held)[1]) for side in ("key", "value")}
+        moved = any(now > then for then, now in coded.values())
+        then = [n for n, _ in coded.values()]
+        size = 0
+        for side, (count, _) in coded.items():
+            exact = (first - count) * d * self.element
+            codes = encoder.coded_bytes(side, first, d, self.element) - exact
+            if min(then) and min(then) < max(then):  # only whole blocks that both sides have coded
+                codes = codes * (min(then) // encoder.code_block * encoder.code_block) // count
+            size += codes + (0 if moved and encoder.due(side, UNLIMITED)[1] else exact)
+        return size
+
+    def layer(self, layer: int, total: int, trials: int = 1) -> LayerCost:
         f, d = self.f, self.f["head_dim"]
         held = [int(n[0]) for n in self.entries(layer, np.array([total]))]
         probes, reads = zip(*(self._read(layer, n) for n in self.attended(layer, np.array([total]))))
@@ -239,7 +277,7 @@ class _Plan:
         groups = f["heads"] / f["kv_heads"]
         probe = float(sum(p[0] for p in probes)) * d * self.element
         flops = 4 * groups * d * read + 2 * groups * d * float(sum(p[0] for p in probes))
-        return LayerCost(layer, sum(held), self.stored(layer, total), read, probe, read * per_entry, flops)
+        return LayerCost(layer, sum(held), self.stored(layer, total, trials), read, probe, read * per_entry, flops)
 
     def decode_work(self, total: int, trials: int, shared: bool) -> tuple[float, float]:
         """(attention FLOPs, KV bytes) of all decode steps from prompt to total, as exact sums."""

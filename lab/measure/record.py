@@ -147,13 +147,15 @@ def first_divergence(tokens: list[int], reference: list[int]) -> int | None:
 
 
 def dense_bytes(cache: LabCache) -> int:
-    """Bytes the same tokens take without any technique, in the same dtype: windowed layers hold their window."""
+    """Bytes the same tokens take without any technique, in the same dtype: windowed layers hold their window, and samples of
+    one prompt hold it once."""
     total = 0
     for layer in cache.lab_layers:
         if layer.is_initialized:
             rows = min(layer.seen, layer.window) if layer.window else layer.seen
+            own = min(rows, layer.seen - layer.shared_rows)
             size = torch.empty(0, dtype=layer.dtype).element_size()
-            total += layer.batch * layer.heads * rows * layer.widths * size
+            total += layer.heads * (rows - own + layer.batch * own) * layer.widths * size
     return total
 
 
