@@ -1,8 +1,9 @@
 /* Preset and decoding controls. value = {presets, preset, mode, temperature, top_k, top_p, seed, samples, max_new_tokens, timing, limits} */
 let v = Object.assign({}, props.value);
-const tell = () => (window.alNewTokens = v.max_new_tokens, dispatchEvent(new CustomEvent("al-settings", {detail: {max_new_tokens: v.max_new_tokens}})));
+const tell = () => { const samples = v.mode === "sampled" ? v.samples || 1 : 1; window.alNewTokens = v.max_new_tokens; window.alSamples = samples;
+  dispatchEvent(new CustomEvent("al-settings", {detail: {max_new_tokens: v.max_new_tokens, samples}})); };
 const send = (changes, redraw = true) => { v = Object.assign({}, v, changes); props.value = v; tell(); if (redraw) draw(); };
-const num = (key, name, min, max, step, unit) => h("label", {class: "field"}, h("span", {}, name),
+const num = (key, name, min, max, step, unit, title) => h("label", {class: "field", title: title || null}, h("span", {}, name),
   h("span", {class: "in"}, h("input", {type: "number", min, max, step, value: v[key], inputmode: "decimal", "aria-label": name,
     onchange: e => { let n = Number(e.target.value); if (!isFinite(n)) n = v[key]; n = Math.min(max, Math.max(min, n));
       if (step === 1) n = Math.round(n); e.target.value = n; send({[key]: n}, false); }}), unit ? h("i", {}, unit) : null));
@@ -24,7 +25,8 @@ function draw() {
     h("section", {class: "side"}, h("h2", {}, "Decoding"),
       seg("mode", "mode", ["greedy", "sampled"]),
       v.mode === "sampled" ? [num("temperature", "temperature", 0.05, 5, 0.05), num("top_k", "top-k, 0 is off", 0, 1000, 1), num("top_p", "top-p", 0.01, 1, 0.01),
-        num("seed", "seed", 0, 2147483647, 1), num("samples", "continuations", 1, (v.limits || {}).samples || 8, 1)] : null,
+        num("seed", "seed", 0, 2147483647, 1), num("samples", "continuations", 1, (v.limits || {}).samples || 8, 1, null,
+          "continuations of one prompt share its entries in memory, until a technique changes them")] : null,
       num("max_new_tokens", "new tokens", 1, most, 1),
       flag("chat", "prompt is", "text", "chat turn", "a chat turn is wrapped in the model's chat template"),
       flag("truncate", "too long", "refuse", "cut", "cut drops the prompt's first tokens until it fits the model's context")),

@@ -3,7 +3,7 @@
 const catalog = props.catalog || {slots: [], techniques: []}, L = "ABCD", MOST = 4;
 const byName = Object.fromEntries(catalog.techniques.map(t => [t.name, t]));
 let variants = clone((props.value || {}).variants || [{techniques: []}]), notes = [], past = [], openSlot = null, openCard = null, openHelp = null;
-let promptTokens = window.alPromptTokens || null, newTokens = window.alNewTokens || 64, asked = 0;
+let promptTokens = window.alPromptTokens || null, newTokens = window.alNewTokens || 64, samples = window.alSamples || 1, asked = 0;
 function clone(x) { return JSON.parse(JSON.stringify(x)); }
 const has = (i, name) => variants[i].techniques.find(t => t.name === name);
 const defaults = t => Object.fromEntries(t.parameters.map(p => [p.name, p.default]));
@@ -29,7 +29,7 @@ function setParam(i, name, key, value) {
 }
 const plan = debounce(async () => {
   const mine = ++asked;
-  try { const answer = await server.plan({variants, prompt_tokens: promptTokens, max_new_tokens: newTokens});
+  try { const answer = await server.plan({variants, prompt_tokens: promptTokens, max_new_tokens: newTokens, samples});
     if (mine === asked) { notes = answer.variants || []; draw(); } } catch (e) { console.warn("plan", e); }
 }, 70);
 
@@ -169,7 +169,8 @@ function render() {
   for (const [name, top] of scrolls) { const node = element.querySelector(`[data-scroll="${name}"]`); if (node) node.scrollTop = top; }
 }
 addEventListener("al-prompt", e => { if (e.detail.tokens !== promptTokens) { promptTokens = e.detail.tokens; plan(); } });
-addEventListener("al-settings", e => { if (e.detail.max_new_tokens !== newTokens) { newTokens = e.detail.max_new_tokens; plan(); } });
+addEventListener("al-settings", e => { const d = e.detail;
+  if (d.max_new_tokens !== newTokens || d.samples !== samples) { newTokens = d.max_new_tokens; samples = d.samples; plan(); } });
 render(); plan();
 watch("value", () => { const next = (props.value || {}).variants || [{techniques: []}];
   if (JSON.stringify(next) !== JSON.stringify(variants)) { variants = clone(next); past = []; openCard = null; draw(); plan(); } });

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lab.errors import LabError
+from lab.errors import LabError, out_of_memory
 
 from . import recorded
 from .format import ratio, size
 from .opened import OpenRun, Shelf
+from .state import MOST_SAMPLES
 
 log = logging.getLogger("lab.ui")
 
@@ -132,7 +133,7 @@ class Lab:
     def plan(self, ask: dict[str, Any]) -> dict[str, Any]:
         """What the cards show before a run: title, spec, conflicts, what is blocked and why, predicted KV bytes.
 
-        `ask`: {variants: [{techniques}], prompt_tokens int|None, max_new_tokens int}.
+        `ask`: {variants: [{techniques}], prompt_tokens int|None, max_new_tokens int, samples int}.
         """
         from lab.engine.stack import conflicts
 
@@ -156,7 +157,8 @@ class Lab:
                 continue
             stack = self.stack(variant)
             answer.update(spec=stack.spec, title=stack.title, saves=self.saves(stack),
-                          **self._predicted(stack, ask.get("prompt_tokens"), int(ask.get("max_new_tokens") or 0)))
+                          **self._predicted(stack, ask.get("prompt_tokens"), int(ask.get("max_new_tokens") or 0),
+                                            min(max(1, int(ask.get("samples") or 1)), MOST_SAMPLES)))
         return {"variants": answers}
 
     @staticmethod
@@ -167,24 +169,25 @@ class Lab:
             return ""
         return next((w for w in words if w != "nothing"), "saves nothing")
 
-    def _predicted(self, stack: Any, prompt_tokens: int | None, new_tokens: int) -> dict[str, Any]:
+    def _predicted(self, stack: Any, prompt_tokens: int | None, new_tokens: int, samples: int) -> dict[str, Any]:
         facts = self.facts()
         if not facts:
             return {"pending": "predicted size: once the model is loaded"}
         if not prompt_tokens:
             return {"pending": "predicted size: once the prompt is counted"}
         try:
-            mine, dense = self.predict(stack, facts, prompt_tokens, prompt_tokens + max(0, new_tokens - 1))
+            mine, dense = self.predict(stack, facts, prompt_tokens, prompt_tokens + max(0, new_tokens - 1), samples)
         except LabError as problem:
             return {"error": str(problem)}
         return {"kv": {"text": size(mine), "ratio": ratio(mine, dense) if stack.techniques else "",
-                       "at": f"{prompt_tokens + max(0, new_tokens - 1):,} tokens"}}
+                       "at": f"{prompt_tokens + max(0, new_tokens - 1):,} tokens" + (f", {samples} continuations" if samples > 1 else "")}}
 
-    def predict(self, stack: Any, facts: dict[str, Any], prompt: int, total: int) -> tuple[float, float]:
-        """(bytes of this stack, bytes of the dense cache) once `total` tokens were fed, from lab.measure.cost."""
+    def predict(self, stack: Any, facts: dict[str, Any], prompt: int, total: int, samples: int = 1) -> tuple[float, float]:
+        """(bytes of this stack, bytes of the dense cache) once `total` tokens were fed, from lab.measure.cost; of all samples of
+        the prompt, which share what the stack lets them share."""
         from lab.measure import cost
 
-        found = cost.predict(facts, stack, prompt, total, ELEMENT.get(str(facts.get("dtype")), 4))
+        found = cost.predict(facts, stack, prompt, total, ELEMENT.get(str(facts.get("dtype")), 4), trials=samples)
         return found.kv_bytes, found.kv_bytes_dense
 
     # -- model --------------------------------------------------------------------------------------------------
@@ -345,7 +348,8 @@ class Lab:
         xs = sorted({start + (end - start) * i // (points - 1) for i in range(points)})
         try:
             stack, element = self.stack(variant), ELEMENT.get(str(facts.get("dtype")), 4)
-            return xs, [cost.stored(facts, stack, max(1, prompt), x, element) for x in xs]
+            samples = int((record.get("settings") or {}).get("samples") or 1)
+            return xs, [cost.stored(facts, stack, max(1, prompt), x, element, samples) for x in xs]
         except LabError:
             return [], []
 
@@ -393,7 +397,7 @@ def sentence(problem: BaseException) -> str:
     """What a person reads about a failure. Never a traceback."""
     if isinstance(problem, LabError) or type(problem).__name__ == "StorageError":
         return str(problem)
-    if "out of memory" in str(problem).lower() or isinstance(problem, MemoryError):
+    if out_of_memory(problem):
         return "The machine ran out of memory. A shorter prompt, fewer variants or fewer new tokens need less."
     log.exception("unexpected failure", exc_info=problem)
     return f"Something unexpected went wrong ({type(problem).__name__}). The details are in the server's log."

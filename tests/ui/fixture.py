@@ -233,8 +233,8 @@ class FakeLab(Lab):
     def count_tokens(self, text: str) -> int:
         return len(split(text)) if text else 0
 
-    def predict(self, stack, facts, prompt, total):
-        dense = facts["kv_bytes_per_token"] * total
+    def predict(self, stack, facts, prompt, total, samples=1):
+        dense = facts["kv_bytes_per_token"] * (prompt + samples * (total - prompt))
         return dense * (0.25 if "h2o" in stack.spec else 1) * (0.2 if "kivi" in stack.spec else 1), dense
 
     def run(self, prompt: str, variants: list[dict], settings: dict, job: Job, owner: str = "") -> Iterator[Any]:

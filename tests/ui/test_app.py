@@ -28,6 +28,12 @@ def test_plan_predicts_names_and_blocks_with_a_reason(lab):
     assert "out of range" in plan[2]["error"]
 
 
+def test_plan_counts_continuations_and_the_prompt_they_share_once(lab):
+    ask = {"variants": [lab.cards_of("dense")], "prompt_tokens": 100, "max_new_tokens": 29, "samples": 3}
+    kv = lab.plan(ask)["variants"][0]["kv"]
+    assert kv["text"] == "368.0 KiB" and kv["at"] == "128 tokens, 3 continuations"  # 2 KiB for each of 100 + 3 * 28
+
+
 def test_plan_without_prompt_says_what_it_waits_for(lab):
     assert "prompt" in lab.plan({"variants": [{"techniques": []}]})["variants"][0]["pending"]
 
