@@ -1,25 +1,32 @@
 /* Puts the pieces of the Attention tab together; runs after all of them. */
 const tools = h("div", {class: "row maptools"}), caption = h("div", {class: "h mapnote"}),
   scalebox = h("div", {class: "mapscale"});
-const captured = () => S.now.layers.length === S.now.layers_total ? `all ${S.now.layers_total} layers`
-  : `only the captured layers ${S.now.layers.join(", ")}`;
+const known = () => S.now.layers.length ? S.now.layers : S.now.overview;
+const captured = () => known().length === S.now.layers_total ? `all ${S.now.layers_total} layers`
+  : `only the captured layers ${known().join(", ")}`;
 function cellsAre(tile) { // what one cell of a tile stands for
-  if (S.head === "rollout" && (tile.row_step > 1 || tile.col_step > 1))
-    return ` · each cell shows its last row${tile.col_step > 1 ? `, ${S.pool} of ${tile.col_step} columns` : ""}`;
-  const what = S.minus ? `difference of the ${S.pool}` : S.pool;
-  if (tile.row_step > 1) return ` · ${what} of ${tile.row_step} × ${tile.col_step} a cell`;
+  const pool = tile.pool || S.pool, what = S.minus ? `difference of the ${pool}` : pool;
+  if (tile.group > 1) {
+    const mean = `the mean of ${tile.group} columns`, one = tile.row_step === 1 && tile.col_step === tile.group;
+    return one ? ` · a cell is one row, ${mean}` : ` · ${what} of ${tile.row_step} × ${tile.col_step} a cell, from ${mean}`;
+  }
+  if (tile.row_step > 1 || tile.col_step > 1) return ` · ${what} of ${tile.row_step} × ${tile.col_step} a cell`;
   return " · exact, one weight a cell";
 }
 function note() {
   if (!S.now) return; const tile = tiles.near || tiles.over, inside = V.span < total();
   const exactly = tile && tile.coarse && tiles.near && sharpening === null
-    ? h("button", {type: "button", class: "quiet", onclick: () => sharpen({exact: true})}, "Compute these rows exactly") : null;
+    ? h("button", {type: "button", class: "quiet", onclick: () => sharpen({exact: true})}, "Compute single tokens here") : null;
+  const zooming = tiles.over && tiles.over.stored;
   swap(caption, `${fmt.int(total())} × ${fmt.int(total())} tokens`,
     tile ? h("span", {class: "num"}, inside ? ` · ${fmt.int(V.span)} × ${fmt.int(V.span)} in sight` : "", cellsAre(tile),
       sharpening !== null ? ` · sharpening, ${Math.round(sharpening * 100)}%` : "",
-      h("span", {class: "mapkeys"}, S.pin ? " · pinned, Esc releases" : " · wheel zooms, drag moves, click pins")) : "", exactly);
+      zooming ? " · kept with the run" : "",
+      h("span", {class: "mapkeys"}, S.pin ? " · pinned, Esc releases" : " · wheel zooms, drag moves, click pins")) : "",
+    exactly);
   const over = typeof S.head === "number" ? `query head ${S.head}` : `${S.head} over heads`;
   const parts = [
+    zooming ? "This run keeps an overview of its attention. Single tokens need its model, which reads the text once more." : "",
     S.head === "rollout" ? `Rollout through ${captured()}: how much of each token a row is made of.` : "",
     S.over && S.head !== "rollout" ? `${S.over === "max" ? "Largest" : "Mean"} over ${captured()}, ${over}.` : "",
     S.minus && S.fork !== null && S.fork < total()
@@ -30,7 +37,8 @@ function note() {
     h("i", {class: S.minus ? "div" : "seq"}),
     h("span", {class: "num"}, S.minus ? `${S.letter} more, ${ends}` : ends), h("span", {}, S.log ? "log" : "linear"),
     [8, 4, 3, 2].filter(b => widths.has(b)).map(b => key(b, `read at ${b} bit`)), key(0, "evicted")] : "",
-    parts.length ? h("span", {class: "said"}, parts.join(" ")) : "");
+    parts.length ? h("span", {class: "said"}, parts.join(" ")) : "", zooming && tiles.over.replay ? h("button", {type: "button",
+      class: "plain", "data-key": "zoomreplay", onclick: S.replay}, "Replay to zoom to single tokens") : null);
   for (const b of tools.querySelectorAll("[data-zoom]")) b.disabled = b.dataset.zoom === "in" ? V.span <= 16 : V.span >= total();
 }
 const seg = (name, options, current, pick) => h("span", {class: "seg", role: "group", "aria-label": name},
@@ -45,6 +53,8 @@ const stepper = (name, list, current, pick) => [-1, 1].map(d => {
 function layerPicker() {
   const v = S.now, every = Array.from({length: v.layers_total}, (_, i) => i), have = new Set(v.layers);
   const which = v.layers.length === v.layers_total || !v.layers.length ? "all layers" : "captured layers";
+  const only = new Set(v.overview), missing = l => have.has(l) ? "" : only.has(l) ? v.layers.length ? " · overview only" : ""
+    : " · not captured";
   const combined = [["mean", `${which}, mean`], ["max", `${which}, max`]], list = v.layers.length ? v.layers : every;
   const [back, on] = stepper("layer", list.includes(S.layer) ? list : every, S.layer, layer => S.choose({layer, over: null}));
   const pick = e => S.choose(/^\d+$/.test(e.target.value) ? {layer: Number(e.target.value), over: null} : {over: e.target.value});
@@ -52,7 +62,7 @@ function layerPicker() {
     disabled: S.head === "rollout", title: S.head === "rollout" ? "a rollout goes through every captured layer" : null},
     combined.map(([value, text]) => h("option", {value, selected: S.over === value}, text)),
     every.map(l => h("option", {value: l, selected: S.over === null && l === S.layer},
-      `layer ${l}${have.has(l) ? "" : " · not captured"}`))), on);
+      `layer ${l}${missing(l)}`))), on);
 }
 function headPicker() {
   const v = S.now, per = v.heads / v.kv_heads, list = ["mean", "max", "rollout", ...Array.from({length: v.heads}, (_, i) => i)];

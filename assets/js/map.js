@@ -126,9 +126,10 @@ async function overview() {
   if (mine !== wanted) return;
   if (tile.error) return S.trouble(tile);
   say(null); tiles.over = tile; draw(); S.drawn(); if (V.span < total()) near();
+  if (S.head === "rollout") askRow(S.row); // its rows are only known once it was drawn
 }
 async function sharpen(more) {
-  if (!tiles.over || V.span >= total()) { if (tiles.near) { tiles.near = null; draw(); } return; }
+  if (!tiles.over || tiles.over.stored || V.span >= total()) { if (tiles.near) { tiles.near = null; draw(); } return; }
   const mine = ++wanted, ends = x => [Math.floor(x), Math.ceil(x + V.span)];
   const tile = await watched(ends(V.r), ends(V.c), mine, f => { sharpening = f; S.drawn(); }, more);
   if (mine !== wanted) return;
@@ -224,6 +225,8 @@ function told(a) { // what a hovered cell says
   if (!a) return ["\u2026"];
   if (a.weight === null || a.weight === undefined)
     return [({future: "not yet written: the future", window: "outside the sliding window"})[a.why] || a.why || "not visible"];
+  if (a.kept) return [`${a.pool === "mean" ? "mean" : S.minus ? "difference of the largest" : "largest"} of `
+    + `${a.kept.join(" × ")} tokens ≈ `, strong(fmt.dec(a.weight, 3))];
   if (S.minus) return [`${S.letter} − ${S.minus} `, strong(signed(a.weight)), ` · ${S.minus} `, strong(fmt.dec(a.both[0], 3)),
     ` · ${S.letter} `, strong(fmt.dec(a.both[1], 3))];
   return [S.head === "rollout" ? "share " : "weight ", strong(fmt.dec(a.weight, 3)), " · rank ", strong(fmt.int(a.rank)), " of ",
@@ -231,12 +234,14 @@ function told(a) { // what a hovered cell says
 }
 function fill(row, col, a) {
   const names = S.tokens || [], tile = tiles.near || tiles.over, coarse = tile && tile.row_step > 1;
-  const cache = a && a.weight !== null ? kept(a) : null, last = S.head === "rollout" ? "its last row of " : "";
+  const cache = a && a.weight !== null ? kept(a) : null;
+  const group = tile && tile.group > 1 ? `, columns in groups of ${tile.group}` : "";
   swap(maptip,
     h("div", {}, h("span", {class: "num soft"}, `row ${fmt.int(row)} `), h("code", {}, fmt.tok(names[row])), " → ",
       h("span", {class: "num soft"}, `col ${fmt.int(col)} `), h("code", {}, fmt.tok(names[col]))),
     h("div", {}, told(a), cache ? " · " + cache : null),
-    coarse ? h("div", {class: "soft"}, `one cell shows ${last}${tile.row_step} × ${tile.col_step} tokens`) : null);
+    coarse && !(a && a.kept) || group ? h("div", {class: "soft"},
+      `one cell shows ${tile.row_step} × ${tile.col_step} tokens${group}`) : null);
   if (a) live.textContent = maptip.textContent;
 }
 new MutationObserver(() => { palette(); for (const t of [tiles.over, tiles.near]) if (t) paint(t); draw(); S.recolour(); })

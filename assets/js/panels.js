@@ -56,15 +56,17 @@ function drawBars(a) {
   const top = Math.max(1e-9, ...a.bars.map(b => Math.abs(b.weight)), a.tail || 0), text = S.minus ? signed : w => fmt.dec(w, 3);
   const rolled = S.head === "rollout", colour = b => S.minus ? b.weight < 0 ? "divless" : "divmore" : `bits ${bitClass(b.bits)}`;
   const name = S.minus ? `Where ${S.letter} and ${S.minus} differ: ` : rolled ? "What is in " : "Where ";
+  const several = b => b.cols && b.cols[1] - b.cols[0] > 1, tokens = b => `${fmt.int(b.cols[0])} to ${fmt.int(b.cols[1] - 1)}`;
   const bar = b => h("tr", {},
-    h("td", {}, h("button", {type: "button", class: "quiet", title: `token ${fmt.int(b.col)}`,
-      onclick: () => S.setPin({row: a.row, col: b.col}, true)}, b.col === 0 ? "token 0" : fmt.tok(S.tokens[b.col]))),
+    h("td", {}, h("button", {type: "button", class: "quiet", onclick: () => S.setPin({row: a.row, col: b.col}, true),
+      title: several(b) ? S.tokens.slice(...b.cols).join("") : `token ${fmt.int(b.col)}`},
+      several(b) ? tokens(b) : b.col === 0 ? "token 0" : fmt.tok(S.tokens[b.col]))),
     h("td", {}, h("i", {class: colour(b), style: `width:${Math.abs(b.weight) / top * 100}%`})),
     h("td", {class: "num"}, text(b.weight)));
   swap(bars, h("div", {class: "h"}, name, h("code", {}, fmt.tok(S.tokens[a.row])), S.minus || rolled ? " " : " looks ",
     h("span", {class: "num"}, `row ${fmt.int(a.row)}`)),
     h("table", {}, h("caption", {class: "sr"}, "largest attention weights of this row"), h("tbody", {}, a.bars.map(bar),
-      a.others > 0 ? h("tr", {}, h("td", {class: "soft"}, `${fmt.int(a.others)} others`),
+      a.others > 0 ? h("tr", {}, h("td", {class: "soft"}, `${fmt.int(a.others)} other${a.group > 1 ? " groups" : "s"}`),
         h("td", {}, h("i", {class: "tailbar", style: `width:${(a.tail || 0) / top * 100}%`})),
         h("td", {class: "num"}, fmt.dec(a.tail, 3))) : null)),
     a.lost ? h("p", {class: "soft lostline"}, h("s", {class: "bits b0"}),

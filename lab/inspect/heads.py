@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -9,12 +10,11 @@ import numpy as np
 import torch
 
 from lab.errors import LabError
-from lab.inspect import counts, pooled
+from lab.inspect import survey, workers
+from lab.inspect.bundle import GONE, LOG2E, Bundle, know_rows
 from lab.inspect.capture import Capture
-from lab.inspect.pooled import Frame, Source
-from lab.inspect.scores import Cancel, Cancelled, Progress, cells, log_weights
+from lab.inspect.scores import Cancel, Progress, cells
 
-ONE = pooled.Reduce("mean", "mean")
 RUN = 16
 """Rows read together when rows are sampled."""
 
@@ -97,15 +97,16 @@ def stats(
                 "Each captured token needs its id",
             )
     blocks = sampled_blocks(t, max_rows, first=min(1, t - 1))
-    sums = np.zeros((capture.heads, len(MEASURES) + 2))
-    for head in range(capture.heads):
-        for block in blocks:
-            if cancel and cancel():
-                raise Cancelled()
-            for rows in _split(capture, block):
-                sums[head] += _block(capture, head, rows, ids, local, sinks, threshold)
-        if progress:
-            progress((head + 1) / capture.heads)
+    bundle = Bundle(capture, tuple(range(capture.heads)))
+    sums, adding = np.zeros((capture.heads, len(MEASURES) + 2)), threading.Lock()
+
+    def one(block: tuple[int, int]) -> None:
+        for rows in _split(capture, block):
+            know_rows([bundle], rows)
+            found = _block(bundle, rows, ids, local, sinks, threshold)
+            with adding:
+                np.add(sums, found, out=sums)
+    workers.each(blocks[::-1], one, capture.q.device, lambda block: (block[1] - block[0]) * block[1], progress, cancel)
     rows, repeats = np.maximum(sums[:, -2], 1), sums[:, -1]
     values = {name: (sums[:, n] / rows).astype(np.float32) for n, name in enumerate(MEASURES)}
     n = MEASURES.index("induction")
@@ -115,34 +116,33 @@ def stats(
 
 
 def _split(capture: Capture, block: tuple[int, int]):
-    size = max(1, cells(capture) // block[1])
+    size = max(1, cells(capture) // (block[1] * capture.heads))
     for a in range(block[0], block[1], size):
         yield a, min(a + size, block[1])
 
 
-def _block(capture: Capture, head: int, rows: tuple[int, int], ids, local: int, sinks: int, threshold: float):
-    """Sums over the rows of one block in the order of MEASURES, then rows that see anything, then rows that
-    repeat."""
+def _block(bundle: Bundle, rows: tuple[int, int], ids, local: int, sinks: int, threshold: float) -> np.ndarray:
+    """float64 [heads, measures + 2] sums over the rows of one block in the order of MEASURES, then rows that see anything,
+    then rows that repeat."""
     r0, r1 = rows
-    log = log_weights(capture, head, rows, (0, r1))
+    log = bundle.log2(rows, (0, r1)).mul_(1 / LOG2E)
+    visible = (log > GONE / 10).sum(-1)
     w = log.exp()
-    visible = torch.isfinite(log).sum(1)
-    entropy = -(w * log.clamp(min=-1e4)).sum(1)
+    entropy = -(w * log.clamp(min=-1e4)).sum(-1)
     i = torch.arange(r0, r1, device=w.device)
     j = torch.arange(r1, device=w.device)
-    distance = i * w.sum(1) - w @ j.to(w.dtype)
+    distance = i * w.sum(-1) - w @ j.to(w.dtype)
     a = max(0, r0 - local + 1)
-    near = torch.where(j[a:] > i[:, None] - local, w[:, a:], 0)
-    nearest = near.sum(1)
+    nearest = torch.where(j[a:] > i[:, None] - local, w[..., a:], 0).sum(-1)
     # A first token that is also near counts as near only.
-    first = torch.where(j[:sinks] <= i[:, None] - local, w[:, :sinks], 0).sum(1)
-    top = w.topk(min(8, r1), dim=1).values.sum(1)
-    before = w.gather(1, (i - 1).clamp(min=0)[:, None])[:, 0] * (i > 0)
-    followed, repeats = torch.zeros(()), 0
+    first = torch.where(j[:sinks] <= i[:, None] - local, w[..., :sinks], 0).sum(-1)
+    top = w.topk(min(8, r1), dim=-1).values.sum(-1)
+    before = w[:, i - r0, (i - 1).clamp(min=0)] * (i > 0)
+    followed, repeats = torch.zeros(len(bundle.heads), 1), 0
     if ids is not None and r1 > 1:
         match = (ids[: r1 - 1] == ids[r0:r1, None]) & (j[1:] < i[:, None])
-        followed, repeats = (w[:, 1:] * match).sum(), match.any(1).sum()
-    sink = w[:, 0]
+        followed, repeats = (w[..., 1:] * match).sum(-1), match.any(1).sum()
+    sink = w[..., 0]
     parts = {
         "entropy": entropy,
         "evenness": entropy / visible.clamp(min=2).log(),
@@ -152,10 +152,11 @@ def _block(capture: Capture, head: int, rows: tuple[int, int], ids, local: int, 
         "previous": before,
         "induction": followed,
         "local_mass": nearest,
-        "far_mass": w.sum(1) - nearest - first,
-        "tail_mass": w.sum(1) - top,
+        "far_mass": w.sum(-1) - nearest - first,
+        "tail_mass": w.sum(-1) - top,
     }
-    return [float(parts[name].sum()) for name in MEASURES] + [float((visible > 0).sum()), float(repeats)]
+    sums = [parts[name].sum(-1) for name in MEASURES] + [(visible > 0).sum(-1), torch.full((len(bundle.heads),), int(repeats))]
+    return torch.stack([x.cpu().double() for x in sums], 1).numpy()
 
 
 @dataclass(frozen=True)
@@ -191,32 +192,15 @@ def grid(
         raise LabError(
             "No layer was captured", "The grid needs at least one", "Replay the run to capture attention"
         )
-    t = captures[0].tokens
-    step = -(-t // size)
-    side = -(-t // step)
-    sample = t > 2048 and step > rows_per_cell
-    out = np.full((len(captures), captures[0].heads, side, side), np.nan, dtype=np.float32)
-    for n, capture in enumerate(captures):
-        for head in range(capture.heads):
-            if cancel and cancel():
-                raise Cancelled()
-            for y in range(side) if sample else (None,):
-                end = t if y is None else min((y + 1) * step, t)
-                start = 0 if y is None else max(y * step, end - rows_per_cell)
-                frame = Frame((start, end), (0, t), step, step)
-                values = pooled.draw([Source(capture, head)], ONE, frame, ("max",))["max"]
-                out[n, head, slice(None) if y is None else y] = values.cpu().numpy()
-            if progress:
-                progress((n * capture.heads + head + 1) / (len(captures) * capture.heads))
-    _blank_unseen(out, captures, t, step)
-    return Grid(out, tuple(c.layer for c in captures), step, sample)
+    step = -(-captures[0].tokens // size)
+    sample = captures[0].tokens > 2048 and step > rows_per_cell
+    found = [survey.survey([c], size, rows_per_cell if sample else None, _share(progress, n, len(captures)), cancel)
+             for n, c in enumerate(captures)]
+    return Grid(np.concatenate([s.largest for s in found]), tuple(c.layer for c in captures), step, sample)
 
 
-def _blank_unseen(out: np.ndarray, captures: Sequence[Capture], t: int, step: int) -> None:
-    for n, capture in enumerate(captures):
-        for head in range(capture.heads):
-            shown = counts.visible([Source(capture, head)], Frame((0, t), (0, t), step, step))
-            out[n, head][shown.cpu().numpy() == 0] = np.nan
+def _share(progress: Progress | None, n: int, total: int) -> Progress | None:
+    return None if progress is None else lambda fraction: progress((n + fraction) / total)
 
 
 def table(captures: Sequence[Capture], token_ids: Sequence[int] | None = None, **options) -> list[dict]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,23 +13,33 @@ import torch
 from lab.inspect.scores import Cancel, Cancelled, Progress
 
 _lock = threading.Lock()
-_pools: dict[int, ThreadPoolExecutor] = {}
+_idle: dict[int, list[ThreadPoolExecutor]] = {}
 
 
-def _pool(size: int) -> ThreadPoolExecutor:
-    """``size`` threads of one torch thread each; torch keeps that number per thread, but starts new ones with the last set."""
+@contextmanager
+def _pool(size: int) -> Iterator[ThreadPoolExecutor]:
+    """``size`` threads of one torch thread each, for one drawing: two drawings at a time share the cores, not a queue."""
     with _lock:
-        if size not in _pools:
-            ready = threading.Barrier(size)
+        free = _idle.setdefault(size, [])
+        pool = free.pop() if free else _begin(size)
+    try:
+        yield pool
+    finally:
+        with _lock:
+            free.append(pool)
 
-            def begin() -> None:
-                torch.set_num_threads(1)
-                ready.wait()
 
-            pool = _pools[size] = ThreadPoolExecutor(size, "lab-inspect", initializer=begin)
-            list(pool.map(lambda _: ready.n_waiting, range(size)))
-            torch.set_num_threads(size)
-        return _pools[size]
+def _begin(size: int) -> ThreadPoolExecutor:
+    ready = threading.Barrier(size)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(size, "lab-inspect", initializer=begin)
+    list(pool.map(lambda _: None, range(size)))
+    torch.set_num_threads(size)  # torch keeps the number per thread, but new threads start with the last one set
+    return pool
 
 
 def each(
@@ -69,7 +80,8 @@ def each(
         for block in blocks:
             one(block)
         return
-    waiting = [_pool(size).submit(one, block) for block in blocks]
-    problems = [problem for problem in (w.exception() for w in waiting) if problem is not None]
+    with _pool(size) as pool:
+        waiting = [pool.submit(one, block) for block in blocks]
+        problems = [problem for problem in (w.exception() for w in waiting) if problem is not None]
     if problems:
         raise problems[0]

@@ -32,6 +32,7 @@ def value(lab: Lab, key: str | None, address: Address | None = None) -> dict[str
             continue
         letter = v["letter"]
         variants.append({"letter": letter, "title": v.get("title") or v.get("spec"), "layers": run.layers(letter),
+                         "overview": run.overview_layers(letter),
                          "layers_total": model.get("layers") or 1, "heads": model.get("heads") or 1,
                          "kv_heads": model.get("kv_heads") or 1, "prompt": prompt, "tokens": fed(run, letter),
                          "fork": None if v.get("first_divergence") is None else prompt + int(v["first_divergence"])})
@@ -76,7 +77,9 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
         found = answer(draw, ask)
         run = lab.shelf.get(str((ask or {}).get("key")))
         have = run.layers(str(ask.get("letter"))) if run is not None else []
-        if "error" in found and run is not None and (not have or ask.get("over") is None and ask.get("layer") not in have):
+        if found.get("stored"):
+            found["replay"] = lab.replayable(run)
+        elif "error" in found and run is not None and (not have or ask.get("over") is None and ask.get("layer") not in have):
             found["replay"], found["auto"] = lab.replayable(run), lab.replays_by_itself(run)
         return found
 

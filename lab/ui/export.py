@@ -49,15 +49,16 @@ def _levels(run: OpenRun, ask: dict[str, Any], tokens: int, told: Told) -> tuple
     """
     tiles = [_tile(run, ask, (0, tokens), (0, tokens), told, lambda f: told.progress(0.5 * f))]
     step, used = tiles[0]["row_step"], _bytes(tiles[0])
-    if ask["head"] == "rollout":  # every further window would multiply all layers again
+    least = tiles[0]["group"]
+    if tiles[0]["stored"]:
         return tiles, step
-    while step > 1:
+    while step > least:
         finer, side = max(1, step // 4), SIDE * max(1, step // 4)
         level = _level(run, ask, tokens, side, MOST_BYTES - used, told)
         if level is None:
             break
         tiles, used, step = tiles + level, used + sum(map(_bytes, level)), finer
-    if step > 1:
+    if step > 1 and least == 1:
         last = max(0, tokens - SIDE)
         tiles += [_tile(run, ask, (last, tokens), (c, min(c + SIDE, tokens)), told) for c in range(0, tokens, SIDE)]
     return tiles, step
@@ -133,11 +134,13 @@ def page(run: OpenRun, ask: dict[str, Any], told: Told | None = None) -> tuple[s
     last = list(range(max(0, lens.tokens - most), lens.tokens))
     titles = {v["letter"]: str(v.get("title") or v.get("spec") or "") for v in run.record["variants"]}
     rolled, where = ask["head"] == "rollout", maps.captioned(run, ask)
-    looks = {} if rolled and lens.tokens > 512 else _looks(run, ask, last)
+    stored, group = tiles[0]["stored"], tiles[0]["group"]
+    looks = {} if stored or group > 1 else _looks(run, ask, last)
     told.progress(0.95)
     data = {"tokens": words(run, letter)[: lens.tokens], "prompt": prompt, "n": lens.tokens, "tiles": tiles, "finest": finest,
-            "letter": letter, "minus": minus, "pool": "mean" if ask.get("pool") == "mean" else "max",
-            "log": bool(ask.get("log", True)), "rolled": rolled, "looks": looks, "cache": _cache(run, letter)}
+            "letter": letter, "minus": minus, "pool": tiles[0]["pool"],
+            "log": bool(ask.get("log", True)), "rolled": rolled, "stored": stored, "group": group,
+            "looks": looks, "cache": _cache(run, letter)}
     blob = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     for bad, good in (("<", "\\u003c"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
         blob = blob.replace(bad, good)

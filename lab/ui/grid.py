@@ -9,7 +9,7 @@ from lab.errors import LabError
 
 from .controller import Lab
 from .maps import pack, shade
-from .opened import OpenRun
+from .opened import OpenRun, overview_name
 from .tasks import Task, Told
 
 SIDE = 32
@@ -43,25 +43,39 @@ def importance(lab: Lab, run: OpenRun, letter: str) -> np.ndarray | None:
 
 def draw(lab: Lab, run: OpenRun, letter: str, layers: list[int], told: Told) -> None:
     """Thumbnails and measures of every head of the given layers, kept with the run under ``name_of``."""
-    from lab.inspect import heads
+    from lab.inspect import heads, stored
+    from lab.inspect.survey import SIDE as FINE
+    from lab.inspect.survey import rows_to_read, survey
 
     captures, ids = [run.capture(letter, n) for n in layers], ids_of(run, letter)
     known = ids if len(ids) >= captures[0].tokens else None
-    drawn = heads.grid(captures, SIDE, progress=lambda f: told.progress(f / 2), cancel=told.cancelled)
+    drawn = survey(captures, FINE, rows_to_read(captures), lambda f: told.progress(f * 0.8), told.cancelled)
+    if run.must_keep(letter):
+        run.remember(overview_name(letter), *stored.pack(drawn))
+    by = -(-drawn.largest.shape[-1] // SIDE)
     rows = []
     for n, capture in enumerate(captures):
         rows += heads.table([capture], known, cancel=told.cancelled)
-        told.progress(0.5 + (n + 1) / len(captures) * 0.45)
+        told.progress(0.8 + (n + 1) / len(captures) * 0.15)
     weigh = importance(lab, run, letter)
     for r in rows:
         inside = weigh is not None and r["layer"] < weigh.shape[0] and r["head"] < weigh.shape[1]
         r["importance"] = float(weigh[r["layer"], r["head"]]) if inside else float("nan")
-    about = {"layers": layers, "step": drawn.step, "sampled": drawn.sampled, "tokens": captures[0].tokens,
+    about = {"layers": layers, "step": drawn.step * by, "sampled": drawn.read is not None, "tokens": captures[0].tokens,
              "measures": list(MEASURES), "importance": weigh is not None}
     run.remember(name_of(letter), about, {
-        "thumbs": np.stack([shade(np.sqrt(head), False)[0] for layer in drawn.values for head in layer]),
+        "thumbs": np.stack([shade(np.sqrt(thumbnail(head, by)), False)[0] for layer in drawn.largest for head in layer]),
         "values": np.array([[r[m] for m in MEASURES] for r in rows], dtype=np.float32),
         "heads": np.array([[r["layer"], r["head"], r["kv_head"]] for r in rows], dtype=np.int16)})
+
+
+def thumbnail(cells: np.ndarray, by: int) -> np.ndarray:
+    """Cells [n, n] as the largest of each by x by of them; NaN where none is visible."""
+    n = cells.shape[0]
+    x = np.full((-(-n // by) * by,) * 2, -1.0, np.float32)
+    x[:n, :n] = np.nan_to_num(cells, nan=-1.0)
+    x = x.reshape(x.shape[0] // by, by, -1, by).max((1, 3))
+    return np.where(x < 0, np.nan, x)
 
 
 def name_of(letter: str) -> str:
@@ -91,8 +105,9 @@ def known(run: OpenRun, letter: str) -> dict[str, Any] | None:
 def grid(lab: Lab, run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
     """Start or follow the drawing of a variant's heads: {"fraction"} while it lasts, then everything.
 
-    `ask`: letter; `start` to begin (again) whatever is kept; `drop` to give up. With what is kept comes `better`: that
-    more layers, or the importance, could be had by drawing again.
+    `ask`: letter; `start` to begin (again) whatever is kept; `drop` to give up. After a replay that the run cannot keep, the
+    first drawing begins by itself, since what it leaves with the run is all that will be there tomorrow. With what is kept
+    comes `better`: that more layers, or the importance, could be had by drawing again.
     """
     letter = str(ask["letter"])
     layers, kept, key = run.layers(letter), known(run, letter), ("grid", letter)
@@ -100,8 +115,10 @@ def grid(lab: Lab, run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
     if task is not None and ask.get("drop"):
         task.cancel()
         run.tasks.pop(key, None)
+        run.tasks["not by itself", letter] = True
         return kept or {"idle": True}
-    if task is None and ask.get("start"):
+    by_itself = kept is None and layers and run.must_keep(letter) and ("not by itself", letter) not in run.tasks
+    if task is None and (ask.get("start") or by_itself):
         if not layers:
             raise LabError(f"This run holds no captured attention of variant {letter}",
                            fix="Load the run's model and replay it to capture attention")

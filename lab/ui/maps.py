@@ -11,7 +11,7 @@ import numpy as np
 
 from lab.errors import LabError
 
-from .opened import COMBINED, OpenRun
+from .opened import COMBINED, OpenRun, seen_name
 
 SIDE = 512
 HEAD_FIGURES = ("entropy", "sink_rate", "mean_distance", "local_mass", "far_mass", "previous")
@@ -42,7 +42,8 @@ def captioned(run: OpenRun, ask: dict[str, Any]) -> str:
     heads = f"{head} over heads" if isinstance(head, str) else f"query head {head}"
     if head != "rollout" and isinstance(layer, int):
         return f"layer {layer}, {heads}"
-    have, total = run.layers(str(ask["letter"])), (run.record.get("model") or {}).get("layers")
+    letter = str(ask["letter"])
+    have, total = run.layers(letter) or run.overview_layers(letter), (run.record.get("model") or {}).get("layers")
     which = f"all {total} layers" if len(have) == total else f"captured layers {', '.join(map(str, have))}"
     return f"rollout of {which}" if head == "rollout" else f"{layer} over {which}, {heads}"
 
@@ -79,9 +80,13 @@ def tile(run: OpenRun, ask: dict[str, Any], progress: Any = None, cancel: Any = 
     """One window of the map as ≤ 512 x 512 bytes.
 
     `ask`: letter, minus (letter or nothing), layer, over ("mean"|"max" over layers or nothing), head, rows [r0, r1), cols
-    [c0, c1), width, height, pool 'max'|'mean', log bool, exact (a rollout's own rows). `coarse` in the answer: there are
-    finer rows to be had by asking exactly.
+    [c0, c1), width, height, pool 'max'|'mean', log bool, exact (a rollout's single tokens). In the answer, `pool`: how it was
+    pooled; `group`: columns of which only the mean is known; `coarse`: single tokens can be had by asking exactly; `stored`: an
+    overview kept with the run, whose queries and keys are gone.
     """
+    from lab.inspect.rollout import MOST_ROWS
+    from lab.inspect.stored import is_kept
+
     lens = _lens(run, ask)
     rows = _span(ask["rows"], lens.tokens)
     seen = lens.view(rows, _span(ask["cols"], lens.tokens),
@@ -90,12 +95,30 @@ def tile(run: OpenRun, ask: dict[str, Any], progress: Any = None, cancel: Any = 
     shades, top = (_shade_signed if ask.get("minus") else shade)(seen.values, bool(ask.get("log", True)))
     answer = {"h": int(shades.shape[0]), "w": int(shades.shape[1]), "data": pack(shades), "top": top,
               "rows": list(seen.rows), "cols": list(seen.cols), "row_step": seen.row_step, "col_step": seen.col_step}
-    answer["coarse"] = head_of(ask["head"]) == "rollout" and seen.row_step > -(-(rows[1] - rows[0]) // SIDE)
+    answer |= {"pool": seen.pool, "group": seen.group, "stored": is_kept(lens)}
+    answer["coarse"] = seen.group > 1 and rows[1] - rows[0] <= MOST_ROWS and not (answer["stored"] or ask.get("minus"))
+    if not answer["stored"] and rows == (0, lens.tokens):
+        remember(run, ask, lens)
     if seen.evicted.any():
         answer["evicted"] = pack(seen.evicted)
     if seen.bits is not None and not ask.get("minus") and (seen.bits < 16).any():
         answer["bits"] = pack(seen.bits)
     return answer
+
+
+def remember(run: OpenRun, ask: dict[str, Any], lens: Any) -> None:
+    """Keep a small version of a view of all layers with a run that cannot keep its queries and keys."""
+    from lab.inspect.stored import encode
+    from lab.inspect.survey import SIDE as KEPT
+
+    letter, layer, head = str(ask["letter"]), layer_of(ask), head_of(ask["head"])
+    name = seen_name(letter, layer, head)
+    if ask.get("minus") or isinstance(layer, int) and head != "rollout" or not run.must_keep(letter) or run.result(name):
+        return
+    small = lens.view((0, lens.tokens), (0, lens.tokens), KEPT, KEPT, "mean" if ask.get("pool") == "mean" else "max")
+    about = {"tokens": lens.tokens, "row_step": small.row_step, "col_step": small.col_step, "pool": small.pool,
+             "group": small.group, "layers": run.layers(letter)}
+    run.remember(name, about, {"cells": encode(small.values)})
 
 
 def largest(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
@@ -125,11 +148,25 @@ def _span(pair: Any, tokens: int) -> tuple[int, int]:
 
 def cell(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
     """The exact weight of one row on one column, its rank, and what the cache had kept."""
+    from lab.inspect.stored import is_kept
+
     lens = _lens(run, ask)
+    if is_kept(lens):
+        return _kept_cell(lens, ask)
     found = lens.cell(int(ask["row"]), int(ask["col"]))
     both = [side.cell(found.row, found.col).weight for side in (lens.a, lens.b)] if ask.get("minus") else None
     return {"both": both, "row": int(ask["row"]), "col": int(ask["col"]), "weight": found.weight, "rank": found.rank,
             "of": found.visible, "bits": found.bits, "why": found.why}
+
+
+def _kept_cell(lens: Any, ask: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of the place of one weight: a whole cell's, and how many tokens it stands for."""
+    i, j = int(ask["row"]), int(ask["col"])
+    seen = lens.view((i, i + 1), (j, j + 1), SIDE, SIDE, "mean" if ask.get("pool") == "mean" else "max")
+    value, there = float(seen.values[0, 0]), bool(np.isfinite(seen.values[0, 0]))
+    why = None if there else "future" if j > i else "evicted" if seen.evicted[0, 0] else "not visible"
+    return {"row": i, "col": j, "weight": value if there else None, "kept": [seen.row_step, seen.col_step], "pool": seen.pool,
+            "why": why, "bits": None}
 
 
 def row(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
@@ -139,6 +176,8 @@ def row(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
     """
     letter, layer, i, head = str(ask["letter"]), layer_of(ask), int(ask["row"]), head_of(ask["head"])
     lens, signed, rolled = _lens(run, ask), bool(ask.get("minus")), head == "rollout"
+    if rolled and hasattr(lens, "groups"):
+        return _shares(lens, ask, i)
     weights = lens.row(i)
     known = np.where(np.isfinite(weights), weights, 0.0)
     most = min(int(ask.get("top") or 12), 64)
@@ -155,10 +194,41 @@ def row(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
             "gone": [] if lost is None else [int(j) for j in np.flatnonzero(lost[a:b]) + a]}
 
 
+def _shares(lens: Any, ask: dict[str, Any], i: int) -> dict[str, Any]:
+    """What a row of a rollout is made of: the largest groups of tokens, single tokens where these are known."""
+    step, shares = lens.groups(i)
+    best = [int(k) for k in np.argsort(-shares, kind="stable")[: min(int(ask.get("top") or 12), 64)] if shares[k] > 0]
+    a, b = _span(ask.get("strip") or (0, lens.tokens), lens.tokens)
+    b = min(b, a + 2000)
+    known = np.nan_to_num(lens.row(i)[a:b])
+    return {"row": i, "bars": [{"col": k * step, "cols": [k * step, min(k * step + step, i + 1)], "weight": float(shares[k]),
+                                "bits": None} for k in best], "group": step,
+            "tail": float(max(0.0, 1.0 - float(shares[best].sum()))), "others": i // step + 1 - len(best), "lost": None,
+            "strip": [a, b], "profile": [round(float(x), 5) for x in known], "gone": []}
+
+
 def stats(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
     """Entropy, sink rate and mean distance of every head of one layer."""
-    found = run.stats(str(ask["letter"]), int(ask["layer"]))
+    letter, layer = str(ask["letter"]), int(ask["layer"])
+    if layer not in run.layers(letter) and (kept := _kept_stats(run, letter, layer)) is not None:
+        return kept
+    found = run.stats(letter, layer)
     return {name: [float(x) if np.isfinite(x) else None for x in getattr(found, name)] for name in HEAD_FIGURES}
+
+
+def _kept_stats(run: OpenRun, letter: str, layer: int) -> dict[str, Any] | None:
+    """The same figures as the grid kept them, as far as it holds them."""
+    found = run.result(f"{letter}/grid")
+    if found is None:
+        return None
+    try:
+        at = found[1]["heads"][:, 0] == layer
+        columns = {name: found[1]["values"][at, n] for n, name in enumerate(found[0]["measures"])}
+        if not at.any():
+            return None
+        return {name: [float(x) if np.isfinite(x) else None for x in columns[name]] for name in HEAD_FIGURES if name in columns}
+    except (KeyError, IndexError, TypeError):
+        return None
 
 
 def cache(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class OpenRun:
         self._stats: dict[tuple[str, int], Any] = {}
         self._maps: dict[str, Any] = {}
         self._trimmed: dict[tuple[str, int, int], Any] = {}
+        self._surveys: dict[str, Any] = {}
+        self._light: dict[str, list[Any]] = {}
         self.tasks: dict[Any, Any] = {}  # long work under way or done, see tasks.py
         self._lock = threading.Lock()
 
@@ -69,23 +71,82 @@ class OpenRun:
         """lab.inspect Lens: one head, "mean", "max" or "rollout" of a variant, or its difference from variant `minus`.
 
         `layer` is a number, or "mean" or "max" over all captured layers. A difference covers the tokens that both runs
-        have and, over several layers, the layers that both hold. `exact` asks a rollout for a window's own rows.
+        have and, over several layers, the layers that both hold. `exact` asks a rollout for a window's own rows. Where
+        queries and keys are gone, the overview that was kept answers, see `stored`.
         """
         from lab.inspect.lens import Difference, Heads, Rollout
 
-        both = None if not minus or minus == letter else set(self._needed(letter)) & set(self._needed(minus))
+        other = minus if minus and minus != letter else None
+        old = {name: self.stored(name, layer, head) for name in (letter, other) if name}
+        if any(x is not None for x in old.values()):
+            return self._of_stored(letter, other, old, layer, head)
+        both = None if other is None else set(self._needed(letter)) & set(self._needed(other))
 
         def one(name: str, tokens: int | None = None) -> Any:
             if head != "rollout" and layer not in COMBINED:
                 return Heads([self._cut(name, int(layer), tokens)], head)
             every = [self._cut(name, n, tokens) for n in self._needed(name) if both is None or n in both]
             return Rollout(every, exact) if head == "rollout" else Heads(every, head, str(layer))
-        if both is None:
+        if other is None:
             return one(letter)
         if not both and (head == "rollout" or layer in COMBINED):
-            raise LabError(f"{letter} and {minus} hold no captured layer in common", fix="Replay both to capture attention")
-        shared = min(one(letter).tokens, one(minus).tokens)
-        return Difference(one(minus, shared), one(letter, shared))
+            raise LabError(f"{letter} and {other} hold no captured layer in common", fix="Replay both to capture attention")
+        shared = min(one(letter).tokens, one(other).tokens)
+        return Difference(one(other, shared), one(letter, shared))
+
+    def _of_stored(self, letter: str, other: str | None, old: dict[str, Any], layer: int | str, head: int | str) -> Any:
+        from lab.inspect.lens import Difference
+        from lab.inspect.stored import Stored
+
+        if other is None:
+            return old[letter]
+        pair = [old[other], old[letter]]
+        if all(isinstance(x, Stored) for x in pair) and len({x.survey.step for x in pair}) == 1:
+            shared = min(x.tokens for x in pair)
+            return Difference(*(x if x.tokens == shared and pair[0].tokens == pair[1].tokens else x.cut(shared) for x in pair))
+        if any(x is None for x in pair) or pair[0].tokens != pair[1].tokens:
+            raise LabError(f"{letter} and {other} cannot be subtracted from what this run keeps of them",
+                           "A difference needs queries and keys of both", "Replay both to capture attention")
+        return Difference(*pair)
+
+    def stored(self, letter: str, layer: int | str, head: int | str) -> Any:
+        """The Lens of what was kept of a view whose queries and keys the run does not hold; None where it holds them, or kept
+        nothing."""
+        from lab.inspect.stored import Seen, Stored, light
+
+        have = self.layers(letter)
+        if have if head == "rollout" or layer in COMBINED else layer in have:
+            return None
+        seen = self.result(seen_name(letter, layer, head))
+        if seen is not None and "cells" in seen[1]:
+            return Seen(seen[0], seen[1]["cells"], head)
+        survey = None if head == "rollout" else self._survey(letter)
+        if survey is None:
+            return None
+        model = self.record.get("model") or {}
+        with self._lock:
+            if letter not in self._light:
+                heads, kv = survey.largest.shape[1], int(model.get("kv_heads") or 1)
+                self._light[letter] = [light(self.arrays, letter, n, survey.tokens, heads, kv) for n in survey.layers]
+            return Stored(survey, self._light[letter], head, layer)
+
+    def _survey(self, letter: str) -> Any:
+        from lab.inspect.stored import unpack
+
+        with self._lock:
+            if self._surveys.get(letter) is None:
+                found = self.result(overview_name(letter))
+                self._surveys[letter] = None if found is None else unpack(*found)
+            return self._surveys[letter]
+
+    def overview_layers(self, letter: str) -> list[int]:
+        """Layers of which the run keeps an overview."""
+        survey = self._survey(letter)
+        return [] if survey is None else list(survey.layers)
+
+    def must_keep(self, letter: str) -> bool:
+        """True when a variant's queries and keys are not saved with the run, so that what is drawn of it should be."""
+        return any(name.startswith(f"qk/{letter}/") for name in self._replayed)
 
     def _needed(self, letter: str) -> list[int]:
         found = self.layers(letter)
@@ -143,6 +204,8 @@ class OpenRun:
         packed, start = kept.pack(name, about, arrays), kept.prefix(name)
         with self._lock:
             self.arrays = {**{k: v for k, v in self.arrays.items() if not k.startswith(start)}, **packed}
+            self._surveys.clear()
+            self._light.clear()
         if self._save is None or sum(a.nbytes for a in packed.values()) > kept.MOST_BYTES:
             return
         try:
@@ -189,6 +252,16 @@ class OpenRun:
                 narrow = np.ones_like(bits, dtype=bool) if c.demoted is None else np.asarray(c.demoted.cpu())[part, j] <= i
                 found.append(int(np.where(narrow & (bits > 0), bits, 16).min()))
         return min(found, default=None)
+
+
+def overview_name(letter: str) -> str:
+    """Under which name the overview of every head is kept."""
+    return f"{letter}/overview"
+
+
+def seen_name(letter: str, layer: int | str, head: int | str) -> str:
+    """Under which name a view of several layers is kept once it was drawn."""
+    return f"{letter}/seen/{'all' if head == 'rollout' else layer}-{head}"
 
 
 class Shelf:
