@@ -51,7 +51,9 @@ def delta(
     return out
 
 
-def _joins(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, gamma: int, impl: str, options: dict, must: bool) -> bool:
+def _joins(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, gamma: int, impl: str, options: dict, must: bool
+) -> bool:
     """Whether the two launches can serve; ValueError where they must and cannot."""
     if q.shape[1] % k.shape[1] == 0 and start >= 0 and choose(impl, q) == "triton":
         from kernels.prefill.joined import serves

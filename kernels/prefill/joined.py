@@ -33,7 +33,7 @@ def choice(dim: int, gamma: int, exact: bool) -> Joined:
     if dim > 128:
         return Joined((64, 64, 4, 2, 2), (max(64, gamma), 64, 8 if gamma > 64 else 4, 2, 1))
     shape = (64, 64, 4, 3, 3) if gamma <= 64 else (128, 64, 8, 3, 3)
-    return Joined((128, 128, 8, 2, 2), shape)
+    return Joined((64, 64, 4, 3, 3), shape)
 
 
 def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gamma: int, options: dict) -> bool:
@@ -69,7 +69,8 @@ def run(
     out = torch.empty(batch, heads, rows, dim, dtype=q.dtype, device=q.device)
     overlap = c.overlap and overlaps(q)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    common = dict(D=dim, DP=max(16, triton.next_power_of_2(dim)), ASM=not interpreting() and q.dtype != torch.float32, PDL=overlap)
+    asm = not interpreting() and q.dtype != torch.float32
+    common = dict(D=dim, DP=max(16, triton.next_power_of_2(dim)), ASM=asm, PDL=overlap)
     if only == "shape":
         lse.fill_(-torch.inf)
     else:
@@ -82,8 +83,8 @@ def run(
     bm, bn, warps, stages, edge = c.shape
     home(delta_kernel)[(triton.cdiv(rows, bm) * batch * heads,)](
         q, k, v, out, part, lse, scale, start, rows, k.shape[2], heads, group, sinks, window, n_exact, body, splits, *strides,
-        BM=bm, BN=bn, GAMMA=gamma, MOST=MOST, STAGES=stages, EDGE_STAGES=edge, GROUPED=c.grouped, num_warps=warps, num_stages=stages,
-        **common, **({"launch_pdl": True} if overlap and only is None else {}),
+        BM=bm, BN=bn, GAMMA=gamma, MOST=MOST, STAGES=stages, EDGE_STAGES=edge, GROUPED=c.grouped, num_warps=warps,
+        num_stages=stages, **common, **({"launch_pdl": True} if overlap and only is None else {}),
     )
     return out
 
@@ -91,8 +92,7 @@ def run(
 def variants(dim: int, gamma: int) -> list[Joined]:
     """What `benchmarks/prefill_variants.py --delta` times beside the choice, for heads of 128 channels in 16 bits."""
     c = choice(dim, gamma, False)
-    some = [c, replace(c, grouped=False), replace(c, overlap=False)]
-    some += [replace(c, rest=r) for r in ((64, 64, 4, 3, 3), (128, 64, 8, 3, 3), (64, 128, 4, 2, 2))]
-    some += [replace(c, waves=w) for w in (3, 8)]
-    some += [replace(c, shape=s) for s in ((64, 64, 4, 3, 1), (64, 64, 4, 2, 2), (128, 64, 8, 3, 3), (128, 32, 4, 3, 3))]
+    some = [c, replace(c, grouped=False), replace(c, overlap=False), replace(c, waves=3), replace(c, waves=8)]
+    some += [replace(c, rest=r) for r in ((128, 64, 8, 3, 3), (128, 32, 4, 3, 3), (128, 64, 4, 2, 2))]
+    some += [replace(c, shape=s) for s in ((64, 64, 4, 3, 2), (128, 32, 4, 3, 3), (128, 32, 4, 4, 4), (128, 64, 4, 2, 2))]
     return some

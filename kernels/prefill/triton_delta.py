@@ -1,8 +1,8 @@
 """A-shape with Delta correction in two launches.
 
-What a dense row adds to its A-shape is the keys between the sinks and the window. The first launch attends the chosen rows to just
-those, the query heads of a KV head packed into one tile (their rows lie at the same positions, so a tile spans fewer of them) and
-the keys cut among programs. The second is the A-shape, which joins those parts to its own chosen rows while it still holds them
+What a dense row adds to its A-shape is the keys between the sinks and the window. The first launch attends the chosen rows to
+just those, the query heads of a KV head packed into one tile (their rows lie at the same positions, so a tile spans fewer of them)
+and the keys cut among programs. The second is the A-shape, which joins those parts to its own chosen rows while it still holds them
 and adds the difference to the rows it stands for: no pass over the output.
 """
 
@@ -10,34 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.prefill.triton_forward import FLOOR, LOG2E, _tile
-
-
-@triton.jit
-def _whole(acc, m, l, q, k_ptr, v_ptr, k_at, v_at, key0, k_t, v_t, factor, d, D: tl.constexpr, DP: tl.constexpr):
-    """One key block that every row sees whole. factor: scale times log2(e).
-
-    k_at, v_at [BN,DP] int32 are the same for every block, so that a block's addresses are one scalar and one addition each:
-    a third fewer instructions than from 64-bit products.
-    """
-    at = k_ptr + key0.to(tl.int64) * k_t + k_at
-    vat = v_ptr + key0.to(tl.int64) * v_t + v_at
-    if D == DP:
-        k = tl.load(at)
-    else:
-        k = tl.load(at, mask=(d < D)[None, :], other=0.0)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
-    top = tl.maximum(m, tl.max(s, 1) * factor)
-    p = tl.exp2(s * factor - top[:, None])
-    alpha = tl.exp2(m - top)
-    l = l * alpha + tl.sum(p, 1)
-    acc = acc * alpha[:, None]
-    if D == DP:
-        v = tl.load(vat)
-    else:
-        v = tl.load(vat, mask=(d < D)[None, :], other=0.0)
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    return acc, top, l
+from kernels.prefill.triton_forward import FLOOR, _tile
 
 
 @triton.jit
@@ -85,11 +58,12 @@ def rest_kernel(
     ent = tl.zeros([BM], tl.float32)
     whole = tl.minimum(tl.maximum(tl.minimum(first - window + 1, hi) - lo, 0) // BN, tl.cdiv(hi - lo, BN))
     for t in tl.range(0, whole, num_stages=STAGES):
-        acc, m, l = _whole(acc, m, l, q, k_ptr, v_ptr, k_at, v_at, lo + t * BN, k_t, v_t, scale * LOG2E, d, D, DP)
+        acc, m, l, ent = _tile(acc, m, l, ent, q, k_ptr, v_ptr, k_at, v_at, lse_ptr, lo + t * BN, pos, hi, 0, 1, scale, 1.0, k_t,
+                               v_t, d, D, DP, BN, False, "softmax", False, False, False, ASM)
     # what is seen of a block at the edge ends `window` before each row: rows moved there, under a window without end
     for t in tl.range(whole, tl.cdiv(hi - lo, BN), num_stages=EDGE_STAGES):
-        acc, m, l, ent = _tile(acc, m, l, ent, q, k_ptr, v_ptr, lse_ptr, lo + t * BN, pos - window, hi, 0, 0x40000000, scale,
-                               1.0, k_t, v_t, d, D, DP, BN, True, "softmax", False, False, False, ASM)
+        acc, m, l, ent = _tile(acc, m, l, ent, q, k_ptr, v_ptr, k_at, v_at, lse_ptr, lo + t * BN, pos - window, hi, 0, 0x40000000,
+                               scale, 1.0, k_t, v_t, d, D, DP, BN, True, "softmax", False, False, False, ASM)
     seen = l > 0.0
     acc = acc * tl.where(seen, 1.0 / tl.maximum(l, 1e-37), 0.0)[:, None]
     tl.store(lse_ptr + at, tl.where(seen, m + tl.log2(tl.maximum(l, 1e-37)), float("-inf")), mask=inside)
@@ -147,14 +121,15 @@ def delta_kernel(
     whole = sink_full + full_hi - full_lo
     for t in tl.range(0, whole, num_stages=STAGES):
         key0 = tl.where(t < sink_full, t, full_lo + t - sink_full) * BN
-        acc, m, l = _whole(acc, m, l, q, k_ptr, v_ptr, k_at, v_at, key0, k_t, v_t, scale * LOG2E, d, D, DP)
+        acc, m, l, ent = _tile(acc, m, l, ent, q, k_ptr, v_ptr, k_at, v_at, part_ptr, key0, pos, n_keys, sinks, window, scale,
+                               1.0, k_t, v_t, d, D, DP, BN, False, "softmax", False, False, False, ASM)
     left = full_lo - band_lo
     right = band_hi - full_hi
     some = tl.where((sinks > sink_full * BN) & (sink_full < band_lo), 1, 0)
     for t in tl.range(0, left + right + some, num_stages=EDGE_STAGES):
         key0 = tl.where(t < left, band_lo + t, tl.where(t < left + right, full_hi + t - left, sink_full)) * BN
-        acc, m, l, ent = _tile(acc, m, l, ent, q, k_ptr, v_ptr, part_ptr, key0, pos, n_keys, sinks, window, scale, 1.0,
-                               k_t, v_t, d, D, DP, BN, True, "softmax", False, False, False, ASM)
+        acc, m, l, ent = _tile(acc, m, l, ent, q, k_ptr, v_ptr, k_at, v_at, part_ptr, key0, pos, n_keys, sinks, window, scale,
+                               1.0, k_t, v_t, d, D, DP, BN, True, "softmax", False, False, False, ASM)
     acc = acc * (1.0 / l)[:, None]  # a row sees itself, so l > 0
     lse = m + tl.log2(l)
     if PDL:

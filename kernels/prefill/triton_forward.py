@@ -49,14 +49,22 @@ def weigh(s, WEIGHT: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _tile(
-    acc, m, l, ent, q, k_ptr, v_ptr, b_ptr, key0, pos, n_keys, sinks, window, scale, softcap, k_stride, v_stride, d,
+    acc, m, l, ent, q, k_ptr, v_ptr, k_at, v_at, b_ptr, key0, pos, n_keys, sinks, window, scale, softcap, k_stride, v_stride, d,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr, WEIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, ENTROPY: tl.constexpr, ASM: tl.constexpr,
 ):
-    """One key block. EDGE: some key may be invisible to some row, or lie past the end."""
+    """One key block. EDGE: some key may be invisible to some row, or lie past the end.
+
+    k_at, v_at [BN,DP] int32, the places of a block's numbers from its start, are the same for every block: an address is then
+    one scalar and one addition instead of a 64-bit product.
+    """
     j = key0 + tl.arange(0, BN)
-    at = k_ptr + j.to(tl.int64)[:, None] * k_stride + d[None, :]
-    vat = v_ptr + j.to(tl.int64)[:, None] * v_stride + d[None, :]
+    if DP <= 128:
+        at = k_ptr + tl.cast(key0, tl.int64) * k_stride + k_at
+        vat = v_ptr + tl.cast(key0, tl.int64) * v_stride + v_at
+    else:  # too many registers
+        at = k_ptr + j.to(tl.int64)[:, None] * k_stride + d[None, :]
+        vat = v_ptr + j.to(tl.int64)[:, None] * v_stride + d[None, :]
     if EDGE:
         k = tl.load(at, mask=(j < n_keys)[:, None] & (d < D)[None, :], other=0.0)
     elif D == DP:
@@ -74,8 +82,10 @@ def _tile(
     else:
         s = logits(raw, scale, softcap, bias, SOFTCAP, BIAS, ASM)
     if EDGE:
-        i = pos[:, None]
-        see = (j[None, :] <= i) & ((j[None, :] < sinks) | (i - j[None, :] < window)) & (j < n_keys)[None, :]
+        # two comparisons a logit: what does not depend on both row and key is settled before, a sink by lying inside any window
+        newest = tl.minimum(pos, n_keys - 1)[:, None]
+        near = tl.where(j < sinks, 0x7FFFFFFF, j)[None, :]
+        see = (j[None, :] <= newest) & (near > (pos - window)[:, None])
         s = tl.where(see, s, float("-inf"))
     if WEIGHT == "softmax":
         if LATE:
@@ -142,6 +152,8 @@ def forward_kernel(
     k_ptr += b * k_b + (h // group) * k_h
     v_ptr += b * v_b + (h // group) * v_h
     b_ptr = bias_ptr + (b * heads + h) * bias_stride
+    k_at = tl.arange(0, BN)[:, None] * k_t + d[None, :]
+    v_at = tl.arange(0, BN)[:, None] * v_t + d[None, :]
     m = tl.full([BM], FLOOR, tl.float32)
     l = tl.zeros([BM], tl.float32)
     ent = tl.zeros([BM], tl.float32)
@@ -151,8 +163,9 @@ def forward_kernel(
         list_ptr += (bh.to(tl.int64) * tl.num_programs(0) + block) * list_width
         listed = tl.load(count_ptr + bh.to(tl.int64) * tl.num_programs(0) + block)
         for t in tl.range(0, listed, num_stages=STAGES):
-            acc, m, l, ent = _tile(acc, m, l, ent, q, k_ptr, v_ptr, b_ptr, tl.load(list_ptr + t) * BN, pos, n_keys, sinks,
-                                   window, scale, softcap, k_t, v_t, d, D, DP, BN, True, WEIGHT, SOFTCAP, BIAS, ENTROPY, ASM)
+            key0 = tl.load(list_ptr + t) * BN
+            acc, m, l, ent = _tile(acc, m, l, ent, q, k_ptr, v_ptr, k_at, v_at, b_ptr, key0, pos, n_keys, sinks, window, scale,
+                                   softcap, k_t, v_t, d, D, DP, BN, True, WEIGHT, SOFTCAP, BIAS, ENTROPY, ASM)
     else:
         end = tl.minimum(last + 1, n_keys)
         band_lo = tl.maximum(first - window + 1, 0) // BN
@@ -163,15 +176,15 @@ def forward_kernel(
         whole = sink_full + full_hi - full_lo
         for t in tl.range(0, whole, num_stages=STAGES):
             key0 = tl.where(t < sink_full, t, full_lo + t - sink_full) * BN
-            acc, m, l, ent = _tile(acc, m, l, ent, q, k_ptr, v_ptr, b_ptr, key0, pos, n_keys, sinks, window, scale, softcap,
-                                   k_t, v_t, d, D, DP, BN, False, WEIGHT, SOFTCAP, BIAS, ENTROPY, ASM)
+            acc, m, l, ent = _tile(acc, m, l, ent, q, k_ptr, v_ptr, k_at, v_at, b_ptr, key0, pos, n_keys, sinks, window, scale,
+                                   softcap, k_t, v_t, d, D, DP, BN, False, WEIGHT, SOFTCAP, BIAS, ENTROPY, ASM)
         left = full_lo - band_lo
         right = band_hi - full_hi
         part = tl.where((sinks > sink_full * BN) & (sink_full < band_lo), 1, 0)
         for t in tl.range(0, left + right + part, num_stages=EDGE_STAGES):
             key0 = tl.where(t < left, band_lo + t, tl.where(t < left + right, full_hi + t - left, sink_full)) * BN
-            acc, m, l, ent = _tile(acc, m, l, ent, q, k_ptr, v_ptr, b_ptr, key0, pos, n_keys, sinks, window, scale, softcap,
-                                   k_t, v_t, d, D, DP, BN, True, WEIGHT, SOFTCAP, BIAS, ENTROPY, ASM)
+            acc, m, l, ent = _tile(acc, m, l, ent, q, k_ptr, v_ptr, k_at, v_at, b_ptr, key0, pos, n_keys, sinks, window, scale,
+                                   softcap, k_t, v_t, d, D, DP, BN, True, WEIGHT, SOFTCAP, BIAS, ENTROPY, ASM)
 
     at = bh.to(tl.int64) * n_rows + row
     if WEIGHT == "softmax":
