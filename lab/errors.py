@@ -24,6 +24,14 @@ class LabError(Exception):
         return " ".join(part for part in (self.what, self.expected, self.fix) if part)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """True when an error says that memory ran out: Python's, a GPU's, or torch's on a CPU, which is a plain RuntimeError."""
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(w in str(error).lower() for w in words)
+
+
 def _sentence(text: str) -> str:
     """``text`` stripped, closed by a full stop unless it already ends a sentence."""
     text = text.strip()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lab.errors import LabError
+from lab.errors import LabError, out_of_memory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:
-        if type(error).__name__ != "StorageError":
+        if out_of_memory(error):
+            error = LabError("The machine ran out of memory", fix="Use a shorter prompt, fewer variants or a smaller model")
+        elif type(error).__name__ != "StorageError":
             raise
         print(f"error: {error}", file=sys.stderr)
     return 2

@@ -12,7 +12,7 @@ import torch
 
 from lab.engine.events import Event, Failed, Fidelity, Finished, Progress, Token
 from lab.engine.session import Session
-from lab.errors import LabError
+from lab.errors import LabError, out_of_memory
 from lab.measure import record as rec
 from lab.measure.request import LETTERS, RunRequest, tokenise
 from lab.measure.stream import COMPILING, Reference, Stream
@@ -187,7 +187,7 @@ def explain(error: Exception) -> str:
     """One sentence for the user; the details go to the log."""
     if isinstance(error, LabError):
         return str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+    if out_of_memory(error):
         return "There is not enough memory for this run. Use a shorter prompt, fewer variants or a smaller model."
     log.exception("a variant failed", exc_info=error)
     return f"This variant stopped with an unexpected error ({type(error).__name__}: {str(error)[:160]}). Please report it."

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lab.errors import LabError
+from lab.errors import LabError, out_of_memory
 from lab.models.facts import text_config
 
 WORKS = "Decoder-only models such as Llama, Qwen, Gemma, Mistral, OLMo, Phi, SmolLM and GPT-2 work"
@@ -96,7 +96,7 @@ def check_hook(model: PreTrainedModel) -> None:
 
 def _pass_on_memory(error: Exception) -> None:
     """Re-raise what says nothing about the architecture."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if out_of_memory(error):
         raise error
 
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import lab
-from lab.errors import LabError
+from lab.errors import LabError, out_of_memory
 from lab.models import checks, devices, weights as packing
 from lab.models.fuse import fuse
 from lab.models.facts import ModelFacts, describe
@@ -87,7 +87,9 @@ def load(
             elif chosen.device.type == "cuda" and chosen.device_map is None:
                 fuse(model)
             _own_memory(model)
-        except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -135,7 +137,7 @@ def _model(located: Located, config: PreTrainedConfig, chosen: devices.Plan) -> 
         raise LabError(f"{located.id} needs a package that is not installed: {_first_sentence(str(error))}",
                        fix="Choose an unquantised safetensors model, or a GGUF file") from error
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        if out_of_memory(error):
             raise
         raise LabError(f"The weights of {located.id} could not be loaded: {_first_sentence(str(error))}",
                        "Whole safetensors files that fit config.json were expected", "Fetch the model again") from error

@@ -134,6 +134,15 @@ def test_a_run_that_cannot_be_saved_is_still_written_and_printed(tiny, files, mo
     assert json.loads((files / "out.json").read_text())["status"] == "complete"
 
 
+def test_memory_that_runs_out_is_a_sentence(files, monkeypatch, capsys):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(lab.models, "load", full, raising=False)
+    assert run(files, "--variant", "dense") == 2
+    assert "ran out of memory" in capsys.readouterr().err
+
+
 def test_quiet_says_why_nothing_came(tiny, files, capsys):
     assert run(files, "--quiet", "--variant", "snapkv(budget=0.3,window=32)") == 1
     assert "must protect" in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lab.errors import LabError
+import pytest
+
+from lab.errors import LabError, out_of_memory
 
 
 def test_the_text_is_sentences() -> None:
@@ -20,3 +22,17 @@ def test_it_survives_a_trip_between_processes() -> None:
 
     error = pickle.loads(pickle.dumps(LabError("a", "b", "c")))
     assert str(error) == "a. b. c." and error.fix == "c."
+
+
+class OutOfMemoryError(RuntimeError):
+    """torch's on a GPU has this name."""
+
+
+@pytest.mark.parametrize("error, full", [
+    (MemoryError(), True), (OutOfMemoryError("full"), True), (OSError(12, "Cannot allocate memory"), True),
+    (RuntimeError("CUDA error: out of memory"), True),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"), True),
+    (RuntimeError("shapes differ"), False), (ValueError("out of memory"), False),
+])
+def test_memory_that_ran_out_is_known(error: Exception, full: bool) -> None:
+    assert out_of_memory(error) is full

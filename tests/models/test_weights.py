@@ -160,11 +160,12 @@ def test_a_model_that_does_not_fit_is_refused_with_sizes(tiny_folder: Path, monk
         load(str(tiny_folder), device="cpu")
 
 
+@pytest.mark.parametrize("problem", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")])
 def test_running_out_of_memory_is_one_sentence(
-    tiny_folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch,
+    problem: Exception, tiny_folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:
-        raise MemoryError
+        raise problem
 
     monkeypatch.setattr("lab.models.weights.pack", full)
     with pytest.raises(LabError, match="not enough memory for tiny-llama"):
