@@ -1,11 +1,12 @@
 """The table of the Triton kernels against what a user would pick instead, on the GPU at hand.
 
-    python benchmarks/kernels_gpu.py [--scaling] [--quick] [--out DIR]
+    python benchmarks/kernels_gpu.py [--scaling] [--quick] [--flex] [--out DIR]
 
 Prints one line per operator and writes kernels_gpu.json (and kernels_gpu_scaling.json) with the machine in it. Times are
 medians over CUDA-graph replays that rotate over more data than L2 holds. `floor_us` is the larger of bytes over 3.0 TB/s
 and floating-point operations over 798 TFLOP/s, both measured on an H100. --quick: only the rows that the issue's table asks
-for, and no 131k prefill; its file is kernels_gpu_quick.json.
+for, and no 131k prefill; its file is kernels_gpu_quick.json. --flex: compiled flex attention too, for decode and prefill at 32k
+(it takes a minute to compile, and has never been the best).
 """
 
 from __future__ import annotations
@@ -183,6 +184,25 @@ def prefill_rows(table: Table, long: bool = True) -> None:
         torch.cuda.empty_cache()
 
 
+def flex_rows(table: Table) -> None:
+    """Compiled flex attention beside our kernels' own rows: decode at 32k, batch 1 and 8, and causal prefill at 32k."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    run = torch.compile(flex_attention, dynamic=False)
+    heads, kv, dim, n = *LLAMA, 32768
+    own = {(r["op"], r["batch"]): r for r in table.rows if r["bits"] == 16 and r["context"] == n and r["heads"] == heads}
+    for batch, queries, named in ((1, 1, "decode"), (8, 1, "decode"), (1, n, "prefill (our Triton forward)")):
+        q = torch.randn(batch, heads, queries, dim, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(batch, kv, n, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device="cuda") if queries > 1 else None
+        call = lambda: run(q, k, v, block_mask=mask, enable_gqa=True, scale=dim**-0.5)  # noqa: E731
+        for _ in range(3):
+            call()
+        ours = own[named, batch]
+        table.add(f"{named}, against compiled flex", 16, batch, LLAMA, n, (ours["ours_us"], 0.0),
+                  ("flex", time_us([call] * 2, 5)[0]), ours["floor_us"])
+
+
 def scaling() -> list[dict]:
     """Decode time against context (batch 1) and against batch (8k tokens), by width, with the best baseline."""
     out = []
@@ -208,8 +228,12 @@ def main() -> None:
     card = machine()
     print(card, flush=True)
     table = Table()
-    for part in (lambda t: decode_rows(t, quick), quest_row, lambda t: prefill_rows(t, long=not quick)):
-        part(table)
+    parts = [lambda t: decode_rows(t, quick), quest_row, lambda t: prefill_rows(t, long=not quick)]
+    for part in parts + [flex_rows] * ("--flex" in sys.argv):
+        try:
+            part(table)
+        except Exception as error:  # a baseline that does not compile must not cost the rows measured before it
+            print("stopped early:", type(error).__name__, str(error)[:200], flush=True)
         with open(os.path.join(folder, "kernels_gpu_quick.json" if quick else "kernels_gpu.json"), "w") as f:
             json.dump({"machine": card, "rows": table.rows}, f, indent=1)
     if "--scaling" in sys.argv:

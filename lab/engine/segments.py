@@ -8,6 +8,9 @@ import torch
 
 from lab.engine.ragged import Fields, Ragged
 
+MOST_SPARE = 256
+"""Rows of slack that coding a whole prompt leaves per lane: some to grow into, few beside a long prompt."""
+
 
 class Codec(Protocol):
     """How b bits hold a vector. Implemented by `encode` techniques; all tensors carry lanes as [B, Hk, N, ...]."""
@@ -113,12 +116,19 @@ class Coded:
             ids = torch.arange(x.shape[2], device=x.device) // self.codec.block
             rows["block"] = (ids + have).to(torch.int32)
             self.blocks.append(blocks, None if inside is None else inside[:, :, :: self.codec.block])
-        self.rows.append(rows, inside, spare=max(self.codec.block, x.shape[2] // 8, 16))
+        self.rows.append(rows, inside, spare=max(self.codec.block, min(x.shape[2] // 8, MOST_SPARE), 16))
 
     def decode(self, pos: torch.Tensor | None = None) -> torch.Tensor:
         rows = {name: self.rows.padded(name) for name in self.rows.fields}
         ids = rows.pop("block", None)
         return self.codec.decode(rows, self._per_row(ids), pos)
+
+    def newest(self, count: int) -> torch.Tensor:
+        """The last `count` rows as numbers [B,Hk,count,d], or all where there are fewer, of lanes that hold equally many; for
+        codes that need no positions."""
+        rows = {name: self.rows.padded(name)[:, :, -count:] for name in self.rows.fields}
+        ids = rows.pop("block", None)
+        return self.codec.decode(rows, self._per_row(ids), None)
 
     def logits(self, q: torch.Tensor, pos: torch.Tensor | None = None) -> torch.Tensor:
         fold = getattr(self.codec, "logits", None)

@@ -43,7 +43,9 @@ class Blocks(Step):
     def _fill(self) -> None:
         """Lay the last `residual` rows out as the ring, oldest first, behind the place of the next row."""
         store, lanes = self.store, self.lanes
-        keys = store._gathered(store.keys_side)[:, :, -self.residual :].to(store.dtype)
+        keys = self.coded_k.newest(self.residual).to(store.dtype)
+        if store.exact_k.rows.lens[0]:
+            keys = torch.cat([keys, store.exact_k.rows.padded("x")], 2)[:, :, -self.residual :]
         values = store.exact_v.rows.padded("x")
         for rows, x in ((store.exact_k.rows, keys), (store.exact_v.rows, values)):
             held, width = list(rows.lens), x.shape[-1]
