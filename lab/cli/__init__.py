@@ -19,6 +19,7 @@ from lab.errors import LabError, out_of_memory
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 a run failed, 2 the request could not be carried out."""
     from lab.cli import calibrate, predict, run, runs, serve, techniques
+    from lab.models.environment import check_environment
 
     parser = argparse.ArgumentParser(prog="python -m lab", description="Attention Lab on the command line.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
@@ -26,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
         module.add(verbs)
     args = parser.parse_args(argv)
     try:
+        if args.verb != "runs":  # before anything imports kernels or transformers
+            check_environment()
         return args.act(args) or 0
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -108,9 +108,7 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 def load_model(args: argparse.Namespace, say: "Say") -> Any:
     from lab.models import load
-    from lab.models.environment import check_environment
 
-    check_environment()
     loaded = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights,
                   progress=lambda fraction, text: say.progress(fraction, text))
     say.clear()

@@ -19,9 +19,6 @@ def add(verbs: argparse._SubParsersAction) -> None:
 
 
 def act(args: argparse.Namespace) -> int:
-    from lab.models.environment import check_environment
-
-    check_environment()
     from lab.ui.app import serve
 
     serve(port=args.port, host=args.host, db=args.db, model=args.model, device=args.device, dtype=args.dtype,

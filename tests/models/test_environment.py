@@ -71,3 +71,11 @@ def test_a_colliding_version_really_breaks_transformers(tmp_path: Path) -> None:
 def test_naming_the_package_imports_neither_torch_nor_transformers() -> None:
     code = "import sys, lab.models.environment; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.parametrize("verb", [["techniques", "--json"], ["run", "--prompt", "hi", "--no-save"], ["predict", "--prompt", "9"], ["serve"]])
+def test_every_verb_says_so_before_anything_breaks(tmp_path: Path, verb: list[str]) -> None:
+    other = site(tmp_path, "0.12.0")
+    code = f"import sys; sys.path.insert(0, {str(other)!r}); from lab.cli import main; sys.exit(main({verb!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 2 and "pip uninstall kernels" in done.stderr and "Traceback" not in done.stderr
