@@ -20,7 +20,7 @@ class Happening:
     """One thing that befell a token: ``what`` is "written", "narrowed", "evicted" or "merged"; ``bits``
     afterwards.
 
-    ``into`` is the position it was merged into, where the cache recorded it.
+    ``into`` is the position it was merged into, where the cache recorded it, the first of ``shared`` where it was shared out.
     """
 
     row: int
@@ -29,6 +29,7 @@ class Happening:
     what: str
     bits: int
     into: int | None = None
+    shared: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,18 @@ class CacheMap:
         death: int32 [L, Hk, N] row from which the entry is invisible, ``NEVER`` if kept.
         demoted: int32 [L, Hk, N] row from which it is narrow, ``NEVER`` if never.
         merged: int32 [L, Hk, N] position it was merged into, -1 if none; or None when not recorded.
+        among: int32 [L, Hk, N] entries that share it: the first of those from ``merged`` on that outlived it; or None.
     """
 
     bits: np.ndarray
     death: np.ndarray
     demoted: np.ndarray
     merged: np.ndarray | None = None
+    among: np.ndarray | None = None
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], letter: str) -> CacheMap:
-        """From a run's arrays ``cache/{letter}/bits|death|demoted`` and, if present, ``merged``.
+        """From a run's arrays ``cache/{letter}/bits|death|demoted`` and, if present, ``merged`` and ``among``.
 
         Raises:
             LabError: when the run recorded no cache map for this variant, or the arrays disagree.
@@ -67,15 +70,15 @@ class CacheMap:
         demoted = np.asarray(
             arrays.get(f"{prefix}demoted", np.where(bits < 16, np.arange(bits.shape[-1]), never))
         )
-        merged = arrays.get(f"{prefix}merged")
-        shapes = {x.shape for x in (bits, death, demoted, *(() if merged is None else (merged,)))}
+        more = [None if (x := arrays.get(f"{prefix}{name}")) is None else np.asarray(x) for name in ("merged", "among")]
+        shapes = {x.shape for x in (bits, death, demoted, *more) if x is not None}
         if bits.ndim != 3 or len(shapes) > 1:
             raise LabError(
                 f"The cache map of variant {letter} is damaged",
                 "Its arrays have the same three axes: layers, KV heads, tokens",
                 "Replay the run",
             )
-        return cls(bits, death, demoted, None if merged is None else np.asarray(merged))
+        return cls(bits, death, demoted, *more)
 
     @property
     def tokens(self) -> int:
@@ -138,13 +141,22 @@ class CacheMap:
                 if demoted < min(death, NEVER) and 0 < bits < 16:
                     out.append(Happening(max(demoted, token), n, h, "narrowed", bits))
                 if death < NEVER:
-                    into = -1 if self.merged is None else int(self.merged[n, h, token])
-                    out.append(
-                        Happening(
-                            death, n, h, "merged" if into >= 0 else "evicted", 0, into if into >= 0 else None
-                        )
-                    )
+                    shared = self.heirs(n, h, token)
+                    what = "merged" if shared else "evicted"
+                    out.append(Happening(death, n, h, what, 0, shared[0] if shared else None, shared))
         return sorted(out, key=lambda e: (e.row, e.layer, e.kv_head))
+
+    def heirs(self, layer: int, kv_head: int, token: int) -> tuple[int, ...]:
+        """Positions that an entry was merged into, none where it was not; several where its value was shared out."""
+        first = -1 if self.merged is None else int(self.merged[layer, kv_head, token])
+        if first < 0:
+            return ()
+        count = 1 if self.among is None else max(1, int(self.among[layer, kv_head, token]))
+        if count == 1:
+            return (first,)
+        death = self.death[layer, kv_head]
+        there = np.flatnonzero(death[first : int(death[token])] > death[token])[:count]
+        return tuple(int(first + j) for j in there)
 
     def change_rows(self) -> np.ndarray:
         """int32 rows at which anything changed, ascending: the stops of a time slider."""

@@ -172,7 +172,8 @@ def layer_row(layer) -> dict[str, Any]:
 def cache_arrays(letter: str, cache: LabCache) -> dict[str, np.ndarray]:
     """The life of every position: bits, death and demoted, [L, Hk, seen], for the first sequence.
 
-    Where entries were merged there is `merged` too: int32, the position that each joined, -1 for none.
+    Where entries were merged there is `merged` too: int32, the position that each joined, -1 for none; and where one was
+    shared out, `among`: int32, how many share it, from that position on, of those that outlived it.
     """
     layers = [layer for layer in cache.lab_layers if layer.history is not None]
     parts = [layer.history.upto(layer.seen) for layer in layers]
@@ -184,6 +185,10 @@ def cache_arrays(letter: str, cache: LabCache) -> dict[str, np.ndarray]:
     if any(t is not None for t in into):
         none = torch.full_like(parts[0][1][0], -1)
         out[f"cache/{letter}/merged"] = torch.stack([none if t is None else t[0] for t in into]).numpy()
+    shared = [layer.history.sharing(layer.seen) for layer in layers]
+    if any(t is not None for t in shared):
+        none = torch.zeros_like(parts[0][1][0])
+        out[f"cache/{letter}/among"] = torch.stack([none if t is None else t[0] for t in shared]).numpy()
     return out
 
 

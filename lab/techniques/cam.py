@@ -44,8 +44,8 @@ class CaM(Technique):
         told: list = []
         added, changed = self.gifts(values, ctx.mass(), pos, keep, gone, self._generator(ctx), told)
         if store.history is not None:
-            for slots, first, given in told:
-                store.history.joined(pos.gather(2, slots), pos.gather(2, first), given)
+            for slots, first, given, count in told:
+                store.history.joined(pos.gather(2, slots), pos.gather(2, first), given, count)
         tiers.replace(store, "value", changed, values + added)
 
     def gifts(
@@ -55,7 +55,7 @@ class CaM(Technique):
         """(what each entry's value gains [B,Hk,N,d], which entries gain bool [B,Hk,N]).
 
         mass, pos, keep, gone [B,Hk,N] in storage order, which need not be the order of positions. To `told` are added
-        (slots that leave, the first slot that each gave to, whether it gave) [B,Hk,E].
+        (slots that leave, the first slot that each gave to, whether it gave, to how many it gave) [B,Hk,E].
         """
         order = pos.argsort(dim=-1)
         kept = keep.gather(2, order)
@@ -81,7 +81,7 @@ class CaM(Technique):
             added.scatter_add_(2, target.unsqueeze(-1).expand_as(gift), gift)
             gains.scatter_add_(2, target, share.flatten(2))
             if told is not None:
-                told.append((leave[:, :, part], target.view(inside.shape)[..., 0], share[..., 0] > 0))
+                told.append((leave[:, :, part], target.view(inside.shape)[..., 0], share[..., 0] > 0, count))
         return added, gains > 0
 
     def _generator(self, ctx: LayerContext) -> torch.Generator:

@@ -51,7 +51,19 @@ def test_life_of_a_token():
     merged = np.full((1, 2, 6), -1, dtype=np.int32)
     merged[0, 0, 2] = 3
     last = CacheMap(m.bits, m.death, m.demoted, merged).life(2)[-1]
-    assert (last.what, last.into) == ("merged", 3)
+    assert (last.what, last.into, last.shared) == ("merged", 3, (3,))
+
+
+def test_a_shared_value_names_every_heir_that_outlived_it():
+    death = np.full((1, 1, 10), NEVER, np.int32)
+    death[0, 0, [1, 3, 4]] = [7, 7, 9]
+    bits, merged, among = (np.full((1, 1, 10), x, t) for x, t in ((16, np.uint8), (-1, np.int32), (0, np.int32)))
+    merged[0, 0, 1], among[0, 0, 1] = 2, 3
+    m = CacheMap.from_arrays({"cache/A/bits": bits, "cache/A/death": death, "cache/A/merged": merged, "cache/A/among": among}, "A")
+    assert m.heirs(0, 0, 1) == (2, 4, 5), "3 left at the same row, 4 only later"
+    assert m.life(1)[-1].into == 2 and m.heirs(0, 0, 3) == ()
+    among[0, 0, 1] = 9
+    assert m.heirs(0, 0, 1) == (2, 4, 5, 6), "what was written after row 6 had no part in it"
 
 
 def test_missing_rows_default_to_whole_life():

@@ -88,3 +88,28 @@ def test_the_history_names_the_next_kept_token_as_the_first_to_receive():
             later = [j for j in kept if j > i]
             assert int(into[h, i]) == (-1 if i in kept or not later else later[0])
     assert drive.layer.clone().history.targets(45).shape[-1] == 45
+
+
+def test_the_history_names_everyone_who_shared_a_value(monkeypatch):
+    from lab.inspect.cachemap import CacheMap
+    from lab.techniques import cam as module
+
+    wanted, real = {}, module.CaM.gifts
+
+    def spy(self, values, mass, pos, keep, gone, generator=None, told=None):
+        for h in range(pos.shape[1]):
+            kept = sorted(int(p) for p in pos[0, h][keep[0, h]])
+            for p in pos[0, h][gone[0, h]].tolist():
+                wanted[h, p] = tuple(x for x in kept if x > p)[: self.targets]
+        return real(self, values, mass, pos, keep, gone, generator, told)
+    monkeypatch.setattr(module.CaM, "gifts", spy)
+    drive = Drive("h2o(budget=12)+cam(expected=true,targets=4)", 42, prompt=40, record=True)
+    drive.feed(42)
+    history = drive.layer.history
+    bits, death, demoted = history.upto(42)
+    m = CacheMap(bits[:1].numpy(), death[:1].numpy(), demoted[:1].numpy(), history.targets(42)[:1].numpy(),
+                 history.sharing(42)[:1].numpy())
+    found = {(h, p): m.heirs(0, h, p) for h, p in wanted if m.merged[0, h, p] >= 0}
+    assert found and any(len(x) == 4 for x in found.values())
+    assert found == {key: wanted[key] for key in found}
+    assert history.clone().sharing(42).equal(history.sharing(42))
