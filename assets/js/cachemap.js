@@ -80,7 +80,8 @@ function happened(v, entries) { // one line of a life
   const names = v.into.slice(0, 3).map(([i, n]) => [h("button", {type: "button", class: "link", onclick: () => tellLife(i)},
     h("code", {}, fmt.tok(S.tokens[i]))), ` ${fmt.int(i)} (${fmt.int(n)})`]);
   const into = names.length ? [" into ", names.flatMap((x, k) => k ? [", ", ...x] : x),
-    v.into.length > 3 || v.into.reduce((s, x) => s + x[1], 0) < v.entries ? " and others" : ""] : [];
+    v.targets > 3 ? ` and ${fmt.int(v.targets - 3)} others` : "",
+    v.shared > 1 ? `, each shared among up to ${v.shared}` : ""] : [];
   return [v.what === "narrowed" ? `narrowed to ${v.bits} bit` : v.what, into, when, of];
 }
 async function tellLife(i) {
@@ -101,7 +102,8 @@ async function tellLife(i) {
     a.detail.length ? h("details", {class: "figtable"}, h("summary", {}, "Table: entry by entry"), lifeTable(a)) : null);
 }
 function lifeTable(a) {
-  const into = d => d.into === null ? "" : [h("code", {}, fmt.tok(S.tokens[d.into])), ` ${fmt.int(d.into)}`];
+  const run = ([a, b]) => a === b ? fmt.int(a) : `${fmt.int(a)} to ${fmt.int(b)}`;
+  const into = d => d.into.length ? [h("code", {}, fmt.tok(S.tokens[d.into[0][0]])), ` ${d.into.map(run).join(", ")}`] : "";
   return h("div", {class: "tablebox tall"}, h("table", {class: "lines"}, h("caption", {class: "sr"},
     "what befell each entry of the token"),
     h("thead", {}, h("tr", {}, ["row", "layer", "KV head", "what", "into"].map(t => h("th", {scope: "col"}, t)))),

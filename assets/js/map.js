@@ -122,9 +122,17 @@ async function watched(rows, cols, mine, tell, more) { // a tile whose progress 
 }
 async function overview() {
   const mine = ++wanted; tiles = {over: null, near: null}; sharpening = null; draw();
-  const tile = await watched([0, total()], [0, total()], mine, f => say(`Computing the map · ${Math.round(f * 100)}%`));
+  const before = S.shown, stop = h("button", {type: "button", class: "plain", "data-key": "map-stop",
+    onclick: () => { wanted++; say(null); if (before) S.choose({...before}); else S.trouble({error: "The drawing was cancelled."}); }},
+    "Cancel");
+  const share = h("p", {});
+  const tile = await watched([0, total()], [0, total()], mine, f => {
+    share.textContent = `Computing ${S.whole() ? "every head of every layer" : "the map"} · ${Math.round(f * 100)}%`;
+    if (!stop.isConnected) { cover.hidden = false; swap(cover, share, h("div", {class: "row center"}, stop)); }
+  });
   if (mine !== wanted) return;
   if (tile.error) return S.trouble(tile);
+  S.shown = {letter: S.letter, minus: S.minus, layer: S.layer, over: S.over, head: S.head};
   say(null); tiles.over = tile; draw(); S.drawn(); if (V.span < total()) near();
   if (S.head === "rollout") askRow(S.row); // its rows are only known once it was drawn
 }

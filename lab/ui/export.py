@@ -140,7 +140,7 @@ def page(run: OpenRun, ask: dict[str, Any], told: Told | None = None) -> tuple[s
     data = {"tokens": words(run, letter)[: lens.tokens], "prompt": prompt, "n": lens.tokens, "tiles": tiles, "finest": finest,
             "letter": letter, "minus": minus, "pool": tiles[0]["pool"],
             "log": bool(ask.get("log", True)), "rolled": rolled, "stored": stored, "group": group,
-            "looks": looks, "cache": _cache(run, letter)}
+            "floor": maps.floor_of(maps.head_of(ask["head"])), "looks": looks, "cache": _cache(run, letter)}
     blob = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     for bad, good in (("<", "\\u003c"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
         blob = blob.replace(bad, good)

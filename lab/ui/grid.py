@@ -117,7 +117,8 @@ def grid(lab: Lab, run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
         run.tasks.pop(key, None)
         run.tasks["not by itself", letter] = True
         return kept or {"idle": True}
-    by_itself = kept is None and layers and run.must_keep(letter) and ("not by itself", letter) not in run.tasks
+    by_itself = layers and run.must_keep(letter) and not run.overview_layers(letter)
+    by_itself = by_itself and ("not by itself", letter) not in run.tasks
     if task is None and (ask.get("start") or by_itself):
         if not layers:
             raise LabError(f"This run holds no captured attention of variant {letter}",

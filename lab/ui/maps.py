@@ -15,7 +15,7 @@ from .opened import COMBINED, OpenRun, seen_name
 
 SIDE = 512
 HEAD_FIGURES = ("entropy", "sink_rate", "mean_distance", "local_mass", "far_mass", "previous")
-LOG_FLOOR = 1e-5  # darkest shade of the logarithmic scale
+LOG_FLOOR, ROLLOUT_FLOOR = 1e-5, 1e-7  # darkest shade of the logarithmic scale
 PROMPT_STOPS = 64  # changes while the prompt is read that the time slider stops at
 MOST_EVENTS = 400  # lines of one token's life
 LARGEST = 24  # cells in the table behind the map
@@ -53,7 +53,12 @@ def pack(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
 
 
-def shade(values: np.ndarray, log: bool) -> tuple[np.ndarray, float]:
+def floor_of(head: int | str) -> float:
+    """Darkest shade of the logarithmic scale: all but a few tokens hold very little of a rollout."""
+    return ROLLOUT_FLOOR if head == "rollout" else LOG_FLOOR
+
+
+def shade(values: np.ndarray, log: bool, floor: float = LOG_FLOOR) -> tuple[np.ndarray, float]:
     """Weights as bytes 1..255 (0 = nothing there) and the weight at 255. A transfer format, not a measurement."""
     there = np.isfinite(values)
     top = float(values[there].max()) if there.any() else 0.0
@@ -61,16 +66,16 @@ def shade(values: np.ndarray, log: bool) -> tuple[np.ndarray, float]:
         return np.where(there, 1, 0).astype(np.uint8), top
     shown = np.where(there, values, 0.0)
     if log:
-        low = min(LOG_FLOOR, top / 10)
+        low = min(floor, top / 10)
         part = np.log(np.clip(shown, low, top) / low) / np.log(top / low)
     else:
         part = shown / top
     return np.where(there, 1 + np.rint(part * 254), 0).astype(np.uint8), top
 
 
-def _shade_signed(values: np.ndarray, log: bool) -> tuple[np.ndarray, float]:
+def _shade_signed(values: np.ndarray, log: bool, floor: float) -> tuple[np.ndarray, float]:
     """Differences as bytes: 0 = nothing there, 128 = none, 1 and 255 = the largest, which is returned."""
-    size, top = shade(np.abs(values), log)
+    size, top = shade(np.abs(values), log, floor)
     half = np.rint((size.astype(np.float32) - 1) / 2)
     signed = 128 + np.where(values < 0, -half, half)
     return np.where(size == 0, 0, np.clip(signed, 1, 255)).astype(np.uint8), top
@@ -92,7 +97,7 @@ def tile(run: OpenRun, ask: dict[str, Any], progress: Any = None, cancel: Any = 
     seen = lens.view(rows, _span(ask["cols"], lens.tokens),
                      min(int(ask.get("width") or SIDE), SIDE), min(int(ask.get("height") or SIDE), SIDE),
                      "mean" if ask.get("pool") == "mean" else "max", progress, cancel)
-    shades, top = (_shade_signed if ask.get("minus") else shade)(seen.values, bool(ask.get("log", True)))
+    shades, top = (_shade_signed if ask.get("minus") else shade)(seen.values, bool(ask.get("log", True)), floor_of(head_of(ask["head"])))
     answer = {"h": int(shades.shape[0]), "w": int(shades.shape[1]), "data": pack(shades), "top": top,
               "rows": list(seen.rows), "cols": list(seen.cols), "row_step": seen.row_step, "col_step": seen.col_step}
     answer |= {"pool": seen.pool, "group": seen.group, "stored": is_kept(lens)}
@@ -273,19 +278,32 @@ def stops(run: OpenRun, history: Any, n: int) -> list[int]:
 def life(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
     """What befell one token: summed over heads and layers, and then each entry's own story.
 
-    Returns {token, events: [{row, what, bits, entries, into: [[position, entries]]}], detail: [{row, layer, kv, what,
-    bits, into}]}; the detail leaves out the writing, which is the same for all.
+    Returns {token, events: [{row, what, bits, entries, into: [[position, entries]], targets, shared}], detail: [{row, layer, kv,
+    what, bits, into: [[first, last]]}]}; `targets` counts the positions that any of the entries went to, `shared` the most that
+    one was shared among. The detail leaves out the writing, which is the same for all.
     """
-    told: dict[tuple[int, str, int], list[int | None]] = {}
+    told: dict[tuple[int, str, int], list[tuple[int, ...]]] = {}
     happened = run.cache_map(str(ask["letter"])).life(int(ask["token"]))
     for event in happened:
-        told.setdefault((event.row, event.what, event.bits), []).append(event.into)
+        told.setdefault((event.row, event.what, event.bits), []).append(event.shared)
     events = []
     for (row_, what, bits), into in sorted(told.items()):
-        found, times = np.unique([x for x in into if x is not None], return_counts=True)
+        found, times = np.unique([x for many in into for x in many], return_counts=True)
         targets = sorted(zip(map(int, found), map(int, times), strict=True), key=lambda x: (-x[1], x[0]))
-        events.append({"row": row_, "what": what, "bits": bits, "entries": len(into), "into": [list(t) for t in targets[:8]]})
-    detail = [{"row": e.row, "layer": e.layer, "kv": e.kv_head, "what": e.what, "bits": e.bits, "into": e.into}
+        events.append({"row": row_, "what": what, "bits": bits, "entries": len(into), "into": [list(t) for t in targets[:8]],
+                       "targets": len(targets), "shared": max(map(len, into))})
+    detail = [{"row": e.row, "layer": e.layer, "kv": e.kv_head, "what": e.what, "bits": e.bits, "into": _runs(e.shared)}
               for e in happened if e.what != "written"]
     return {"token": int(ask["token"]), "events": events, "detail": detail[:MOST_EVENTS],
             "more": max(0, len(detail) - MOST_EVENTS)}
+
+
+def _runs(positions: tuple[int, ...]) -> list[list[int]]:
+    """Ascending positions as [first, last] of each unbroken run."""
+    out: list[list[int]] = []
+    for p in positions:
+        if out and p == out[-1][1] + 1:
+            out[-1][1] = p
+        else:
+            out.append([p, p])
+    return out

@@ -85,7 +85,7 @@ def test_a_life_names_what_a_token_was_merged_into_and_the_slider_stops_at_steps
     told = maps.life(run, {"letter": "B", "token": 20})
     merged = [e for e in told["events"] if e["what"] == "merged"]
     assert merged and merged[0]["into"] == [[1, merged[0]["entries"]]]
-    assert {d["into"] for d in told["detail"] if d["what"] == "merged"} == {1}
+    assert all(d["into"] == [[1, 1]] for d in told["detail"] if d["what"] == "merged") and merged[0]["shared"] == 1
     stops = maps.cache(run, {"letter": "B", "row": None})["stops"]
     prompt, n = len(run.record["prompt"]["tokens"]), attention.fed(run, "B")
     assert stops[0] == 0 and stops[1] == prompt - 1 and stops[2:] == list(range(prompt, n))
