@@ -23,16 +23,17 @@ from benchmarks.machine import write
 
 SHORT = ("dense", "streaming_llm", "h2o", "snapkv"), ("dense", "pyramidkv", "int_codes(bits=4)", "kivi(bits=2)"), \
     ("dense", "zerotuning", "a_shape+delta", "head_pruning(fraction=0.2)"), ("dense", "h2o+kivi(bits=2)", "rotated(bits=4)", "quest")
+SHARED = "dense", "snapkv(budget=0.25)", "h2o(budget=0.25)", "int_codes(bits=4)"
 LONG = ("dense", "snapkv(budget=0.25)", "int_codes(bits=4)", "h2o(budget=0.25)"),
 SHOWN = ("ttft_ms", "tpot_ms", "kv_bytes", "kv_bytes_dense", "kept_fraction", "kl_mean", "top1_agreement", "perplexity")
 
 
-def run(loaded, text: str, specs: tuple[str, ...], tokens: int) -> list[dict]:
+def run(loaded, text: str, specs: tuple[str, ...], tokens: int, samples: int = 1) -> list[dict]:
     """The variants of one run record."""
     from lab.measure.experiment import Experiment
     from lab.measure.request import RunRequest
 
-    experiment = Experiment(loaded, RunRequest(text, specs, max_new_tokens=tokens, timing="clean"))
+    experiment = Experiment(loaded, RunRequest(text, specs, max_new_tokens=tokens, timing="clean", samples=samples))
     for _ in experiment.events():
         pass
     return experiment.record["variants"]
@@ -58,8 +59,12 @@ def main() -> None:
         ids = loaded.tokenizer(prose[: 12 * args.long])["input_ids"]
         for count, groups in ((args.prompt, SHORT), (args.long, LONG if (device, dtype) == ("cuda:0", "auto") else ())):
             text = loaded.tokenizer.decode(ids[:count])
-            for specs in groups if device != "cpu" else SHORT[:2]:
-                for v in run(loaded, text, specs, args.tokens):
+            asked = [(specs, 1) for specs in (groups if device != "cpu" else SHORT[:2])]
+            if count == args.prompt and device in ("cuda:0", "cpu") and dtype == "float32":
+                asked.append((SHARED, 4))  # four continuations of one prompt
+            for specs, samples in asked:
+                for v in run(loaded, text, specs, args.tokens, samples):
+                    v["spec"] += f", {samples} samples" if samples > 1 else ""
                     row = {"device": device, "dtype": loaded.facts.dtype, "prompt": count, "spec": v["spec"], "error": v["error"], **{k: v[k] for k in SHOWN}}
                     rows.append(row)
                     texts.setdefault(f"{device} {dtype}", {})[v["spec"]] = tuple(v["token_ids"]), v["kv_bytes"]
