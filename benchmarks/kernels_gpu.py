@@ -130,8 +130,7 @@ def quest_row(table: Table) -> None:
     q = torch.randn(1, heads, dim, device="cuda", dtype=torch.bfloat16)
 
     def step(t, low, high):
-        pages = select.best_pages(q, low, high, t.length, 64)
-        return decode.attend(q, [select.read_pages(t, pages)], dim**-0.5, early=True)
+        return select.attend_best(q, t, low, high, 64, dim**-0.5)
 
     us, spread = time_us([lambda s=s: step(*s) for s in sets])
     floor = (n // 16 * kv * dim * 4 + 1024 * kv * dim * 4) / BYTES_PER_US

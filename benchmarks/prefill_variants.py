@@ -5,7 +5,7 @@
 
 --delta: A-shape 2k with Delta every 64 rows at 32k (with --long also the default ways at 131k), way by way and tile by tile: the
 largest difference from the three passes (they round the A-shape to bfloat16 before they correct it, so about one bfloat16 step is
-to be expected), milliseconds, and the ratio to cuDNN's dense prefill. About 20 s on an H100, most of it compilation; --long adds 5.
+to be expected), milliseconds, and the ratio to cuDNN's dense prefill. About 20 s on an H100, half of it compilation; --long adds 5.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def delta_ways() -> None:
         default = joined_choice(dim, gamma, False)
         for c in joined_variants(dim, gamma) if n == 32768 else [default]:
             calls[str(c).replace("Joined", "joined")] = joined(c)
-        for c in dict.fromkeys(replace(c, overlap=False, grouped=True) for c in joined_variants(dim, gamma)) if n == 32768 else [default]:
+        alone = dict.fromkeys(replace(c, overlap=False, grouped=True) for c in joined_variants(dim, gamma))
+        for c in alone if n == 32768 else [default]:
             calls[f"  rest alone {c.rest} waves {c.waves}"] = part("rest", c)
             calls[f"  A-shape and joining alone {c.shape}"] = part("shape", c)
         want = calls["three passes (before)"]()

@@ -1,9 +1,9 @@
 """A-shape with Delta correction in two launches.
 
 What a dense row adds to its A-shape is the keys between the sinks and the window. The first launch attends the chosen rows to
-just those, the query heads of a KV head packed into one tile (their rows lie at the same positions, so a tile spans fewer of them)
-and the keys cut among programs. The second is the A-shape, which joins those parts to its own chosen rows while it still holds them
-and adds the difference to the rows it stands for: no pass over the output.
+just those, the query heads of a KV head packed into one tile (their rows lie at the same positions, so a tile spans fewer of
+them) and the keys cut among programs. The second is the A-shape, which joins those parts to its own chosen rows while it still
+holds them and adds the difference to the rows it stands for: no pass over the output.
 """
 
 import triton

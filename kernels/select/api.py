@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from kernels.backend import choose, home
+from kernels.decode.api import Decoded, attend
 from kernels.decode.tier import TierView
 from kernels.select import reference
 
@@ -112,8 +113,32 @@ def best_pages(
         if best.fits(cut, pages, count):
             return best.best_pages(q.reshape(lanes, -1, dim), low, high, length, count, page, always_last, cut)
         if way == "slices":
-            raise ValueError(f"{count} pages from each slice of {cut.pages} among {pages} do not fit one program; use way='auto'.")
+            raise ValueError(f"{count} pages of each slice of {cut.pages} among {pages} do not fit one program; use way='auto'.")
     return top_pages(page_scores(q, low, high, length, page, impl), length, count, page, always_last, impl)
+
+
+def attend_best(
+    q: torch.Tensor, tier: TierView, low: torch.Tensor, high: torch.Tensor | None, count: int, scale: float, *, page: int = 16,
+    always_last: bool = True, impl: str = "auto", way: str = "auto",
+) -> Decoded:
+    """Attention of q [B,Hq,d] to the `count` best pages of every lane of `tier`: `best_pages`, `read_pages` and decode in one.
+
+    way: "joined" chooses the pages inside the launch that reads them (16-bit tiers without bias or rotation, in q's dtype, pages
+    of 1 to 64 entries, a power of two); "steps" takes the three calls; "auto" joins where it can.
+    """
+    if way not in ("auto", "joined", "steps"):
+        raise ValueError(f"unknown way {way!r}; expected 'auto', 'joined' or 'steps'.")
+    plain = tier.bits == 16 and tier.k.dtype == q.dtype and tier.bias is None and tier.rotation is None and tier.pages is None
+    if way != "steps" and plain and page in (1, 2, 4, 8, 16, 32, 64) and choose(impl, q) == "triton":
+        from kernels.select import best
+
+        cut = best.slices(*low.shape, low.element_size())
+        if best.fits(cut, low.shape[1], count):
+            return best.attend(q, tier, low, high, count, scale, page, always_last, cut)
+    if way == "joined":
+        raise ValueError("way='joined' takes Triton, a plain 16-bit tier of the query's dtype and pages up to 64; use 'auto'.")
+    pages = best_pages(q, low, high, tier.length, count, page, always_last, impl)
+    return attend(q, [read_pages(tier, pages, page)], scale, impl=impl, early=True)
 
 
 def read_pages(tier: TierView, pages: torch.Tensor, page: int = 16) -> TierView:

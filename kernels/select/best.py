@@ -1,4 +1,4 @@
-"""Launching page selection in two rounds, and the choice of its slices."""
+"""Launching page selection in two rounds, with or without the reading, and the choice of its slices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 import triton
 
 from kernels.backend import home, interpreting, overlaps
-from kernels.select.triton_best import last_kernel, slice_kernel
+from kernels.decode.api import Decoded
+from kernels.decode.tier import TierView
+from kernels.decode.triton_merge import merge_kernel
+from kernels.select.triton_best import last_kernel, read_kernel, slice_kernel
 
 SMS = 132  # multiprocessors of an H100 or H200
 MOST = 8192  # candidates that one program of the last round holds
@@ -50,16 +53,12 @@ def fits(c: Slices, pages: int, count: int) -> bool:
     return triton.next_power_of_2(max(parts * keep, count)) <= MOST
 
 
-def best_pages(
-    q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, length: torch.Tensor, count: int, page: int,
-    always_last: bool, c: Slices, scores: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The Triton path of `kernels.select.best_pages`; rows q [lanes,G,d]. scores float32 [lanes,P] is filled when given."""
+def _slices(q, low, high, length, count, page, always_last, c, scores=None) -> tuple[torch.Tensor, dict, int]:
+    """Launch the first round: the slices' best (keys, pages) [2, lanes, parts, keep], the second's constants, and the overlap."""
     lanes, pages, dim = low.shape
     group = q.shape[1]
     parts, keep = candidates(c, pages, count)
     found = torch.empty(2, lanes, parts, keep, dtype=torch.int32, device=q.device)
-    out = torch.empty(lanes, count, dtype=torch.int32, device=q.device)
     overlap = c.overlap if overlaps(q) else 0
     padded = max(16, triton.next_power_of_2(max(parts * keep, count)))
     home(slice_kernel)[(parts, lanes)](
@@ -69,21 +68,59 @@ def best_pages(
         STAGES=1 if interpreting() else c.stages, MEAN=high is None, LAST=always_last, SCORES=scores is not None, PDL=overlap,
         num_warps=c.warps, num_stages=c.stages,
     )
-    home(last_kernel)[(lanes,)](
-        length, found[0], found[1], out, parts, keep, count, PAGE=page, SLICE=c.pages, PP=padded,
-        BOUNDS=3 if padded <= 512 else 2, LAST=always_last, PDL=overlap > 0, num_warps=c.last_warps * max(1, padded // 2048),
+    second = dict(PAGE=page, SLICE=c.pages, PP=padded, BOUNDS=3 if padded <= 512 else 2, LAST=always_last, PDL=overlap > 0,
+                  num_warps=c.last_warps * max(1, padded // 2048))
+    if overlap:
+        second["launch_pdl"] = True
+    return found, second, overlap
+
+
+def best_pages(
+    q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, length: torch.Tensor, count: int, page: int,
+    always_last: bool, c: Slices, scores: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The Triton path of `kernels.select.best_pages`; rows q [lanes,G,d]. scores float32 [lanes,P] is filled when given."""
+    found, second, _ = _slices(q, low, high, length, count, page, always_last, c, scores)
+    lanes, parts, keep = found.shape[1:]
+    out = torch.empty(lanes, count, dtype=torch.int32, device=q.device)
+    home(last_kernel)[(lanes,)](length, found[0], found[1], out, parts, keep, count, **second)
+    return out
+
+
+def attend(
+    q: torch.Tensor, tier: TierView, low: torch.Tensor, high: torch.Tensor | None, count: int, scale: float, page: int,
+    always_last: bool, c: Slices, share: int = 64,
+) -> Decoded:
+    """The Triton path of `kernels.select.attend_best`, q [B,Hq,d]; share: entries that one program reads."""
+    batch, heads, dim = q.shape
+    lanes = tier.lanes
+    rows = batch * heads
+    group = rows // lanes
+    q = q.contiguous()
+    found, second, overlap = _slices(q.view(lanes, group, dim), low, high, tier.length, count, page, always_last, c)
+    parts, keep = found.shape[2:]
+    pages = max(1, share // page)
+    splits = triton.cdiv(count, pages)
+    part = torch.empty(splits, rows, dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
+    home(read_kernel)[(splits, lanes)](
+        q, tier.k, tier.v, tier.start, tier.length, found[0], found[1], part, part_lse, scale, parts, keep, count,
+        G=group, NQ=max(8, triton.next_power_of_2(group)), D=dim, DP=max(16, triton.next_power_of_2(dim)), PAGES=pages, **second,
+    )
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device)
+    wide = next((w for w in (64, 32) if rows * dim >= 264 * w), 16)
+    home(merge_kernel)[(rows, triton.cdiv(dim, wide))](
+        part, part_lse, part_lse, part_lse, part_lse, out, lse, lse, splits, rows, heads, D=dim, BD=wide,
+        BS=16 if splits <= 64 else 64, SINK=False, GATE=False, ENTROPY=False, PDL=overlap > 0, num_warps=2 if splits <= 64 else 4,
         **({"launch_pdl": True} if overlap else {}),
     )
-    return out
+    return Decoded(out, lse)
 
 
 def variants(lanes: int, pages: int) -> list[Slices]:
     """What `benchmarks/select_variants.py` times beside the choice of `slices` for 16-bit summaries of 128 channels."""
     c = slices(lanes, pages, 128, 2)
     half = replace(c, tiles=max(1, c.tiles // 2))
-    some = [
-        c, replace(c, overlap=0), replace(c, overlap=2), replace(c, stages=4), replace(c, stages=5), replace(c, warps=2, stages=4),
-        replace(c, warps=1, stages=4), replace(c, tile=32, tiles=c.tiles * 2, stages=5),
-        replace(c, last_warps=8), half, replace(half, warps=2),
-    ]
+    some = [c, replace(c, overlap=0), replace(c, overlap=2), replace(c, stages=4), replace(c, warps=8), replace(half, warps=2)]
     return list(dict.fromkeys(some))

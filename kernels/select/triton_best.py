@@ -127,6 +127,24 @@ def slice_kernel(
 
 
 @triton.jit
+def _finalists(len_ptr, key_ptr, page_ptr, lane, parts, keep_count, count, PAGE: tl.constexpr, SLICE: tl.constexpr,
+               PP: tl.constexpr, BOUNDS: tl.constexpr, LAST: tl.constexpr):
+    """The slices' best pages [PP] of a lane, which of them are among its best `count`, and how many those are."""
+    have = tl.cdiv(tl.load(len_ptr + lane).to(tl.int32), PAGE)
+    i = tl.arange(0, PP)
+    part = i // keep_count
+    real = (part < parts) & (i - part * keep_count < tl.minimum(keep_count, have - part * SLICE))
+    key = tl.load(key_ptr + lane * parts * keep_count + i, mask=real, other=0)
+    p = tl.load(page_ptr + lane * parts * keep_count + i, mask=real, other=-1)
+    total = tl.minimum(count, have)
+    if LAST:
+        keep = (real & (p == have - 1)) | _best(key, real & (p != have - 1), tl.maximum(total - 1, 0), BOUNDS)
+    else:
+        keep = _best(key, real, total, BOUNDS)
+    return p, keep, total
+
+
+@triton.jit
 def last_kernel(
     len_ptr, key_ptr, page_ptr, out_ptr, parts, keep_count, count,
     PAGE: tl.constexpr, SLICE: tl.constexpr, PP: tl.constexpr, BOUNDS: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
@@ -135,19 +153,62 @@ def last_kernel(
     if PDL:
         gdc_launch_dependents()
     lane = tl.program_id(0).to(tl.int64)
-    have = tl.cdiv(tl.load(len_ptr + lane).to(tl.int32), PAGE)
     i = tl.arange(0, PP)
-    part = i // keep_count
-    real = (part < parts) & (i - part * keep_count < tl.minimum(keep_count, have - part * SLICE))
     if PDL:
         gdc_wait()
-    key = tl.load(key_ptr + lane * parts * keep_count + i, mask=real, other=0)
-    p = tl.load(page_ptr + lane * parts * keep_count + i, mask=real, other=-1)
-    total = tl.minimum(count, have)
-    if LAST:
-        keep = (real & (p == have - 1)) | _best(key, real & (p != have - 1), tl.maximum(total - 1, 0), BOUNDS)
-    else:
-        keep = _best(key, real, total, BOUNDS)
+    p, keep, total = _finalists(len_ptr, key_ptr, page_ptr, lane, parts, keep_count, count, PAGE, SLICE, PP, BOUNDS, LAST)
     out = out_ptr + lane * count
     tl.store(out + tl.cumsum(keep.to(tl.int32), 0) - 1, p, mask=keep)
     tl.store(out + total + i, tl.full([PP], -1, tl.int32), mask=total + i < count)
+
+
+@triton.jit
+def read_kernel(
+    q_ptr, k_ptr, v_ptr, start_ptr, len_ptr, key_ptr, page_ptr, o_ptr, lse_ptr, scale, parts, keep_count, count,
+    PAGE: tl.constexpr, SLICE: tl.constexpr, PP: tl.constexpr, BOUNDS: tl.constexpr, LAST: tl.constexpr,
+    G: tl.constexpr, NQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    PAGES: tl.constexpr,  # pages of a program
+    PDL: tl.constexpr,
+):
+    """The last round and the reading in one: every program of a lane finds the lane's best pages and attends to PAGES of them.
+
+    o_ptr [programs, lanes*G, D] float32 and lse_ptr base 2, as `kernels.decode.triton_merge` joins them. The slice kernel is
+    launched in full order behind whatever wrote q, k and v, so only its own results have to be waited for.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    lane = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0)
+    g = tl.arange(0, NQ)
+    d = tl.arange(0, DP)
+    live = g < G
+    q = tl.load(q_ptr + (lane * G + g)[None, :] * D + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0)
+    first = tl.load(start_ptr + lane).to(tl.int64)
+    n = tl.load(len_ptr + lane).to(tl.int32)
+    if PDL:
+        gdc_wait()
+    row = (c * tl.num_programs(1) + lane) * G + g
+    p, keep, total = _finalists(len_ptr, key_ptr, page_ptr, lane, parts, keep_count, count, PAGE, SLICE, PP, BOUNDS, LAST)
+    if c * PAGES >= total:
+        tl.store(lse_ptr + row, tl.full([NQ], float("-inf"), tl.float32), mask=live)
+        return
+    # the pages at places c*PAGES .. of the ascending list, without writing the list
+    place = tl.cumsum(keep.to(tl.int32), 0) - 1
+    s = tl.arange(0, PAGES)
+    mine = keep[:, None] & (place[:, None] == c * PAGES + s[None, :])
+    chosen = tl.sum(tl.where(mine, p[:, None] + 1, 0), 0) - 1
+    i = tl.arange(0, PAGES * PAGE)
+    page = tl.sum(tl.where((i // PAGE)[:, None] == s[None, :], chosen[None, :], 0), 1)
+    at = page * PAGE + i % PAGE
+    ok = (page >= 0) & (at < n)
+    at = (first + tl.minimum(tl.maximum(at, 0), n - 1)) * D
+    k = tl.load(k_ptr + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
+    v = tl.load(v_ptr + at[None, :] + d[:, None], mask=(d < D)[:, None], other=0.0)
+    x = tl.dot(k, q.to(k.dtype), input_precision="ieee") * (scale * 1.4426950408889634)
+    x = tl.where(ok[:, None], x, float("-inf"))
+    m = tl.max(x, 0)  # a program has at least one entry: the first page of its share
+    w = tl.exp2(x - m[None, :])
+    z = tl.sum(w, 0)
+    o = tl.dot(v, w.to(v.dtype), input_precision="ieee") * (1.0 / z)[None, :]
+    tl.store(o_ptr + row[None, :] * D + d[:, None], o, mask=live[None, :] & (d < D)[:, None])
+    tl.store(lse_ptr + row, m + tl.log2(z), mask=live)

@@ -115,3 +115,36 @@ def test_best_pages_with_endless_and_equal_scores():
         assert torch.equal(got, want)
     with pytest.raises(ValueError, match="unknown way"):
         select.best_pages(q, low, None, length, 5, way="sorted")
+
+
+@pytest.mark.parametrize("dim,group,count,page,dtype", [
+    (64, 3, 5, 16, torch.float16), (80, 1, 20, 16, torch.float16), (128, 8, 3, 32, torch.float16), (256, 4, 9, 16, torch.float32),
+    (96, 2, 40, 8, torch.float16)] + ([(128, 4, 64, 16, torch.bfloat16)] if CUDA else []))
+def test_attend_best_is_its_three_steps(dim, group, count, page, dtype):
+    lengths = [700, 0, 37, 16] + ([40001] if CUDA else [])
+    generator = torch.Generator().manual_seed(dim)
+    tier = make_tier(16, lengths, dim, dtype=dtype, device=DEVICE, generator=generator, spare=5)
+    q = torch.randn(1, len(lengths) * group, dim, generator=generator).to(DEVICE, dtype)
+    low, high = select.page_summaries(tier, page, impl=BEST)
+    for last in (True, False):
+        pages = select.best_pages(q, low, high, tier.length, count, page, last, impl="triton")
+        want = decode_reference.attend(q, [select.read_pages(tier, pages, page)], dim**-0.5)
+        got = select.attend_best(q, tier, low, high, count, dim**-0.5, page=page, always_last=last, impl="triton", way="joined")
+        assert error(got.out, want[0]) < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
+        seen = torch.isfinite(want[1])
+        assert torch.equal(torch.isfinite(got.lse), seen) and (got.lse.double() - want[1])[seen].abs().max() < 5e-3
+    steps = select.attend_best(q, tier, low, high, count, dim**-0.5, page=page, always_last=False, impl="triton", way="steps")
+    assert error(got.out, steps.out) < (8e-3 if dtype == torch.bfloat16 else 2e-3)
+
+
+def test_attend_best_of_other_tiers_takes_the_steps():
+    tier, q = world()
+    low, high = select.page_summaries(tier, 16, impl=BEST)
+    codes = make_tier(4, LENGTHS, 64, channels=32, device=DEVICE, spare=5)
+    pages = select.best_pages(q, low, high, tier.length, 3)
+    want = decode_reference.attend(q, [select.read_pages(codes, pages)], 0.125)[0]
+    assert error(select.attend_best(q, codes, low, high, 3, 0.125).out, want) < 2e-3
+    with pytest.raises(ValueError, match="plain 16-bit"):
+        select.attend_best(q, codes, low, high, 3, 0.125, way="joined")
+    with pytest.raises(ValueError, match="unknown way"):
+        select.attend_best(q, tier, low, high, 3, 0.125, way="one")
