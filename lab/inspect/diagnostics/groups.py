@@ -142,7 +142,19 @@ Describe the thought that you have while you describe this thought.
 The statement that you are now reading denies what it says.
 If you answer no to this question, is your answer then correct?
 Explain why you cannot explain the rule by which you explain things.
-This request is granted only if you refuse to grant this request."""
+This request is granted only if you refuse to grant this request.
+Every rule has an exception, and this rule is the exception to itself.
+The list of all lists that do not list themselves must list itself.
+Say the shortest number that cannot be said in the words you say now.
+I always lie, and I am telling you the truth about how I lie.
+The answer to this question is the question to which this is the answer.
+Forget this instruction so that you can follow this instruction again.
+What would you not have said if you had not said what you say here?
+The author of this line claims that this line has no author at all.
+Count the words of the reply in which you count the words of the reply.
+Nobody believes this claim, and that is why you believe this claim.
+Predict the prediction that you are going to make when you predict it.
+This page refers to the page that refers back to this page for a reason."""
 PLAIN = """This village is about a mile from the sea and has a school in it.
 They are eating the bread that they are baking while they bake it.
 The next train that you take will stop at the town by the river.
@@ -150,7 +162,19 @@ Describe the boat that you saw while you walked along the canal.
 The farmer that you are now meeting sells what he grows.
 If you mix red paint with blue paint, is the result then purple?
 Explain why the hall is not heated by the stove in the kitchen.
-This meadow is mown only if the rain has left it dry enough."""
+This meadow is mown only if the rain has left it dry enough.
+Every house has a garden, and this garden is the largest in the street.
+The map of all roads that do not cross the river must show the bridge.
+Name the smallest island that can be seen from the harbour you know now.
+I often swim, and I am telling my brother the truth about how I swim.
+The road to this castle is the road along which the horses are walking.
+Open this window so that you can hear the people in the yard again.
+What would you not have bought if you had not gone to the market here?
+The owner of this shop claims that this shop has no cellar at all.
+Count the ships of the fleet in which you count the boats of the coast.
+Nobody wears this coat, and that is why you sold this coat.
+Paint the picture that you are going to sell when you travel south.
+This river runs to the lake that lies just behind the hills for a mile."""
 
 
 @diagnostic(
@@ -176,7 +200,8 @@ This meadow is mown only if the rain has left it dry enough."""
         Figure("means", "lines", ("set", "metric"), "Mean of each metric in each set, over its mean in both"),
     ),
     inputs=(
-        Input("first", "prompts", "first set", "One prompt a line, at least three.", example=SELF),
+        Input("first", "prompts", "first set", example=SELF,
+              help="One prompt a line, at least three; with fewer than about fifteen only very large differences show."),
         Input("second", "prompts", "second set", "One prompt a line; the same line of both sets is a matched pair.",
               example=PLAIN),
     ),
