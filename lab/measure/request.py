@@ -66,9 +66,9 @@ def tokenise(tokenizer, request: RunRequest, context: int) -> list[int]:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": request.prompt}], tokenize=False, add_generation_prompt=True
         )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     else:
-        ids = tokenizer(request.prompt)["input_ids"]
+        ids = tokenizer(request.prompt, verbose=False)["input_ids"]  # what is too long is told below
     room = context - request.max_new_tokens
     if room < 1:
         raise LabError(
@@ -78,9 +78,10 @@ def tokenise(tokenizer, request: RunRequest, context: int) -> list[int]:
     if len(ids) > room:
         if not request.truncate:
             raise LabError(
-                f"The prompt has {len(ids)} tokens, but only {room} fit",
-                f"The model's context is {context} tokens and {request.max_new_tokens} are reserved for new ones",
-                f'Shorten the prompt, ask for fewer new tokens, or let the lab cut the first {len(ids) - room} tokens ("truncate")',
+                f"The prompt has {len(ids):,} tokens, but only {room:,} fit",
+                f"The model's context is {context:,} tokens and {request.max_new_tokens:,} are reserved for new ones",
+                f"Shorten the prompt, ask for fewer new tokens, or let the lab cut the first {len(ids) - room:,} tokens "
+                "(too long: cut, in the browser; --truncate on the command line)",
             )
         ids = ids[-room:]
     if not ids:

@@ -138,7 +138,8 @@ def arrival(lab: Lab) -> Any:
         try:
             key = lab.open(address.run, owner or "nobody")
         except Exception as problem:
-            return (gr.skip(), tab, gr.skip(), *[gr.skip()] * 7, cards.error(sentence(problem)), gr.skip())
+            # told in Compare's status line, so that is the tab to see, whatever the address names
+            return (gr.skip(), gr.Tabs(selected="compare"), gr.skip(), *[gr.skip()] * 7, cards.error(sentence(problem)), gr.skip())
         return (key, tab, attention.value(lab, key, address), *shown_as_saved(lab, key, {}))
     return arrived
 

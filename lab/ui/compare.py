@@ -228,7 +228,9 @@ def _run(lab: Lab, prompt: str, setup: dict[str, Any], decoding: dict[str, Any],
     key, problem = lab.keep(outcome, owner)
     record = outcome.record
     ends = {"cancelled": "Stopped. What was written so far is kept.", "failed": "The run failed."}
-    text = ends.get(record.get("status"), "Done.")
+    broken = [v["letter"] for v in record.get("variants") or [] if v.get("error")]
+    told = f"Done, but {' and '.join(broken)} could not run: the reason is in the column." if broken else "Done."
+    text = ends.get(record.get("status"), told)
     yield frame(columns=columns.columns(record), status=cards.status(text), running=False, key=key,
                 saved=saved_value(record, problem=problem), model=cards.model_card(record.get("model")),
                 charts=charts.charts(record))

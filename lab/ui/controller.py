@@ -239,7 +239,7 @@ class Lab:
         """Tokens of a prompt as the model will read it, or None before the model is loaded."""
         if self._model is None:
             return None
-        return len(self._model.tokenizer(text)["input_ids"]) if text else 0
+        return len(self._model.tokenizer(text, verbose=False)["input_ids"]) if text else 0
 
     def limit(self) -> int | None:
         """The model's context length in tokens."""

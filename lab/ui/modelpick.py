@@ -68,7 +68,7 @@ def loader(lab: Lab, header: Any) -> Any:
                 told["problem"] = problem
 
         if not (source or "").strip():
-            problem = LabError("No model was named", "default, a hub id, a folder or a .gguf file", "Type one")
+            problem = LabError("No model was named", "Expected `default`, a hub id, a folder or a .gguf file")
             yield cards.error(sentence(problem)), gr.skip(), gr.skip(), gr.Button(interactive=True)
             return
         thread = threading.Thread(target=work, name="change-model", daemon=True)

@@ -204,7 +204,7 @@ def test_bad_requests_are_explained(settings, words):
 
 def test_a_prompt_that_does_not_fit_says_the_limit_and_can_be_cut(loaded):
     request = dict(variants=("dense",), max_new_tokens=12)
-    with pytest.raises(LabError, match="600 tokens, but only 500 fit.*512.*cut the first 100"):
+    with pytest.raises(LabError, match="600 tokens, but only 500 fit.*512.*cut the first 100 .*--truncate"):
         Experiment(loaded, RunRequest(toy.prompt(600), **request))
     cut = Experiment(loaded, RunRequest(toy.prompt(600), truncate=True, **request))
     assert len(cut.ids) == 500 and cut.ids[-1] == toy.Words()(toy.prompt(600))["input_ids"][-1]

@@ -17,7 +17,7 @@ class Words:
     eos_token_id = 1
     chat_template = None
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict:
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict:
         words = re.findall(r"\S+", text)
         return {"input_ids": [int(w[1:]) if re.fullmatch(r"w\d+", w) else 2 + len(w) % 100 for w in words]}
 

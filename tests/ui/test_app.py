@@ -161,3 +161,20 @@ def test_a_second_job_of_one_visitor_is_refused(lab):
     assert lab.begin("v").stopped is False
     lab.end("v")
     assert lab.stop("v") is False
+
+
+def test_a_column_that_could_not_run_is_told_in_the_status_line():
+    from lab.ui import compare
+    from lab.ui.controller import Outcome
+
+    class Broken(fixture.FakeLab):
+        def run(self, *args, **kwargs):
+            for event in super().run(*args, **kwargs):
+                if isinstance(event, Outcome):
+                    event.record["variants"][1]["error"] = "the budget is too small"
+                yield event
+
+    lab = Broken(step_s=0)
+    dense = {"techniques": []}
+    frames = list(compare._run(lab, "a prompt", {"variants": [dense, dense]}, dict(compare.DEFAULT, max_new_tokens=2), "", lab.begin("v")))
+    assert "Done, but B could not run" in frames[-1][1]
