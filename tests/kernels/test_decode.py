@@ -201,3 +201,24 @@ def test_bfloat16_queries_and_long_diffuse_attention():
     q, tier = case(4, [32768, 20000], 128, 4, channels=64)
     check(q.bfloat16(), [tier], want_mass=True, want_entropy=True)
     check(q, [tier])
+
+
+@pytest.mark.parametrize("bits,kind", [(16, "token"), (4, "token"), (8, "fp8"), (2, "block")])
+def test_lanes_of_several_samples_may_point_to_the_same_slots(bits, kind):
+    """One prompt's entries held once: lanes of three samples alias them, and each has rows of its own besides."""
+    samples, heads, dim, group = 3, 2, 64, 3
+    extra = {} if bits == 16 else dict(kind=kind, channels=32)
+    generator = torch.Generator().manual_seed(bits)
+    prompt = make_tier(bits, [45, 64], dim, device=DEVICE, generator=generator, **extra)
+    copies = torch.cat([torch.arange(s, s + n) for s, n in zip(prompt.start.tolist(), prompt.length.tolist())] * samples)
+    k, v = reference.dequantise(prompt, copies.to(DEVICE), torch.float32)
+    prompt.start, prompt.length = prompt.start.repeat(samples), prompt.length.repeat(samples)
+    own = make_tier(16, [5, 0, 7, 1, 3, 2], dim, device=DEVICE, generator=generator)
+    q = torch.randn(samples, heads * group, dim, generator=generator).to(DEVICE, torch.float16)
+    check(q, [prompt, own])
+    lengths = prompt.length.tolist()
+    ends = torch.tensor(lengths).cumsum(0)
+    apart = decode.TierView(
+        16, k, v, (ends - torch.tensor(lengths)).int().to(DEVICE), prompt.length, max(lengths))
+    got, want = (decode.attend(q.float(), tiers, 0.125, impl="torch") for tiers in ([prompt, own], [apart, own]))
+    assert torch.allclose(got.out, want.out, atol=1e-5) and torch.allclose(got.lse, want.lse, atol=1e-5)
