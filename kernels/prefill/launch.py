@@ -52,7 +52,7 @@ def forward(
     lse = torch.empty(batch, heads, n_rows, dtype=torch.float32, device=q.device)
     entropy = torch.empty_like(lse) if want_entropy else None
     index, counts = (x.contiguous() for x in o.blocks) if o.blocks is not None else (o.window, o.window)
-    home(forward_kernel)[(triton.cdiv(n_rows, bm), batch * heads)](
+    home(forward_kernel)[(triton.cdiv(n_rows, bm) * batch * heads,)](
         q, k, v, out, lse, lse if entropy is None else entropy, o.window if o.rows is None else o.rows, o.window, o.sinks,
         lse if o.key_bias is None else o.key_bias, lse if o.sink is None else o.sink, index, counts,
         scale, o.softcap or 1.0, o.start, n_rows, k.shape[2], heads, heads // k.shape[1],
@@ -61,7 +61,7 @@ def forward(
         D=dim, DP=max(16, triton.next_power_of_2(dim)), BM=bm, BN=bn, WEIGHT=o.weight, ROWS=o.rows is not None,
         LIST=o.blocks is not None, SOFTCAP=o.softcap is not None, BIAS=o.key_bias is not None, SINK=o.sink is not None,
         ENTROPY=want_entropy, ASM=not interpreting() and not exact, STAGES=stages, EDGE_STAGES=edge_stages,
-        num_warps=warps, num_stages=stages,
+        GROUPED=table is BANDED, num_warps=warps, num_stages=stages,
     )
     return out, lse, entropy
 

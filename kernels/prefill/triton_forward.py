@@ -128,10 +128,18 @@ def forward_kernel(
     LIST: tl.constexpr,  # visit only listed key blocks
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINK: tl.constexpr, ENTROPY: tl.constexpr, ASM: tl.constexpr,
     STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    GROUPED: tl.constexpr,  # programs of one KV head's query heads next to each other, else row blocks of one head
 ):
     """q [B,Hq,T,d] (strided), k, v [B,Hk,N,d] -> o [B,Hq,n_rows,d], lse and entropy [B,Hq,n_rows]."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows see most keys: start them first
-    bh = tl.program_id(1)
+    blocks = tl.cdiv(n_rows, BM)
+    pid = tl.program_id(0)
+    # the last rows see most keys: start them first
+    if GROUPED:
+        block = blocks - 1 - pid // group % blocks
+        bh = pid // (group * blocks) * group + pid % group
+    else:
+        block = blocks - 1 - pid % blocks
+        bh = pid // blocks
     b = (bh // heads).to(tl.int64)
     h = (bh % heads).to(tl.int64)
     row = block * BM + tl.arange(0, BM)
@@ -160,8 +168,8 @@ def forward_kernel(
     acc = tl.zeros([BM, DP], tl.float32)
 
     if LIST:
-        list_ptr += (bh.to(tl.int64) * tl.num_programs(0) + block) * list_width
-        listed = tl.load(count_ptr + bh.to(tl.int64) * tl.num_programs(0) + block)
+        list_ptr += (bh.to(tl.int64) * blocks + block) * list_width
+        listed = tl.load(count_ptr + bh.to(tl.int64) * blocks + block)
         for t in tl.range(0, listed, num_stages=STAGES):
             key0 = tl.load(list_ptr + t) * BN
             acc, m, l, ent = _tile(acc, m, l, ent, q, k_ptr, v_ptr, k_at, v_at, b_ptr, key0, pos, n_keys, sinks, window, scale,
