@@ -32,7 +32,7 @@ def choice(dim: int, gamma: int, exact: bool) -> Joined:
         return Joined((32, 32, 4, 1, 1), (max(32, gamma), 32, 4, 1, 1))
     if dim > 128:
         return Joined((64, 64, 4, 2, 2), (max(64, gamma), 64, 8 if gamma > 64 else 4, 2, 1))
-    shape = (64, 64, 4, 3, 3) if gamma <= 64 else (128, 64, 8, 3, 3)
+    shape = (64, 64, 4, 3, 2) if gamma <= 64 else (128, 64, 8, 3, 3)
     return Joined((64, 64, 4, 3, 3), shape)
 
 
@@ -94,5 +94,5 @@ def variants(dim: int, gamma: int) -> list[Joined]:
     c = choice(dim, gamma, False)
     some = [c, replace(c, grouped=False), replace(c, overlap=False), replace(c, waves=3), replace(c, waves=8)]
     some += [replace(c, rest=r) for r in ((128, 64, 8, 3, 3), (128, 32, 4, 3, 3), (128, 64, 4, 2, 2))]
-    some += [replace(c, shape=s) for s in ((64, 64, 4, 3, 2), (128, 32, 4, 3, 3), (128, 32, 4, 4, 4), (128, 64, 4, 2, 2))]
+    some += [replace(c, shape=s) for s in ((64, 64, 4, 3, 3), (128, 32, 4, 3, 3), (128, 32, 4, 4, 4), (128, 64, 4, 2, 2))]
     return some
