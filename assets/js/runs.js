@@ -28,7 +28,9 @@ function list() {
   if (!rows.length) { swap(body, notice ? h("p", {class: "banner"}, notice) : null, h("div", {class: "empty"}, h("p", {}, "No saved runs yet. Every run is saved here when it ends."),
     h("button", {type: "button", onclick: () => { const t = document.querySelector('[role=tab][data-tab-id="compare"]'); if (t) t.click(); }}, "Make a run"))); return; }
   swap(body, notice ? h("p", {class: "banner"}, notice) : null, h("div", {class: "tablebox"}, h("table", {class: "lines runs"}, h("caption", {class: "sr"}, "saved runs"), h("thead", {}, h("tr", {},
-    ["", "run", "variants", "prompt", "worst KL", "smallest KV", "tags", ""].map(t => h("th", {scope: "col"}, t)))), h("tbody", {}, shown.map(row)))),
+    ["", "run", "variants", "prompt", "worst KL", "smallest KV", "tags", ""].map(t => h("th", {scope: "col", title: {
+      "worst KL": "the largest mean KL(reference‖variant) of the run's variants, in nats per token; 0 is the same beliefs",
+      "smallest KV": "the smallest cache of the run's variants, as a share of the dense cache's bytes"}[t] || null}, t)))), h("tbody", {}, shown.map(row)))),
     shown.length ? null : h("p", {class: "soft"}, "No run matches. ", h("button", {type: "button", class: "quiet", onclick: () => { query = search.value = ""; list(); }}, "Clear the search")));
   if (editing) { const input = body.querySelector(".editing"); if (input) { input.focus(); input.select(); } }
 }

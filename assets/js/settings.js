@@ -12,7 +12,7 @@ const seg = (key, name, options) => h("div", {class: "field"}, h("span", {id: `a
     h("button", {type: "button", "aria-pressed": String(v[key] === o), onclick: () => send({[key]: o})}, o))));
 const flag = (key, name, off, on, title) => h("div", {class: "field", title}, h("span", {id: `al-${key}`}, name),
   h("span", {class: "seg small", role: "group", "aria-labelledby": `al-${key}`}, [[false, off], [true, on]].map(([value, text]) =>
-    h("button", {type: "button", "aria-label": `${name}: ${text}`, "aria-pressed": String(!!v[key] === value), onclick: () => send({[key]: value})}, text))));
+    h("button", {type: "button", "aria-label": `${name}: ${text}`, "aria-pressed": String(!!v[key] === value), onclick: () => { send({[key]: value}); trigger(key); }}, text))));
 function draw() {
   const presets = v.presets || [], chosen = presets.find(p => p.id === v.preset), most = (v.limits || {}).max_new_tokens || 1024;
   const active = element.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;

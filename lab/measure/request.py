@@ -54,21 +54,26 @@ class RunRequest:
         return [Stack.parse(spec) for spec in self.variants]
 
 
+def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
+    """Token ids of a prompt, of any length, in the model's chat template where that is asked for.
+
+    Raises LabError when the model has no chat template.
+    """
+    if not chat:
+        return tokenizer(prompt, verbose=False)["input_ids"]  # the lab says itself what is too long
+    if not getattr(tokenizer, "chat_template", None):
+        raise LabError("This model has no chat template", "Chat mode needs an instruction-tuned model", "Switch chat off")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
 def tokenise(tokenizer, request: RunRequest, context: int) -> list[int]:
     """Token ids of the request's prompt.
 
     Raises LabError when the prompt and the new tokens exceed the model's context and truncate is off, or when a chat
     template is asked for and the model has none.
     """
-    if request.chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise LabError("This model has no chat template", "Chat mode needs an instruction-tuned model", "Switch chat off")
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": request.prompt}], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    else:
-        ids = tokenizer(request.prompt, verbose=False)["input_ids"]  # what is too long is told below
+    ids = prompt_ids(tokenizer, request.prompt, request.chat)
     room = context - request.max_new_tokens
     if room < 1:
         raise LabError(

@@ -60,7 +60,7 @@ def build(lab: Lab | None = None) -> gr.Blocks:
                              [pick.status, c.model, header, pick.load], concurrency_id="model", show_progress="hidden",
                              trigger_mode="multiple", **PRIVATE)
         changed.failure(modelpick.refused, None, [pick.status, pick.load], **QUIET)
-        changed.then(compare.token_counter(lab), c.prompt, c.info, **QUIET)
+        changed.then(compare.token_counter(lab), [c.prompt, c.settings], c.info, **QUIET)
         shown = [c.prompt, c.setup, c.settings, c.columns, c.charts, c.saved, c.banner, c.status, c.model]
         att.replay(attention.replayer(lab), None, [att, att_status], concurrency_id="model", show_progress="hidden",
                    trigger_mode="multiple", **PRIVATE)
@@ -88,8 +88,8 @@ def _compare_events(lab: Lab, c: compare.Parts, view: gr.State, owner: gr.Textbo
     ran.failure(compare.refused(lab), None, [c.run, c.stop, c.status], **QUIET)
     c.stop.click(compare.stopper(lab), None, c.status, **QUIET)
     c.settings.preset(compare.apply_preset(lab), c.settings, [c.prompt, c.setup, c.settings, c.status], **QUIET)
-    c.info.ready(lambda text: (compare.token_counter(lab)(text), cards.model_card(lab.facts(), lab.loaded)), c.prompt,
-                 [c.info, c.model], **QUIET)
+    c.info.ready(lambda *now: (compare.token_counter(lab)(*now), cards.model_card(lab.facts(), lab.loaded)),
+                 [c.prompt, c.settings], [c.info, c.model], **QUIET)
     return ran
 
 
@@ -139,7 +139,8 @@ def arrival(lab: Lab) -> Any:
             key = lab.open(address.run, owner or "nobody")
         except Exception as problem:
             # told in Compare's status line, so that is the tab to see, whatever the address names
-            return (gr.skip(), gr.Tabs(selected="compare"), gr.skip(), *[gr.skip()] * 7, cards.error(sentence(problem)), gr.skip())
+            compare_tab = gr.Tabs(selected="compare")
+            return (gr.skip(), compare_tab, gr.skip(), *[gr.skip()] * 7, cards.error(sentence(problem)), gr.skip())
         return (key, tab, attention.value(lab, key, address), *shown_as_saved(lab, key, {}))
     return arrived
 
@@ -170,8 +171,8 @@ def default_lab(db: str | Path | None = None, model: str = "default", device: st
 
 def launch_options() -> dict[str, Any]:
     """What every launch needs: theme and style, no run history, no server-side rendering, no public routes."""
-    return {"theme": theme(), "css_paths": [assets.CSS], "head": assets.head(), "run_history": False, "ssr_mode": False, "footer_links": [],
-            "show_error": False, "max_file_size": "256mb", "quiet": True}
+    return {"theme": theme(), "css_paths": [assets.CSS], "head": assets.head(), "run_history": False, "ssr_mode": False,
+            "footer_links": [], "show_error": False, "max_file_size": "256mb", "quiet": True}
 
 
 def serve(port: int | None = None, *, share: bool = False, host: str | None = None, db: str | Path | None = None,

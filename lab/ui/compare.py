@@ -59,8 +59,8 @@ def build(lab: Lab) -> Parts:
                                elem_classes="sidebody", js_on_load=assets.script("settings"))
         with gr.Column(scale=1, min_width=0, elem_id="stage"):
             with gr.Column(elem_classes="panel promptpanel", elem_id="promptpanel"):
-                info = gr.HTML(token_counter(lab)(first["prompt"], record), html_template='<div class="h">Prompt</div>',
-                               apply_default_css=False, js_on_load=assets.script("prompt"))
+                info = gr.HTML(token_counter(lab)(first["prompt"], first["settings"], record),
+                               html_template='<div class="h">Prompt</div>', apply_default_css=False, js_on_load=assets.script("prompt"))
                 prompt = gr.Textbox(first["prompt"], show_label=False, label="Prompt", lines=3, max_lines=9, container=False,
                                     placeholder="Write a prompt, or choose a preset", elem_id="prompt",
                                     max_length=MAX_PROMPT_CHARS)
@@ -76,7 +76,9 @@ def build(lab: Lab) -> Parts:
             plots = gr.HTML(charts.charts(record), apply_default_css=False, elem_id="charts")
             saved = gr.HTML(saved_value(record, True), html_template="", apply_default_css=False, elem_id="saved",
                             js_on_load=assets.script("saved"), server_functions=savers(lab))
-    prompt.change(token_counter(lab), prompt, info, trigger_mode="always_last", queue=False, show_progress="hidden", **PRIVATE)
+    for told in (prompt.change, settings.chat):
+        told(token_counter(lab), [prompt, settings], info, trigger_mode="always_last", queue=False, show_progress="hidden",
+             **PRIVATE)
     return Parts(info, prompt, setup, settings, results, plots, banner, saved, model, status, run, stop, pick)
 
 
@@ -117,8 +119,8 @@ def owner_of(lab: Lab, ask: dict[str, Any]) -> str:
 
 def token_counter(lab: Lab) -> Any:
     """Live count under the prompt's title."""
-    def tokens(text: str, record: dict[str, Any] | None = None) -> dict[str, Any]:
-        found = lab.count_tokens(text or "")
+    def tokens(text: str, settings: dict[str, Any] | None = None, record: dict[str, Any] | None = None) -> dict[str, Any]:
+        found = lab.count_tokens(text or "", bool((settings or {}).get("chat")))
         if found is None and record:
             found = len((record.get("prompt") or {}).get("token_ids") or [])
         limit = lab.limit()

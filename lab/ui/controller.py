@@ -43,7 +43,7 @@ class Job:
     """One visitor's run under way: a stop that reaches the engine as soon as there is one."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._event, self.run_id = threading.Event(), ""
         self._reach: Callable[[], None] | None = None
 
     def attach(self, cancel: Callable[[], None]) -> None:
@@ -235,11 +235,13 @@ class Lab:
         thread.start()
         return thread
 
-    def count_tokens(self, text: str) -> int | None:
-        """Tokens of a prompt as the model will read it, or None before the model is loaded."""
+    def count_tokens(self, text: str, chat: bool = False) -> int | None:
+        """Tokens of a prompt as the model will read it, its chat template around it; None before the model is loaded."""
         if self._model is None:
             return None
-        return len(self._model.tokenizer(text, verbose=False)["input_ids"]) if text else 0
+        from lab.measure.request import prompt_ids
+        tokenizer = self._model.tokenizer
+        return len(prompt_ids(tokenizer, text, chat and bool(getattr(tokenizer, "chat_template", None)))) if text else 0
 
     def limit(self) -> int | None:
         """The model's context length in tokens."""
@@ -275,6 +277,10 @@ class Lab:
         """True while somebody's generation is under way."""
         return bool(self._jobs)
 
+    def under_way(self) -> set[str]:
+        """Ids of the runs that are being generated now."""
+        return {job.run_id for job in list(self._jobs.values())}
+
     def end(self, visitor: str) -> None:
         """The job is over."""
         with self._jobs_lock:
@@ -305,6 +311,7 @@ class Lab:
             timing=settings["timing"], samples=int(settings.get("samples") or 1), chat=bool(settings.get("chat")), truncate=bool(settings.get("truncate")))
         experiment = Experiment(self.ensure_model(), request)
         job.attach(experiment.cancel)
+        job.run_id = str(experiment.record["run_id"])
         try:
             self.library.begin(experiment.record, owner if self.public else "")
         except Exception as problem:  # the run itself matters more than its place in the table
@@ -317,12 +324,13 @@ class Lab:
                cancelled: Callable[[], bool] = lambda: False) -> None:
         """Feed a saved variant's tokens through the model again to capture every layer's queries and keys, or one layer's."""
         from lab.measure.replay import replay
+        from lab.models.devices import available_bytes
 
         loaded = self.ensure_model(report)
         facts, variant = loaded.facts, run.variant(letter)
         rows = len(run.record["prompt"]["token_ids"]) + len(variant.get("token_ids") or [])
         size = facts.layers * (facts.heads + facts.kv_heads) * facts.head_dim * rows * 2
-        every = size <= min(REPLAY_ALL_BYTES, free_bytes() / 6)
+        every = size <= min(REPLAY_ALL_BYTES, (available_bytes() or float("inf")) / 6)
         run.add(replay(loaded, run.record, letter, layers=None if every else {layer},
                        progress=None if report is None else lambda fraction: report(fraction, "Replaying"),
                        cancelled=cancelled))
@@ -375,17 +383,6 @@ class Lab:
         """How what is computed from a run is kept with it."""
         return lambda prefix, arrays: self.library.attach(str(record.get("run_id")), prefix, arrays,
                                                           owner if self.public else "")
-
-
-def free_bytes() -> float:
-    """Memory that the machine can still give; plenty where it does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return float(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return float(2**40)
 
 
 def on_space() -> bool:

@@ -48,7 +48,7 @@ def waiter(lab: Lab) -> Any:
 
 def refused() -> tuple[Any, ...]:
     """The queue took no more: Load can be pressed again."""
-    told = LabError("The model could not be queued for loading", "At most 32 visitors wait at a time", "Press Load again in a moment")
+    told = LabError("The model could not be queued", "At most 32 visitors wait at a time", "Press Load again in a moment")
     return cards.error(sentence(told)), gr.Button(interactive=True)
 
 

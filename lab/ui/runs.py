@@ -29,7 +29,9 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
 
     def listing(ask: dict[str, Any]) -> dict[str, Any]:
         def work(_: dict[str, Any], owner: str) -> dict[str, Any]:
-            rows = [{**row, "when": when(row["created"]), "kl_text": decimal(row["kl"], 3), "kv_text": percent(row["kv"])}
+            going = lab.under_way()
+            rows = [{**row, "when": when(row["created"]), "kl_text": decimal(row["kl"], 3), "kv_text": percent(row["kv"]),
+                     "status": "being generated" if row["run_id"] in going else row["status"]}
                     for row in lab.library.rows(owner)]
             return {"rows": rows, "note": lab.library.note}
         return guarded(work, ask)

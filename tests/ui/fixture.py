@@ -230,8 +230,8 @@ class FakeLab(Lab):
     def replays_by_itself(self, run) -> bool:
         return False
 
-    def count_tokens(self, text: str) -> int:
-        return len(split(text)) if text else 0
+    def count_tokens(self, text: str, chat: bool = False) -> int:
+        return (len(split(text)) + 9 * chat) if text else 0
 
     def predict(self, stack, facts, prompt, total, samples=1):
         dense = facts["kv_bytes_per_token"] * (prompt + samples * (total - prompt))
@@ -239,6 +239,7 @@ class FakeLab(Lab):
 
     def run(self, prompt: str, variants: list[dict], settings: dict, job: Job, owner: str = "") -> Iterator[Any]:
         self.runs_made += 1
+        job.run_id = f"20260102-00000{self.runs_made}-fake"
         record, arrays = record_and_arrays(f"20260102-00000{self.runs_made}-fake")
         record["variants"] = record["variants"][:len(variants)]
         record["prompt"]["text"] = prompt

@@ -178,3 +178,43 @@ def test_a_column_that_could_not_run_is_told_in_the_status_line():
     dense = {"techniques": []}
     frames = list(compare._run(lab, "a prompt", {"variants": [dense, dense]}, dict(compare.DEFAULT, max_new_tokens=2), "", lab.begin("v")))
     assert "Done, but B could not run" in frames[-1][1]
+
+
+def test_a_prompt_is_counted_as_the_model_reads_it():
+    from types import SimpleNamespace
+
+    from lab.ui.compare import token_counter
+    from lab.ui.controller import Lab
+    from lab.ui.library import StoreLibrary
+
+    class Words:
+        chat_template = "made up"
+
+        def __call__(self, text, add_special_tokens=True, verbose=True):
+            return {"input_ids": text.split()}
+
+        def apply_chat_template(self, messages, **_):
+            return f"user : {messages[0]['content']} assistant :"
+
+    lab = Lab(StoreLibrary.memory())
+    lab._model = SimpleNamespace(tokenizer=Words(), facts=SimpleNamespace(to_dict=lambda: {"context": 6}))
+    assert lab.count_tokens("a b c") == 3 and lab.count_tokens("a b c", chat=True) == 7
+    assert token_counter(lab)("a b c", {"chat": False}) == {"tokens": 3, "over": False, "text": "3 tokens"}
+    assert token_counter(lab)("a b c", {"chat": True})["over"] is True
+    Words.chat_template = None
+    assert lab.count_tokens("a b c", chat=True) == 3  # Run tells that there is no template
+
+
+def test_a_run_that_is_being_generated_is_not_called_interrupted():
+    from lab.ui import runs
+
+    lab = fixture.FakeLab(step_s=0)
+    listing = runs.functions(lab)[0]
+    record = fixture.record_and_arrays("20260102-000001-fake")[0]
+    lab.library.begin(record)
+    job = lab.begin("visitor")
+    walk = lab.run("a prompt", [{"techniques": []}], {"max_new_tokens": 2}, job)
+    next(walk)
+    assert {r["run_id"]: r["status"] for r in listing({})["rows"]}[record["run_id"]] == "being generated"
+    lab.end("visitor")
+    assert {r["run_id"]: r["status"] for r in listing({})["rows"]}[record["run_id"]] == "interrupted"

@@ -267,3 +267,13 @@ def test_a_second_visitor_waits_in_sight_and_may_give_up(browser, site, page):
     site[1].step_s = 0.02
     status_says(page, "Done.", 60_000)
     context.close()
+
+
+def test_the_count_and_the_predicted_size_follow_the_chat_turn(page):
+    count = "() => parseInt(document.querySelector('#promptpanel .h').innerText.replace(/[^0-9]/g, ''))"
+    before, size = page.evaluate(count), page.inner_text("#setup .kv >> nth=0")
+    page.get_by_label("prompt is: chat turn").click()
+    page.wait_for_function(f"n => ({count})() === n + 9", arg=before)
+    page.wait_for_function("t => document.querySelector('#setup .kv').innerText !== t", arg=size)
+    page.get_by_label("prompt is: text").click()
+    page.wait_for_function(f"n => ({count})() === n", arg=before)
