@@ -150,6 +150,10 @@ class OpenRun:
 
     def _needed(self, letter: str) -> list[int]:
         found = self.layers(letter)
+        if not found and self.overview_layers(letter):
+            raise LabError(f"This view of variant {letter} was never drawn while the run's queries and keys were there",
+                           "The overview that was kept holds every head, and the reductions that follow from them",
+                           "Load the run's model and replay it")
         if not found:
             raise LabError(f"This run holds no captured attention of variant {letter}",
                            fix="Load the run's model and replay it to capture attention")

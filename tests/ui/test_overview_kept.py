@@ -70,6 +70,8 @@ def test_after_a_replay_the_heads_are_drawn_and_kept_by_themselves(lab, long_run
     assert maps.largest(again, {**ask, **EVERY})["cells"] and maps.cache(again, {"letter": "B", "row": None})["totals"]
     with pytest.raises(LabError, match="overview does not hold layer 5"):
         again.lens("B", 5, 0).view(None, None, 64, 64, "max")
+    with pytest.raises(LabError, match="was never drawn"):
+        again.lens("B", 3, "rollout")
 
 
 def test_reductions_over_layers_and_the_rollout_come_back_as_they_were_drawn(lab, long_run):
@@ -131,7 +133,7 @@ def test_thumbnails_are_the_largest_of_their_cells():
 
 
 def test_kept_diagnostics_need_no_model(lab, long_run):
-    declared = registry()["entropy"] if "entropy" in registry() else next(d for d in registry().values() if d.needs == ("captures",))
+    declared = next(d for d in registry().values() if d.needs == ("captures",))
     task = diagnostics._task(lab, long_run, "B", declared, {})
     while task.running:
         time.sleep(0.02)
