@@ -123,8 +123,10 @@ async function watched(rows, cols, mine, tell, more) { // a tile whose progress 
 async function overview() {
   const mine = ++wanted; tiles = {over: null, near: null}; sharpening = null; draw();
   const before = S.shown, stop = h("button", {type: "button", class: "plain", "data-key": "map-stop",
-    onclick: () => { wanted++; say(null); if (before) S.choose({...before}); else S.trouble({error: "The drawing was cancelled."}); }},
-    "Cancel");
+    onclick: () => {
+      wanted++; say(null);
+      if (before) S.choose({...before}); else S.trouble({error: "The drawing was cancelled."});
+    }}, "Cancel");
   const share = h("p", {});
   const tile = await watched([0, total()], [0, total()], mine, f => {
     share.textContent = `Computing ${S.whole() ? "every head of every layer" : "the map"} · ${Math.round(f * 100)}%`;

@@ -97,7 +97,8 @@ def tile(run: OpenRun, ask: dict[str, Any], progress: Any = None, cancel: Any = 
     seen = lens.view(rows, _span(ask["cols"], lens.tokens),
                      min(int(ask.get("width") or SIDE), SIDE), min(int(ask.get("height") or SIDE), SIDE),
                      "mean" if ask.get("pool") == "mean" else "max", progress, cancel)
-    shades, top = (_shade_signed if ask.get("minus") else shade)(seen.values, bool(ask.get("log", True)), floor_of(head_of(ask["head"])))
+    how = _shade_signed if ask.get("minus") else shade
+    shades, top = how(seen.values, bool(ask.get("log", True)), floor_of(head_of(ask["head"])))
     answer = {"h": int(shades.shape[0]), "w": int(shades.shape[1]), "data": pack(shades), "top": top,
               "rows": list(seen.rows), "cols": list(seen.cols), "row_step": seen.row_step, "col_step": seen.col_step}
     answer |= {"pool": seen.pool, "group": seen.group, "stored": is_kept(lens)}

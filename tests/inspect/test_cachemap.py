@@ -59,7 +59,8 @@ def test_a_shared_value_names_every_heir_that_outlived_it():
     death[0, 0, [1, 3, 4]] = [7, 7, 9]
     bits, merged, among = (np.full((1, 1, 10), x, t) for x, t in ((16, np.uint8), (-1, np.int32), (0, np.int32)))
     merged[0, 0, 1], among[0, 0, 1] = 2, 3
-    m = CacheMap.from_arrays({"cache/A/bits": bits, "cache/A/death": death, "cache/A/merged": merged, "cache/A/among": among}, "A")
+    found = {"bits": bits, "death": death, "merged": merged, "among": among}
+    m = CacheMap.from_arrays({f"cache/A/{name}": x for name, x in found.items()}, "A")
     assert m.heirs(0, 0, 1) == (2, 4, 5), "3 left at the same row, 4 only later"
     assert m.life(1)[-1].into == 2 and m.heirs(0, 0, 3) == ()
     among[0, 0, 1] = 9

@@ -35,7 +35,8 @@ def test_a_run_without_queries_and_keys_opens_at_its_overview_and_offers_the_rep
     page.locator(".mapcanvas").scroll_into_view_if_needed()
     box = page.locator(".mapcanvas").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.7)
-    page.wait_for_function("[...document.querySelectorAll('.al-tip')].some(t => !t.hidden && /of 2 × 2 tokens ≈/.test(t.innerText))")
+    page.wait_for_function("[...document.querySelectorAll('.al-tip')].some(t => !t.hidden "
+                           "&& /of 2 × 2 tokens ≈/.test(t.innerText))")
     page.mouse.wheel(0, -600)
     page.wait_for_function(f"{NOTE}.includes('in sight') && {NOTE}.includes('2 × 2 a cell')")
     page.locator(".thumb").nth(13).click()
