@@ -49,7 +49,7 @@ def swept(side: Side, options: argparse.Namespace) -> dict[Key, list[dict]]:
     for part in parts:
         specs |= {(name, share): None for name, share in part["unreached"]}
         specs |= {(r["policy"], r["target"]): r["spec"] for r in part["rows"]}
-        found |= {(r["policy"], r["target"]): r["values"] for r in part["rows"] if r["policy"] != "Dense" or ("Dense", None) not in found}
+        found |= {key: values for r in part["rows"] if len(values := r["values"]) > len(found.get(key := (r["policy"], r["target"]), []))}
     order = {name: place for place, name in enumerate(["Dense", *side.policies])}
     found = dict(sorted(found.items(), key=lambda x: order[x[0][0]]))
     save(side, options, parts[0]["model"], found, specs, time.time() - began)
