@@ -277,3 +277,20 @@ def test_the_count_and_the_predicted_size_follow_the_chat_turn(page):
     page.wait_for_function("t => document.querySelector('#setup .kv').innerText !== t", arg=size)
     page.get_by_label("prompt is: text").click()
     page.wait_for_function(f"n => ({count})() === n", arg=before)
+
+
+INSIDE = """s => { const r = document.querySelector(s).getBoundingClientRect(), box = document.querySelector(s).closest('.tablebox')
+  .getBoundingClientRect(); return r.width > 0 && r.right <= box.right + 1 && r.left >= box.left - 1; }"""
+
+
+@pytest.mark.parametrize("width", [1440, 900, 768, 390])
+def test_tables_hide_nothing_beside_the_window(page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    tab(page, "Runs")
+    page.wait_for_selector("table.runs tbody tr")
+    assert page.evaluate(INSIDE, "table.runs tbody tr td.acts button[aria-label^=delete]")
+    tab(page, "Memory")
+    page.wait_for_selector("table.costs")
+    if width in (1440, 390):
+        assert page.evaluate(INSIDE, "table.costs tbody tr:last-child td:last-child")
+    assert page.locator("table.costs td[data-name=agreement]").count() == 3

@@ -167,7 +167,7 @@ def test_costs_say_what_a_step_reads_and_whether_choosing_pays(record):
     b.update(reads={"attend": 0.25, "choose": 0.0625, "pays": True}, saves=["reads less, stores the same"], kept_fraction=1.0)
     c.update(reads={"attend": 0.4, "choose": 1.0, "pays": False}, saves=["memory", "reads less, stores the same"], kept_fraction=1.0)
     rows = tables.costs(record).split("<tr>")[2:]
-    cells = [re.findall(r'<td class="num">(.*?)</td>', row)[7:10] for row in rows]
+    cells = [re.findall(r'<td class="num"[^>]*>(.*?)</td>', row)[7:10] for row in rows]
     assert cells == [["100%", "–", "–"], ["25%", "6%", "pays"], ["40%", "100%", "does not pay"]]
     assert ["stores everything" in row for row in rows] == [False, True, False]
     del record["variants"][0]["reads"]  # runs saved before there was a ledger in them

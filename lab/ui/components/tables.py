@@ -9,6 +9,21 @@ from ..format import BITS, DASH, decimal, duration, esc, missing, percent, ratio
 from .dial import label
 
 STORES_ALL = "stores everything, reads less"
+COSTS = {
+    "time to first token": "reading the prompt, up to the first new token",
+    "per token": "median of the variant's own steps",
+    "KV cache": "bytes of the live tensors at the end of the run: codes, scales, positions, running sums",
+    "of dense": "KV cache as a multiple of the dense cache's bytes",
+    "allocated, empty": "room that the cache holds ready and does not use",
+    "kept": "entries still stored, of all tokens read",
+    "read": "entries that the newest step attended to, of all tokens read",
+    "bytes read": "what the newest step read in order to attend, as a share of a dense step's bytes",
+    "to choose": "what it read only in order to choose the entries, as a share of a dense step's bytes",
+    "break-even": "whether choosing cost less than it saved",
+    "perplexity": "of the reference's text under this variant; 1 is certainty",
+    "KL, nats": "mean KL(reference‖variant) per token; 0 is the same beliefs",
+    "agreement": "share of tokens at which the variant's first choice is the reference's",
+}
 
 
 def badge(letter: Any) -> str:
@@ -41,8 +56,6 @@ def _reads(variant: dict[str, Any]) -> list[str]:
 
 def costs(record: dict[str, Any]) -> str:
     """One line a variant: times, bytes, entries. All measured."""
-    heads = ("variant", "time to first token", "per token", "KV cache", "of dense", "allocated, empty", "kept", "read",
-             "bytes read", "to choose", "break-even", "perplexity", "KL, nats", "agreement")
     rows = []
     for i, v in enumerate(record.get("variants") or []):
         cells = [duration(v.get("ttft_ms")), duration(v.get("tpot_ms")), size(v.get("kv_bytes")),
@@ -53,10 +66,10 @@ def costs(record: dict[str, Any]) -> str:
         if v.get("techniques"):
             title += f' <span class="soft num">{esc(v.get("spec"))}</span>'
             title += f'<span class="soft stores">{STORES_ALL}</span>' if stores_all(v) else ""
-        figures = "".join(f'<td class="num">{esc(c)}</td>' for c in cells)
+        figures = "".join(f'<td class="num" data-name="{esc(name)}">{esc(c)}</td>' for name, c in zip(COSTS, cells, strict=True))
         rows.append(f'<tr><th scope="row">{_letter(v)} {title}</th>{figures}</tr>')
-    head = "".join(f'<th scope="col">{esc(h)}</th>' for h in heads)
-    return (f'<div class="tablebox"><table class="lines"><caption class="sr">measured cost of each variant</caption>'
+    head = '<th scope="col">variant</th>' + "".join(f'<th scope="col" title="{esc(t)}">{esc(name)}</th>' for name, t in COSTS.items())
+    return (f'<div class="tablebox"><table class="lines costs"><caption class="sr">measured cost of each variant</caption>'
             f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
 
 
