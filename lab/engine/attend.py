@@ -75,11 +75,18 @@ def samples_row(
     """(out [B,Hk,G,d], lse [B,Hk,G]) of one row per sample over the exact rows they have in common and over their own.
 
     q [B,Hk,G,d]; common (keys, values), segments of one sequence; keys, values [B,Hk,n,d]. The common rows are read once, for the
-    rows of all samples together; the two parts are merged exactly. mask: additive, [1,Hk,G,N] on the common rows.
+    rows of all samples together; the two parts are merged exactly. mask: additive, [1,Hk,G,N] on the common rows, where lanes hold
+    equally many.
     """
     batch, rows = q.shape[0], stacked(q)
-    mask = None if mask is None else mask.repeat(1, 1, batch, 1)
-    first, first_lse = (unstacked(x, batch) for x in core.plain(rows, common[0].decode(), common[1].decode(), scale, mask=mask))
+    if common[0].rows.level:
+        mask = None if mask is None else mask.repeat(1, 1, batch, 1)
+        found = core.plain(rows, common[0].decode(), common[1].decode(), scale, mask=mask)
+    else:
+        lanes = [[s.rows.lane("x", h)[None, None] for s in common] for h in range(rows.shape[1])]
+        heads = [core.plain(rows[:, h : h + 1], k, v, scale) for h, (k, v) in enumerate(lanes)]
+        found = [torch.cat(parts, 1) for parts in zip(*heads)]
+    first, first_lse = (unstacked(x, batch) for x in found)
     if not keys.shape[2]:
         return first, first_lse
     rest, rest_lse = core.plain(q, keys, values, scale)

@@ -34,7 +34,7 @@ class CommonRows(Ragged):
 
 
 class Stacked:
-    """A common segment: reads one sequence's rows with the query rows of all samples at once: the rows are read, or decoded, once."""
+    """A common segment: one sequence's rows, read (or decoded) once for the query rows of all samples."""
 
     base: Segment
     rows: CommonRows

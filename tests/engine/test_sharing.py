@@ -34,7 +34,7 @@ KEPT = {  # the prompt's entries stay common for the whole run
     "snapkv(budget=0.5,window=8)", "snapkv(budget=0.5,window=8)+pyramidkv(window=8)", "snapkv(budget=0.5,window=8)+adakv",
     "keydiff(budget=0.5,window=8)", "dwb(target=4,interval=4)", "snapkv(budget=0.5,window=8)+int_codes(bits=4)",
     "snapkv(budget=0.5,window=8)+adakv+int_codes(bits=4)", "snapkv(budget=0.7,window=8)+kivi(group=16,residual=16)",
-    "zerotuning(gamma=4)", "snapkv(budget=0.5,window=8)+zerotuning(gamma=4)", "int_codes+zerotuning(gamma=3)", "quest", "moh",
+    "snapkv(budget=0.5,window=8)+adakv+zerotuning(gamma=4)", "zerotuning(gamma=4)", "snapkv(budget=0.5,window=8)+zerotuning(gamma=4)", "int_codes+zerotuning(gamma=3)", "quest", "moh",
     "head_pruning(heads=1)",
 }
 CHANGED = {  # entries leave while decoding, so every sample gets its own

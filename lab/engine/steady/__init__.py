@@ -51,7 +51,7 @@ def begin(policy: "Policy", store: "LabLayer", clock: "Clock | None" = None) -> 
             reason = unfit(policy, store)
         elif policy.encoder is not None:
             policy.part_exact(store)
-        elif clock is None and store.split is None:
+        elif clock is None and (store.split is None or store.meta is not None and not store.meta.level):
             reason = "heads keep different numbers of entries"
     if reason is None and clock is None and not store.exact_k.rows.level:
         reason = "heads keep different numbers of entries"

@@ -54,8 +54,11 @@ class Step:
         self.shared = 0 if self.common is None else sum(self.common.pair[0].rows.lens) * self.batch
         self.ctx = context(policy, store, clock)
         self.front, self.bias = standing(policy, self.ctx)
-        if self.common is not None and self.bias is not None and self.bias[0] >= self.ahead:
-            raise Unfit("the stack edits an entry that samples do not share")
+        if self.common is not None and self.bias is not None:
+            if self.bias[0] >= self.ahead:
+                raise Unfit("the stack edits an entry that samples do not share")
+            if clock is None and not self.common.pair[0].rows.level:
+                raise Unfit("the stack edits heads that keep different numbers of entries")
         self.gates = [g.transpose(1, 2).to(store.dtype) for g in fixed_gates(policy, store)]
         self.gate: torch.Tensor | None = None  # under a graph the kernel multiplies by what is the same for all sequences
         if clock is not None and self.gates and all(g.shape[0] == 1 for g in self.gates):
@@ -180,7 +183,7 @@ class Step:
         rows = self.packed(q)
         if self.common is not None:
             mask = None if self.bias is None else self.mask(self.ahead, q)[:1]
-            return samples_row(rows, self.common.exact, keys, values, call.scale, mask)[0], None
+            return samples_row(rows, self.common.pair, keys, values, call.scale, mask)[0], None
         if not want_mass:
             return core.plain(rows, keys, values, call.scale, mask=self.mask(keys.shape[2], q))[0], None
         p = torch.softmax(self.add_bias((rows @ keys.mT).float().mul_(call.scale)), -1)
