@@ -294,3 +294,16 @@ def test_tables_hide_nothing_beside_the_window(page, width):
     if width in (1440, 390):
         assert page.evaluate(INSIDE, "table.costs tbody tr:last-child td:last-child")
     assert page.locator("table.costs td[data-name=agreement]").count() == 3
+
+
+def test_runs_are_imported_from_a_file_and_a_wrong_file_is_told(page, site, tmp_path):
+    name, _, data = site[1].library.export("20251231-230000-aaaa", "parquet")
+    (tmp_path / name).write_bytes(data)
+    (tmp_path / "table.csv").write_bytes(site[1].library.export("20251231-230000-aaaa", "csv")[2])
+    tab(page, "Runs")
+    page.wait_for_selector("table.runs tbody tr")
+    for file, told in ((name, "Imported."), ("table.csv", "CSV leaves out")):
+        with page.expect_file_chooser() as chooser:
+            page.get_by_role("button", name="Import").click()
+        chooser.value.set_files(tmp_path / file)
+        page.wait_for_function("t => document.body.innerText.includes(t)", arg=told)
