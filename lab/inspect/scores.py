@@ -79,21 +79,6 @@ def visible_until(capture: Capture, head: int, cols: tuple[int, int] | None = No
     return end
 
 
-def column_blocks(
-    capture: Capture, rows: tuple[int, int], cols: tuple[int, int], step: int = 1
-) -> Iterator[tuple[int, int]]:
-    """Column ranges of bounded size covering the part of ``cols`` that ``rows`` can see; widths are
-    multiples of ``step``."""
-    (r0, r1), (c0, c1) = rows, cols
-    last = min(c1, c0 + -(-(min(c1, r1) - c0) // step) * step)
-    first = c0
-    if capture.window:
-        first = max(c0, c0 + (r0 - capture.window + 1 - c0) // step * step)
-    width = max(step, cells(capture) // (r1 - r0) // step * step)
-    for a in range(first, last, width):
-        yield a, min(a + width, last)
-
-
 def lse_rows(capture: Capture, head: int, rows: tuple[int, int]) -> torch.Tensor:
     """float32 [rows] log-sum-exp of the visible logits; computed once per row, -inf where nothing is visible."""
     return lse_whole(capture, head, rows)[rows[0] : rows[1]]
