@@ -53,6 +53,7 @@ nothing for good. So the message is passed on only while nothing is due; otherwi
           out.enqueue(write.encode(frame + "\n\n"));
         }
       }
+      due.clear(); over.clear();  // a stream that broke off owes nothing
       out.close();
     };
     const body = new ReadableStream({

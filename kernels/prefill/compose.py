@@ -36,7 +36,8 @@ def delta(
     body = rows - tail  # a multiple of gamma wherever it is not zero
     anchors = torch.arange(0, body, gamma, device=q.device, dtype=torch.int32)
     exact = torch.cat([anchors, torch.arange(body, rows, device=q.device, dtype=torch.int32)]) + start
-    if way != "passes" and _joins(q, k, v, start, gamma, impl, options, way == "joined"):
+    one_window = not (torch.is_tensor(window) or torch.is_tensor(sinks))  # spans of each head take the three passes
+    if way != "passes" and one_window and _joins(q, k, v, start, gamma, impl, options, way == "joined"):
         from kernels.prefill.joined import run
 
         return run(q, k, v, scale, exact, body, gamma=gamma, sinks=sinks, window=window, start=start)

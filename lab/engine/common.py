@@ -140,13 +140,9 @@ class Common:
             return torch.cat([first.expand(self.batch, -1, -1), rest], 2)
         lens = self.meta.lens_tensor(first.device).unsqueeze(-1)
         longest = max(a + b for a, b in zip(self.meta_view.lens, own.lens))
-        out = torch.nn.functional.pad(first, (0, max(0, longest - first.shape[2]))).repeat(self.batch, 1, 1)
-        at = lens + torch.arange(rest.shape[2], device=first.device)
-        inside = at < out.shape[2]  # what lies behind an own lane's end has no place
-        at = at.clamp_max(out.shape[2] - 1).expand(rest.shape)
-        valid = own.valid(first.device)
-        write = inside if valid is None else inside & valid
-        return out.scatter(2, at, torch.where(write, rest, out.gather(2, at))) if rest.shape[2] else out
+        out = torch.nn.functional.pad(first, (0, rest.shape[2])).repeat(self.batch, 1, 1)
+        at = (lens + torch.arange(rest.shape[2], device=first.device)).expand(rest.shape)
+        return out.scatter(2, at, rest)[..., :longest]  # what lies behind an own lane's end lands behind the whole lane's
 
 
 def _view(segment: Segment, batch: int) -> Segment:

@@ -59,7 +59,10 @@ class Bundle:
         q[..., d + 1] = 1.0
         lse = None
         if normal:
-            lse = scores.stored_lse(c)[pick, r0:r1] * -LOG2E
+            lse = scores.stored_lse(c)[pick, r0:r1]
+            if bool(torch.isnan(lse).any()):  # forgotten since: more layers are drawn than the store holds
+                lse = _lse_block(self, rows)
+            lse = lse * -LOG2E
             lse = torch.where(torch.isposinf(lse), GONE, lse)  # a row that sees nothing
         q[..., d] = lse if plain and normal else 0.0
         lanes = self.kv

@@ -74,15 +74,17 @@ def unpack(about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Survey
         return None
 
 
-def light(arrays: Mapping[str, np.ndarray], letter: str, layer: int, tokens: int, heads: int, kv_heads: int) -> Capture:
-    """A capture without queries and keys: only what the cache did, for counting."""
+def light(
+    arrays: Mapping[str, np.ndarray], letter: str, layer: int, tokens: int, heads: int, kv_heads: int, window: int | None = None,
+) -> Capture:
+    """A capture without queries and keys: only what the cache did and what the layer's window hides, for counting."""
     life = {}
     for name in ("death", "bits", "demoted"):
         stack = arrays.get(f"cache/{letter}/{name}")
         if stack is not None and 0 <= layer < stack.shape[0] and stack.shape[-1] >= tokens:
             life[name] = np.asarray(stack[layer])[:, :tokens]
     q, k = (torch.zeros(1).expand(n, tokens, 1) for n in (heads, kv_heads))
-    return Capture(q, k, scale=1.0, layer=layer, letter=letter, **life)
+    return Capture(q, k, scale=1.0, window=window, layer=layer, letter=letter, **life)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def captioned(run: OpenRun, ask: dict[str, Any]) -> str:
     if head != "rollout" and isinstance(layer, int):
         return f"layer {layer}, {heads}"
     letter = str(ask["letter"])
-    have, total = run.layers(letter) or run.overview_layers(letter), (run.record.get("model") or {}).get("layers")
+    have, total = run.layers(letter) or run.seen_layers(letter, layer, head), (run.record.get("model") or {}).get("layers")
     which = f"all {total} layers" if len(have) == total else f"captured layers {', '.join(map(str, have))}"
     return f"rollout of {which}" if head == "rollout" else f"{layer} over {which}, {heads}"
 
@@ -119,8 +119,11 @@ def remember(run: OpenRun, ask: dict[str, Any], lens: Any) -> None:
 
     letter, layer, head = str(ask["letter"]), layer_of(ask), head_of(ask["head"])
     name = seen_name(letter, layer, head)
-    if ask.get("minus") or isinstance(layer, int) and head != "rollout" or not run.must_keep(letter) or run.result(name):
+    if ask.get("minus") or isinstance(layer, int) and head != "rollout" or not run.must_keep(letter):
         return
+    old = run.result(name)
+    if old is not None and set(old[0].get("layers") or ()) >= set(run.layers(letter)):
+        return  # what is kept tells at least as much: a replay of one layer gives way to one of all
     small = lens.view((0, lens.tokens), (0, lens.tokens), KEPT, KEPT, "mean" if ask.get("pool") == "mean" else "max")
     about = {"tokens": lens.tokens, "row_step": small.row_step, "col_step": small.col_step, "pool": small.pool,
              "group": small.group, "layers": run.layers(letter)}

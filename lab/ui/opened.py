@@ -127,7 +127,12 @@ class OpenRun:
         with self._lock:
             if letter not in self._light:
                 heads, kv = survey.largest.shape[1], int(model.get("kv_heads") or 1)
-                self._light[letter] = [light(self.arrays, letter, n, survey.tokens, heads, kv) for n in survey.layers]
+                kinds, window = model.get("layer_types") or (), model.get("sliding_window")
+                self._light[letter] = [
+                    light(self.arrays, letter, n, survey.tokens, heads, kv,
+                          window if n < len(kinds) and kinds[n] == "sliding_attention" else None)
+                    for n in survey.layers
+                ]
             return Stored(survey, self._light[letter], head, layer)
 
     def _survey(self, letter: str) -> Any:
@@ -138,6 +143,11 @@ class OpenRun:
                 found = self.result(overview_name(letter))
                 self._surveys[letter] = None if found is None else unpack(*found)
             return self._surveys[letter]
+
+    def seen_layers(self, letter: str, layer: int | str, head: int | str) -> list[int]:
+        """Layers that a kept view combines: those it was drawn of, else those of the overview."""
+        seen = self.result(seen_name(letter, layer, head))
+        return list(seen[0].get("layers") or ()) if seen is not None and "cells" in seen[1] else self.overview_layers(letter)
 
     def overview_layers(self, letter: str) -> list[int]:
         """Layers of which the run keeps an overview."""

@@ -277,3 +277,29 @@ class SharedMachine(LayerMachine):
 
 SharedMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=14)
 TestShared = SharedMachine.TestCase
+
+
+def test_positions_of_uneven_heads_that_dropped_rows_of_their_own():
+    """Common and own entries both uneven: a place behind a short lane's end overwrites nothing."""
+    layer = LabLayer(0, track=True)
+
+    def add(count: int) -> None:
+        batch = layer.batch if layer.is_initialized else 1
+        k, v = torch.randn(batch, 2, count, 8), torch.randn(batch, 2, count, 8)
+        layer.update(k, v)
+        layer.append(k, v, torch.arange(layer.seen, layer.seen + count).expand(batch, -1), None)
+
+    add(10)
+    mask = torch.ones(1, 2, 10, dtype=torch.bool)
+    mask[0, 1, 5:] = False
+    layer.keep(mask, 9)
+    layer.prompt_done = True
+    layer.repeat(2)
+    for _ in range(5):
+        add(1)
+    for _ in range(2):  # the first head of either sample lets two of its own rows go
+        layer.drop_one(torch.tensor([[10, 5], [10, 5]]), layer.seen - 1, [0, 2])
+    apart = layer.clone()
+    apart.part()
+    valid = layer.valid()
+    assert layer.common is not None and torch.equal(layer.positions()[valid], apart.positions()[valid])

@@ -8,7 +8,7 @@ import torch
 from test_map_view import make
 
 from lab.errors import LabError
-from lab.inspect import stored, survey
+from lab.inspect import store, stored, survey
 from lab.inspect.capture import NEVER, Capture
 from lab.inspect.view import view
 
@@ -113,3 +113,15 @@ def test_a_map_seen_before_comes_back():
     assert v.rows == (4, 12) and v.cols == (0, 15) and v.shape == (2, 4) and v.pool == "max" and v.group == 2
     assert np.isnan(v.values[0, 2:]).all()
     np.testing.assert_allclose(v.values[0, :2], weights[1, :2], rtol=0.034)
+
+
+def test_more_layers_than_the_store_holds_are_drawn_the_same(monkeypatch):
+    """Log-sum-exps that were forgotten while others were computed are computed again, never taken as nothing."""
+    tokens = 256
+    captures = [Capture(torch.randn(4, tokens, 8), torch.randn(2, tokens, 8), scale=0.3, layer=n) for n in range(4)]
+    want = view(captures, "mean", None, None, 64, 64, "max", layers="mean").values
+    for capture in captures:
+        store.drop(capture.serial)
+    monkeypatch.setattr(store, "LIMIT_BYTES", 3 * 4 * tokens * 4)
+    got = view(captures, "mean", None, None, 64, 64, "max", layers="mean").values
+    assert np.isfinite(want).any() and np.array_equal(got, want, equal_nan=True)

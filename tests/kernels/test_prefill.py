@@ -168,3 +168,11 @@ def test_delta_joined_in_float32_and_refusals():
         prefill.delta(q, k, v, 0.125, impl="triton", way="joined", softcap=3.0)
     with pytest.raises(ValueError, match="unknown way"):
         prefill.delta(q, k, v, 0.125, way="quick")
+
+
+def test_delta_with_a_window_for_each_head():
+    """Spans of each head take the three passes, whatever the way."""
+    q, k, v = (torch.randn(1, 4, 40, 16, device=DEVICE) for _ in range(3))
+    window = torch.tensor([8, 16, 32, 40], device=DEVICE)
+    got, want = (prefill.delta(q, k, v, 0.25, gamma=16, sinks=2, window=window, impl=impl) for impl in ("triton", "torch"))
+    assert torch.allclose(got, want, atol=1e-4)

@@ -8,6 +8,8 @@ import pytest
 
 from lab.errors import LabError
 from lab.inspect.diagnostics import registry
+from lab.inspect.stored import pack
+from lab.inspect.survey import survey
 from lab.ui import attention, diagnostics, export, grid, kept, maps
 from lab.ui.opened import OpenRun, overview_name
 from lab.ui.tasks import Told
@@ -141,3 +143,48 @@ def test_kept_diagnostics_need_no_model(lab, long_run):
     again = tomorrow(lab, long_run)
     assert declared.name in diagnostics.kept(again)["B"]
     assert diagnostics.known(again, "B", declared, None)[1].keys() == task.result[1].keys()
+
+
+def _bare(layers: int, tokens: int, **model):
+    """An opened run without queries and keys, and what a replay of one of its layers would add."""
+    record = {"run_id": "x", "model": {"layers": layers, "heads": 2, "kv_heads": 1, **model},
+              "prompt": {"tokens": ["a"] * tokens, "token_ids": [1] * tokens}, "variants": [{"letter": "A", "token_ids": []}]}
+
+    def replayed(n: int) -> dict:
+        draw = np.random.default_rng(n)
+        return {f"qk/A/{n}/q": draw.standard_normal((2, tokens, 8)).astype(np.float16),
+                f"qk/A/{n}/k": draw.standard_normal((1, tokens, 8)).astype(np.float16),
+                f"qk/A/{n}/meta": np.array([0.3, 0, model.get("sliding_window") or 0])}
+
+    return OpenRun(record, {}), replayed
+
+
+def test_what_was_kept_of_one_layer_gives_way_to_all_of_them():
+    run, replayed = _bare(3, 64)
+    ask = {"letter": "A", "layer": 0, "over": None, "head": "rollout", "rows": [0, 64], "cols": [0, 64]}
+    run.add(replayed(0))
+    maps.tile(run, ask)
+    run.let_go()
+    assert maps.captioned(run, ask) == "rollout of captured layers 0"
+    for n in range(3):
+        run.add(replayed(n))
+    right = run.lens("A", 0, "rollout").view(None, None, 128, 128, "max").values
+    maps.tile(run, ask)
+    run.let_go()
+    kept = run.lens("A", 0, "rollout").view(None, None, 128, 128, "max").values
+    there = np.isfinite(right) & np.isfinite(kept)
+    assert np.abs(right[there] - kept[there]).max() < 0.02
+    assert maps.captioned(run, ask) == "rollout of all 3 layers"
+
+
+def test_a_kept_overview_knows_which_layers_have_a_window():
+    """What lies behind a sliding layer's window is nothing there, not a weight of 0."""
+    run, replayed = _bare(3, 64, sliding_window=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    for n in range(3):
+        run.add(replayed(n) | ({f"qk/A/{n}/meta": np.array([0.3, 0, 0])} if n == 1 else {}))
+    live = run.lens("A", 0, 0).view(None, None, 64, 64, "max").values
+    run.remember(overview_name("A"), *pack(survey([run.capture("A", n) for n in range(3)], 64)))
+    run.let_go()
+    kept_layer = run.stored("A", 0, 0)
+    assert [c.window for c in kept_layer.captures] == [16, None, 16]
+    assert np.array_equal(np.isnan(kept_layer.view(None, None, 64, 64, "max").values), np.isnan(live))
