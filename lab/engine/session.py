@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import cached_property
 from typing import Iterator
 
 import torch
@@ -49,6 +50,11 @@ class Session:
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    @cached_property
+    def _cards(self) -> set[torch.device]:
+        """Every GPU the model lies on: what a timed step has to wait for."""
+        return {p.device for p in self.model.parameters() if p.device.type == "cuda"}
 
     @property
     def compiles(self) -> bool:
@@ -158,6 +164,6 @@ class Session:
 
     def _now(self) -> float:
         if self.device.type == "cuda":
-            for device in {self.device} | {x.device for x in self.cache.lab_layers if x.is_initialized}:
-                torch.cuda.synchronize(device)
+            for card in self._cards:
+                torch.cuda.synchronize(card)
         return time.perf_counter()

@@ -117,8 +117,8 @@ class OpenRun:
         have = self.layers(letter)
         if have if head == "rollout" or layer in COMBINED else layer in have:
             return None
-        seen = self.result(seen_name(letter, layer, head))
-        if seen is not None and "cells" in seen[1]:
+        seen = self._seen(letter, layer, head)
+        if seen is not None:
             return Seen(seen[0], seen[1]["cells"], head)
         survey = None if head == "rollout" else self._survey(letter)
         if survey is None:
@@ -146,8 +146,13 @@ class OpenRun:
 
     def seen_layers(self, letter: str, layer: int | str, head: int | str) -> list[int]:
         """Layers that a kept view combines: those it was drawn of, else those of the overview."""
+        seen = self._seen(letter, layer, head)
+        return self.overview_layers(letter) if seen is None else list(seen[0].get("layers") or ())
+
+    def _seen(self, letter: str, layer: int | str, head: int | str) -> Any:
+        """(about, arrays) of a view of all layers as it was drawn and kept; None where there is none."""
         seen = self.result(seen_name(letter, layer, head))
-        return list(seen[0].get("layers") or ()) if seen is not None and "cells" in seen[1] else self.overview_layers(letter)
+        return seen if seen is not None and "cells" in seen[1] else None
 
     def overview_layers(self, letter: str) -> list[int]:
         """Layers of which the run keeps an overview."""
