@@ -175,6 +175,8 @@ function start() {
     if (S.layer === null || (!v.layers.includes(S.layer) && v.layers.length && (!given || S.over)))
       S.layer = v.layers.length ? v.layers[v.layers.length >> 1] : v.layers_total >> 1;
   }
-  load();
+  // An address, and then the run that it named, bring the same picture twice.
+  const same = JSON.stringify([value.key, value.variants]), known = same === S.got && !value.failed && !S.waiting;
+  S.got = same; if (!known) load();
 }
 start(); watch("value", start);

@@ -121,11 +121,12 @@ async function watched(rows, cols, mine, tell, more) { // a tile whose progress 
   clearInterval(clock); return tile;
 }
 async function overview() {
-  const mine = ++wanted; tiles = {over: null, near: null}; sharpening = null; draw();
-  const before = S.shown, stop = h("button", {type: "button", class: "plain", "data-key": "map-stop",
+  const mine = ++wanted, before = S.shown, choice = S.ask(); sharpening = null;
+  if (!before || Object.keys(choice).some(k => before[k] !== choice[k])) { tiles = {over: null, near: null}; draw(); }
+  const stop = h("button", {type: "button", class: "plain", "data-key": "map-stop",
     onclick: () => {
       wanted++; say(null);
-      if (before) S.choose({...before}); else S.trouble({error: "The drawing was cancelled."});
+      if (before && before.key === S.key) S.choose({...before}); else S.trouble({error: "The drawing was cancelled."});
     }}, "Cancel");
   const share = h("p", {});
   const tile = await watched([0, total()], [0, total()], mine, f => {
@@ -134,8 +135,7 @@ async function overview() {
   });
   if (mine !== wanted) return;
   if (tile.error) return S.trouble(tile);
-  S.shown = {letter: S.letter, minus: S.minus, layer: S.layer, over: S.over, head: S.head};
-  say(null); tiles.over = tile; draw(); S.drawn(); if (V.span < total()) near();
+  S.shown = choice; say(null); tiles = {over: tile, near: null}; draw(); S.drawn(); if (V.span < total()) near();
   if (S.head === "rollout") askRow(S.row); // its rows are only known once it was drawn
 }
 async function sharpen(more) {

@@ -30,7 +30,7 @@ def experiment(loaded, **settings):
 
 def test_a_checkpoint_holds_what_was_written_so_far(loaded):
     run, seen = experiment(loaded), []
-    for event in kept(run, lambda record: seen.append(record), every=0.0, share=1.0):
+    for event in kept(run, lambda record: seen.append(record), every=0.0, share=float("inf")):
         if isinstance(event, Token):
             pass
     assert len(seen) > 1 and all(record["status"] == "interrupted" for record in seen)
@@ -47,7 +47,7 @@ def test_a_store_takes_every_checkpoint_and_then_the_whole_run(loaded, tmp_path)
     with storage.Store.open(tmp_path / "runs.duckdb") as store:
         run = experiment(loaded)
         store.begin(run.record)
-        walk, tokens = kept(run, store.checkpoint, every=0.0, share=1.0), 0
+        walk, tokens = kept(run, store.checkpoint, every=0.0, share=float("inf")), 0
         for event in walk:
             tokens += isinstance(event, Token)
             if tokens == 9:
@@ -57,7 +57,7 @@ def test_a_store_takes_every_checkpoint_and_then_the_whole_run(loaded, tmp_path)
         assert found["status"] == "interrupted" and found["variants"][0]["text"] and found["variants"][0]["token_ids"]
         run = experiment(loaded)
         store.begin(run.record)
-        for _ in kept(run, store.checkpoint, every=0.0, share=1.0):
+        for _ in kept(run, store.checkpoint, every=0.0, share=float("inf")):
             pass
         store.save(run.record, run.arrays)
         assert store.get(run.record["run_id"])[0]["status"] == "complete"
@@ -70,7 +70,7 @@ def test_a_failing_store_is_asked_once_and_the_run_goes_on(loaded, caplog):
         asked.append(record)
         raise OSError("No space left on device")
 
-    events = list(kept(run, full, every=0.0, share=1.0))
+    events = list(kept(run, full, every=0.0, share=float("inf")))
     assert len(asked) == 1 and "No space left" in caplog.text
     assert run.record["status"] == "complete" and events
 
