@@ -35,10 +35,12 @@ def words(bytes_per_token: int, group_bytes: int, widest: int) -> tuple[int, int
     """(bytes per column block, bytes per word, padded words per block) for reading codes.
 
     A block lies inside one scale group; a word is as wide as still leaves 16 words, the shortest contraction a
-    matrix instruction takes, with a little padding allowed.
+    matrix instruction takes, with a little padding allowed; with half of it padding before single bytes, which pass through
+    shared memory one by one.
     """
     block = math.gcd(bytes_per_token, group_bytes)
-    word = next(w for w in (4, 2, 1) if w <= widest and block % w == 0 and (block // w >= 10 or w == 1))
+    fits = [w for w in (4, 2) if w <= widest and block % w == 0]
+    word = next((w for w in fits if block // w >= 10), 2 if 2 in fits and block // 2 >= 8 else 1)
     return block, word, _pow2(block // word, 16)
 
 

@@ -100,10 +100,17 @@ def run(
         dot = _FLOAT[t.k.dtype] if t.bits == 16 else (tl.float32 if q.dtype == torch.float32 else tl.float16)
         pointers, sizes = _code_arguments(t, dim, columns)
         tiles = count * p.chunk // p.tile
-        kind = torch.uint8 if as_bytes else torch.float16
-        weights = torch.empty(t.slots, group, dtype=kind, device=device) if want_mass else part_lse
-        tops = torch.empty(lanes, tiles, group, dtype=torch.float32, device=device) if want_mass else part_lse
-        locals_[n] = (weights, tops, tiles, p.tile)
+        # bytes to a word, and rows to a sum: what one thread holds of a product, 4 rows of 32 or 2 of 16
+        pack, fold = (4, 4) if p.warps == 1 else (2, 1)
+        weights = tops = part_lse
+        if as_bytes:
+            word = torch.int32 if pack == 4 else torch.int16
+            weights = torch.empty(lanes, tiles, p.tile // pack, group, dtype=word, device=device)
+        elif want_mass:
+            weights = torch.empty(t.slots, group, dtype=torch.float16, device=device)
+        if want_mass:
+            tops = torch.empty(lanes, tiles, group, dtype=torch.float32, device=device)
+        locals_[n] = (weights, tops, tiles, p.tile, pack)
         options = {} if p.registers is None or interpreting() else {"maxnreg": p.registers}
         first_early = early and overlap and not chained
         if chained or first_early:
@@ -118,7 +125,8 @@ def run(
             BN=p.tile, DT=dot, ASM=not interpreting(), STAGES=p.stages,
             AHEAD=t.bits < 16 and p.ahead and t.pages is None, PDL=overlap, CHAIN=chained, EARLY=first_early, SOFTCAP=softcap is not None,
             BIAS=t.bias is not None, THETA=threshold is not None,
-            PAGE=0 if t.pages is None else t.page, MASS=(2 if as_bytes else 1) if want_mass else 0, ENTROPY=want_entropy,
+            PAGE=0 if t.pages is None else t.page, MASS=(2 if as_bytes else 1) if want_mass else 0,
+            PACK=pack, FOLD=fold, ENTROPY=want_entropy,
             num_warps=p.warps, num_stages=p.stages, **options,
         )
         first += count
@@ -134,13 +142,13 @@ def run(
     masses = []
     if as_bytes:
         pieces = rows * triton.cdiv(dim, slice_)
-        for t, (weights, tops, tiles, tile) in zip(tiers, locals_):
+        for t, (weights, tops, tiles, tile, pack) in zip(tiers, locals_):
             mass = torch.empty(t.slots, dtype=torch.float32, device=device)
             blocks = triton.cdiv(max(1, t.capacity), 1024)
             home(finish_kernel)[(pieces + blocks * lanes,)](
                 part_o, part_lse, part_ent, sink_in, gate_in, out, lse, ent_out, weights, tops, t.start, t.length, mass,
                 splits, rows, heads, tiles, pieces, blocks, D=dim, BD=slice_, BS=block, SINK=sink is not None,
-                GATE=gate is not None, ENTROPY=want_entropy, G=group, GP=triton.next_power_of_2(group), TILE=tile, BN=1024, PDL=overlap,
+                GATE=gate is not None, ENTROPY=want_entropy, G=group, GP=triton.next_power_of_2(group), TILE=tile, PACK=pack, BN=1024, PDL=overlap,
                 num_warps=4, **early_launch,
             )
             masses.append(mass)
@@ -152,7 +160,7 @@ def run(
         num_warps=2 if splits <= 64 else 4, **early_launch,
     )
     if want_mass:
-        for t, (weights, tops, tiles, tile) in zip(tiers, locals_):
+        for t, (weights, tops, tiles, tile, _) in zip(tiers, locals_):
             mass = torch.empty(t.slots, dtype=torch.float32, device=device)
             home(mass_kernel)[(triton.cdiv(max(1, t.capacity), 1024), lanes)](
                 weights, tops, lse, t.start, t.length, mass, tiles,

@@ -110,13 +110,13 @@ def finish_kernel(
     part_o, part_lse, part_ent, sink_ptr, gate_ptr, o_ptr, lse_ptr, ent_ptr, p_ptr, m_ptr, start_ptr, len_ptr, mass_ptr,
     splits, rows, heads, tiles, merges, blocks,
     D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SINK: tl.constexpr, GATE: tl.constexpr, ENTROPY: tl.constexpr,
-    G: tl.constexpr, GP: tl.constexpr, TILE: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, TILE: tl.constexpr, PACK: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):
     """The merge and the mass in one launch: neither waits for the other.
 
     The first `merges` programs are `_merge`'s. The others take BN entries of one lane (`blocks` a lane):
-    mass[slot] = sum over the group of p/255 * exp2(m - lse), p uint8 [slots, G] relative to its tile's largest logit
-    m [lanes, tiles, G] (base 2), and lse from the parts themselves.
+    mass[slot] = sum over the group of p/255 * exp2(m - lse), bytes p relative to their tile's largest logit m
+    [lanes, tiles, G] (base 2), PACK of them to a word as `triton_split` wrote them, and lse from the parts themselves.
     """
     if PDL:
         gdc_launch_dependents()
@@ -152,10 +152,18 @@ def finish_kernel(
             if SINK:
                 z += tl.exp2(sink - m)
             lse = m + tl.log2(tl.maximum(z, 1e-37))
-            i = t + tl.arange(0, BN)
-            slot = tl.load(start_ptr + lane).to(tl.int64) + i
-            ok = (i < n)[:, None] & live[None, :]
-            p = tl.load(p_ptr + slot[:, None] * G + g[None, :], mask=ok, other=0).to(tl.float32)
-            largest = tl.load(m_ptr + ((lane * tiles + i // TILE) * G)[:, None] + g[None, :], mask=ok, other=float("-inf"))
-            w = tl.where(p > 0.0, p * tl.exp2(largest - lse[None, :]), 0.0)
-            tl.store(mass_ptr + slot, tl.sum(w, 1) * (1.0 / 255.0), mask=i < n)
+            WORDS: tl.constexpr = TILE // PACK  # of one head in one tile
+            tile = t // TILE + tl.arange(0, BN // TILE)
+            there = tile * TILE < n
+            head = (lane * tiles + tile)[:, None]
+            largest = tl.load(m_ptr + head * G + g[None, :], mask=there[:, None] & live[None, :], other=float("-inf"))
+            factor = tl.exp2(largest - lse[None, :]) * (1.0 / 255.0)
+            w = tl.arange(0, WORDS)
+            word = tl.load(p_ptr + (head * WORDS + w[None, :])[:, :, None] * G + g[None, None, :],
+                           mask=there[:, None, None] & live[None, None, :], other=0).to(tl.int32)
+            first_row = tile[:, None] * TILE + (w // 8 * (8 * PACK) + w % 8)[None, :]
+            mass_ptr += tl.load(start_ptr + lane).to(tl.int64)
+            for b in tl.static_range(PACK):
+                i = first_row + 8 * b
+                p = ((word >> (8 * b)) & 0xFF).to(tl.float32)
+                tl.store(mass_ptr + i, tl.sum(p * factor[:, None, :], 2), mask=i < n)

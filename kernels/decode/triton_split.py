@@ -13,6 +13,9 @@ from kernels.decode.pieces import fp8_piece, piece
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-1e30)  # stands for "nothing seen yet": finite, so that differences stay numbers
+HIDDEN = tl.constexpr(-2e30)  # added to logits that are not read: far below FLOOR, and finite, so that 0 * logit is 0
+RAISE = tl.constexpr(8388608.0)  # 2^23: a float32 plus this has the number, rounded, in its lowest bits
+RAISED = tl.constexpr(0x4B000000)  # and these bits above it
 
 
 @triton.jit
@@ -84,6 +87,28 @@ def _scale(raw, FIRST: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def _fold(x, FOLD: tl.constexpr):
+    """Sums of FOLD rows that one thread holds of a matrix instruction's result: [BN, NQ] to [BN / FOLD, NQ]."""
+    if FOLD == 1:
+        return x
+    BN: tl.constexpr = x.shape[0]
+    NQ: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.sum(tl.reshape(x, [BN // (8 * FOLD), FOLD, 8, NQ]), 1), [BN // FOLD, NQ])
+
+
+@triton.jit
+def _bytes(x, PACK: tl.constexpr):
+    """x [BN, NQ] in [0, 255], rounded, as words of PACK bytes: [BN / (8 PACK), 8, NQ], row i in byte i // 8 % PACK of word
+    (i // (8 PACK), i % 8). A thread of a matrix instruction holds rows 8 apart, so nothing moves between threads."""
+    BN: tl.constexpr = x.shape[0]
+    NQ: tl.constexpr = x.shape[1]
+    raised = tl.reshape((x + RAISE).to(tl.int32, bitcast=True), [BN // (8 * PACK), PACK, 8, NQ])
+    place = (1 << (8 * tl.arange(0, PACK)))[None, :, None, None]
+    word = tl.sum(raised * place, 1) - RAISED  # of the other rows the upper bits were shifted out
+    return word if PACK == 4 else word.to(tl.int16)
+
+
+@triton.jit
 def _half(pair, UPPER: tl.constexpr):
     """One float16 of an int32 pair."""
     bits = pair >> 16 if UPPER else pair
@@ -123,6 +148,8 @@ def split_kernel(
     EARLY: tl.constexpr,  # this launch started early itself, and the query may not be there yet
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, THETA: tl.constexpr, PAGE: tl.constexpr,
     MASS: tl.constexpr,  # keep the weights for `kernels.decode.triton_merge`: 1 as float16, 2 as bytes
+    PACK: tl.constexpr,  # bytes to a word of those
+    FOLD: tl.constexpr,  # rows of a tile that running sums add up at once, because one thread holds them
     ENTROPY: tl.constexpr,
 ):
     PARTS: tl.constexpr = 1 if BITS == 16 else 8 // BITS
@@ -220,10 +247,10 @@ def split_kernel(
             acc = acc + (tl.zeros([PV, NQ], tl.float32),)
     mids = ()
     for gi in tl.static_range(D // GV):
-        mids = mids + (tl.zeros([BN, NQ], tl.float32),)
+        mids = mids + (tl.zeros([BN // FOLD, NQ], tl.float32),)
     m = tl.full([NQ], FLOOR, tl.float32)
-    l = tl.zeros([BN, NQ], tl.float32)
-    ent = tl.zeros([BN, NQ], tl.float32)
+    l = tl.zeros([BN // FOLD, NQ], tl.float32)
+    ent = tl.zeros([BN // FOLD, NQ], tl.float32)
     if THETA:
         theta = tl.load(theta_ptr + lane * G + g, mask=live, other=0.0) * LOG2E
 
@@ -242,8 +269,15 @@ def split_kernel(
             kg_ptr += first
     if BIAS:
         bias_ptr += first
-    if MASS:
+    if MASS == 1:
         p_ptr += first * G
+    if MASS == 2:
+        p_ptr += (lane * tiles * BN + lo) // PACK * G
+        m_ptr += (lane * tiles + lo // BN) * G
+        r8 = tl.arange(0, 8)[None, :, None]
+        word_at = (tl.arange(0, BN // (8 * PACK))[:, None, None] * 8 + r8) * G + g[None, None, :]
+        top_at = tl.broadcast_to(g[None, None, :], [1, 8, NQ])
+        top_live = live[None, None, :] & (r8 == 0)
     ahead = ()
     if AHEAD:
         ahead = _token_scales(ks_ptr, kz_ptr, vs_ptr, vz_ptr, tl.minimum(i, count - 1), NK, NV, ZERO)
@@ -326,26 +360,24 @@ def split_kernel(
         if BIAS:
             b = tl.load(bias_ptr + at[:, None] + g[None, :] * bias_stride, mask=live[None, :], other=0.0)
             s += b.to(tl.float32) * LOG2E
-        keep = ok[:, None]
         if THETA:
-            keep = keep & (s > theta[None, :])
-        s = tl.where(keep, s, float("-inf"))
+            s = tl.where(s > theta[None, :], s, HIDDEN)
+        s += tl.where(ok, 0.0, HIDDEN)[:, None]
 
         largest = tl.max(s, 0)
         m_new = tl.maximum(m, largest)
         alpha = tl.exp2(m - m_new)
         m = m_new
         p = tl.exp2(s - m[None, :])
-        l = l * alpha[None, :] + p
+        l = l * alpha[None, :] + _fold(p, FOLD)
         if ENTROPY:
-            # a weight of zero may belong to a logit of -inf
-            ent = ent * alpha[None, :] + p * tl.maximum(s, FLOOR)
+            # a weight of zero may belong to a logit of -inf, which only a bias can be
+            ent = ent * alpha[None, :] + _fold(p * (tl.maximum(s, HIDDEN) if BIAS else s), FOLD)
         if MASS == 2:
             # bytes relative to the tile's own largest logit: half the traffic, an error of at most 1/510 of the tile's largest weight
-            lift = tl.where(largest == float("-inf"), 0.0, 255.0 * tl.exp2(tl.minimum(m - largest, 100.0)))
-            byte = (p * lift[None, :] + 0.5).to(tl.int32).to(tl.uint8)
-            tl.store(p_ptr + at[:, None] * G + g[None, :], byte, mask=ok[:, None] & live[None, :])
-            tl.store(m_ptr + (lane * tiles + (lo + t) // BN) * G + g, largest, mask=live)
+            lift = 255.0 * tl.exp2(tl.minimum(m - largest, 100.0))
+            tl.store(p_ptr + (t // PACK) * G + word_at, _bytes(p * lift[None, :], PACK), mask=live[None, None, :])
+            tl.store(m_ptr + (t // BN) * G + top_at, tl.broadcast_to(largest[None, None, :], [1, 8, NQ]), mask=top_live)
         if MASS == 1:
             tl.store(p_ptr + at[:, None] * G + g[None, :], p.to(tl.float16), mask=ok[:, None] & live[None, :])
             tl.store(m_ptr + (lane * tiles + (lo + t) // BN) * G + g, m, mask=live)
@@ -369,7 +401,7 @@ def split_kernel(
                     ps = ps + ((p * vs[:, None]).to(DT),)
                 if ZERO:
                     vz = _scale(raw, V_AT + RV, gi, NV)
-                    new_mids = new_mids + (mids[gi] * alpha[None, :] + p * (vz + MID * vs)[:, None],)
+                    new_mids = new_mids + (mids[gi] * alpha[None, :] + _fold(p * (vz + MID * vs)[:, None], FOLD),)
                 else:
                     new_mids = new_mids + (mids[gi],)
             mids = new_mids
