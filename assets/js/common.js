@@ -14,7 +14,26 @@ const h = (tag, attrs, ...kids) => {
   for (const kid of kids.flat(9)) if (kid !== null && kid !== undefined && kid !== false) node.append(kid);
   return node;
 };
-const swap = (node, ...kids) => node.replaceChildren(...kids.flat(9).filter(k => k !== null && k !== undefined && k !== false));
+/* Drawing anew between the press of a button and its release would take the button from under the pointer, and the press would
+   do nothing. What is drawn in that moment waits until the pointer is up. */
+let pressed = null; const later = new Map();
+const release = () => {
+  pressed = null; const waiting = [...later]; later.clear();
+  for (const [node, kids] of waiting) {
+    const key = node.contains(document.activeElement) && document.activeElement.dataset.key; node.replaceChildren(...kids);
+    const again = key && node.querySelector(`[data-key="${CSS.escape(key)}"]`); if (again) again.focus({preventScroll: true});
+  }
+};
+addEventListener("pointerdown", e => { pressed = element.contains(e.target) ? e.target.closest("button, input, summary") : null; },
+  true);
+addEventListener("click", () => { pressed = null; }, true); // what the click itself asks for is drawn at once
+for (const name of ["pointerup", "pointercancel"])
+  addEventListener(name, e => { setTimeout(release, e.pointerType === "touch" ? 300 : 0); }, true); // after its click
+addEventListener("pointermove", e => { if (pressed && !e.buttons) release(); }, true); // it was let go outside the window
+const swap = (node, ...kids) => {
+  const all = kids.flat(9).filter(k => k !== null && k !== undefined && k !== false);
+  if (pressed && node.contains(pressed)) later.set(node, all); else { later.delete(node); node.replaceChildren(...all); }
+};
 const fmt = {
   int: n => (n === null || n === undefined) ? "–" : Math.round(n).toLocaleString("en-US"),
   dec: (n, d = 3) => (n === null || n === undefined || !isFinite(n)) ? "–"
@@ -42,7 +61,7 @@ const toast = (text, action, onaction) => {
   document.querySelectorAll(".al-toast").forEach(t => t.remove());
   const box = h("div", {class: "al-toast", role: "status"}, h("span", {}, text),
     action ? h("button", {type: "button", onclick: () => { box.remove(); onaction(); }}, action) : null);
-  document.body.append(box); setTimeout(() => box.remove(), action ? 12000 : 4000);
+  document.body.append(box); setTimeout(() => box.remove(), action ? 30000 : 4000);
 };
 const address = changes => {
   const url = new URL(location.href);

@@ -11,14 +11,16 @@ const cmpbutton = h("button", {type: "button", class: "plain", disabled: true, o
 swap(element, h("div", {class: "row runsbar"}, search, h("span", {class: "sp"}), cmpbutton,
   h("button", {type: "button", class: "plain", onclick: () => file.click()}, "Import"), file), body, comparison);
 
-async function load() {
-  const a = await server.listing(ask()).catch(() => ({error: "The server did not answer. Reload the page."}));
+let asked = 0;
+async function load() { // of several answers under way only the newest counts
+  const mine = ++asked, a = await server.listing(ask()).catch(() => ({error: "The server did not answer. Reload the page."}));
+  if (mine !== asked) return;
   loaded = true; if (a.error) { swap(body, h("p", {class: "why", role: "alert"}, a.error)); return; }
   rows = a.rows; notice = a.note || ""; marked = new Set([...marked].filter(id => rows.some(r => r.run_id === id))); list();
 }
 const matches = r => query.toLowerCase().split(/\s+/).filter(Boolean).every(w => w[0] === "#" ? r.tags.some(t => t.toLowerCase().startsWith(w.slice(1)))
   : [r.run_id, r.name, r.model, r.prompt, ...r.tags, ...r.titles, ...r.specs].join(" ").toLowerCase().includes(w));
-function mark(id, on) { if (on && marked.size >= 10) { toast("Ten runs is the most that can be compared."); list(); return; } on ? marked.add(id) : marked.delete(id); buttons(); }
+function mark(id, on) { if (on && marked.size >= 10) { toast("Ten runs is the most that can be compared."); list(); return; } on ? marked.add(id) : marked.delete(id); if (later.has(body)) list(); else buttons(); }
 function buttons() { cmpbutton.disabled = marked.size < 2; cmpbutton.textContent = marked.size < 2 ? "Compare" : `Compare ${marked.size} runs`; }
 const open = id => trigger("open", {run_id: id, owner: owner()});
 function list() {
