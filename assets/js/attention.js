@@ -27,7 +27,7 @@ const S = {
   replay: () => { S.wait(); trigger("replay", S.ask()); },
   wait: async () => { // while a variant is replayed the cover says how far it is
     const {key, letter} = S, mine = S.waiting = {}, words = `Replaying variant ${letter} to capture its attention…`;
-    say(words);
+    say(words); busy(true);
     while (S.waiting === mine && S.key === key && S.letter === letter) {
       await new Promise(done => setTimeout(done, 700));
       const a = await server.replays({key, letter}).catch(() => null);
@@ -38,6 +38,7 @@ const S = {
     }
   },
   trouble: t => {
+    drawing = null; busy(false);
     const name = `${S.key}/${S.letter}/${S.layer}`;
     if (t.auto && !S.failed.has(name)) {
       if (S.tried.has(name)) S.wait(); else { S.tried.add(name); S.replay(); }

@@ -5,7 +5,7 @@ const known = () => S.now.layers.length ? S.now.layers : S.now.overview;
 const captured = () => known().length === S.now.layers_total ? `all ${S.now.layers_total} layers`
   : `only the captured layers ${known().join(", ")}`;
 function cellsAre(tile) { // what one cell of a tile stands for
-  const pool = tile.pool || S.pool, what = S.minus ? `difference of the ${pool}` : pool;
+  const what = S.minus ? `difference of the ${tile.pool}` : tile.pool;
   if (tile.group > 1) {
     const mean = `the mean of ${tile.group} columns`, one = tile.row_step === 1 && tile.col_step === tile.group;
     return one ? ` · a cell is one row, ${mean}` : ` · ${what} of ${tile.row_step} × ${tile.col_step} a cell, from ${mean}`;
@@ -35,7 +35,7 @@ function note() {
   const key = (b, text) => h("span", {}, h("s", {class: `bits b${b}`}), text), ends = tile ? fmt.dec(tile.top, 3) : "";
   swap(scalebox, tile ? [h("span", {class: "num"}, S.minus ? `${S.minus} more, ${ends}` : "0"),
     h("i", {class: S.minus ? "div" : "seq"}),
-    h("span", {class: "num"}, S.minus ? `${S.letter} more, ${ends}` : ends), h("span", {}, S.log ? "log" : "linear"),
+    h("span", {class: "num"}, S.minus ? `${S.letter} more, ${ends}` : ends), h("span", {}, tile.log ? "log" : "linear"),
     [8, 4, 3, 2].filter(b => widths.has(b)).map(b => key(b, `read at ${b} bit`)), key(0, "evicted")] : "",
     parts.length ? h("span", {class: "said"}, parts.join(" ")) : "", zooming && tiles.over.replay ? h("button", {type: "button",
       class: "plain", "data-key": "zoomreplay", onclick: S.replay}, "Replay to zoom to single tokens") : null);
@@ -143,6 +143,7 @@ async function load() {
   S.now = v; S.letter = v.letter; S.layer = Math.max(0, Math.min(v.layers_total - 1, S.layer));
   if (typeof S.head === "number") S.head = Math.max(0, Math.min(v.heads - 1, S.head));
   if (!same) {
+    drawing = ++wanted; busy(true); // nothing more of what was there before
     const a = await server.tokens({key: S.key, letter: S.letter}).catch(() => ({error: LOST}));
     if (mine !== loading) return;
     if (a.error) { drawTools(); return S.trouble(a); }

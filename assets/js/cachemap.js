@@ -16,7 +16,9 @@ const cachebox = h("section", {class: "cachebox", "aria-label": "cache map"},
 const WIDTHS = ["16", "8", "4", "3", "2", "0"], widthName = b => b === "0" ? "evicted" : `${b} bit`;
 let cacheAsk = 0, lastCache = null, stops = null, lifeToken = null, lifeAsk = 0;
 
-function cacheReset() { stops = null; lifeToken = null; lifebox.replaceChildren(); }
+function cacheReset() { // answers about what was there before are no longer wanted
+  cacheAsk++; lifeAsk++; stops = null; lifeToken = null; lifebox.replaceChildren();
+}
 const stopRow = () => stops ? stops[Number(slider.value)] : null;
 function stepName(row) {
   const step = row - S.now.prompt + 1, all = S.now.tokens - S.now.prompt;

@@ -6,7 +6,7 @@ const cover = h("div", {class: "mapcover", hidden: true});
 const maptip = h("div", {class: "al-tip", role: "tooltip", hidden: true});
 document.body.append(maptip);
 const mapbox = h("div", {class: "mapbox"}, canvas, cover, live);
-let V = {r: 0, c: 0, span: 1}, tiles = {over: null, near: null}, wanted = 0, hover = null, cellAsk = 0;
+let V = {r: 0, c: 0, span: 1}, tiles = {over: null, near: null}, wanted = 0, drawing = null, hover = null, cellAsk = 0;
 let ramp = null, diverging = null, washed = {}, hatchPattern = null, sharpening = null;
 
 const total = () => S.limit || (S.now || {}).tokens || 1;
@@ -106,7 +106,8 @@ async function fetchTile(rows, cols, id, more) {
   const answer = await server.tile({...S.ask(), id, ...view, ...more});
   if (answer.error) return answer;
   answer.bytes = bytes(answer.data); answer.lost = answer.evicted ? bytes(answer.evicted) : null;
-  answer.width = answer.bits ? bytes(answer.bits) : null; answer.signed = signed;
+  answer.width = answer.bits ? bytes(answer.bits) : null; answer.signed = signed; answer.log = view.log;
+  answer.pool = answer.pool || view.pool;
   delete answer.data; delete answer.evicted; delete answer.bits;
   paint(answer); return answer;
 }
@@ -120,13 +121,18 @@ async function watched(rows, cols, mine, tell, more) { // a tile whose progress 
   const tile = await fetchTile(rows, cols, id, more).catch(() => ({error: LOST}));
   clearInterval(clock); return tile;
 }
+const busy = on => mapbox.setAttribute("aria-busy", String(on)); // until the map of what was chosen is in sight
+const undrawn = () => drawing === wanted; // the whole map is still on its way: nothing of it is sharpened
 async function overview() {
-  const mine = ++wanted, before = S.shown, choice = S.ask(); sharpening = null;
-  if (!before || Object.keys(choice).some(k => before[k] !== choice[k])) { tiles = {over: null, near: null}; draw(); }
+  const mine = drawing = ++wanted, before = S.shown, choice = S.ask(), shades = {pool: S.pool, log: S.log};
+  const same = before && Object.keys(choice).every(k => before[k] === choice[k]); sharpening = null; busy(true);
+  if (!same) { tiles = {over: null, near: null}; draw(); }
   const stop = h("button", {type: "button", class: "plain", "data-key": "map-stop",
     onclick: () => {
-      wanted++; say(null);
-      if (before && before.key === S.key) S.choose({...before}); else S.trouble({error: "The drawing was cancelled."});
+      wanted++; say(null); busy(false);
+      if (same && tiles.over) { Object.assign(S, before); drawTools(); note(); if (V.span < total()) near(); } // it is still there
+      else if (before && before.key === S.key && !same) S.choose({...before});
+      else S.trouble({error: "The drawing was cancelled."});
     }}, "Cancel");
   const share = h("p", {});
   const tile = await watched([0, total()], [0, total()], mine, f => {
@@ -134,11 +140,13 @@ async function overview() {
     if (!stop.isConnected) { cover.hidden = false; swap(cover, share, h("div", {class: "row center"}, stop)); }
   });
   if (mine !== wanted) return;
-  if (tile.error) return S.trouble(tile);
-  S.shown = choice; say(null); tiles = {over: tile, near: null}; draw(); S.drawn(); if (V.span < total()) near();
+  drawing = null; if (tile.error) return S.trouble(tile);
+  S.shown = {...choice, ...shades}; say(null); tiles = {over: tile, near: null}; draw(); S.drawn(); busy(false);
+  if (V.span < total()) near();
   if (S.head === "rollout") askRow(S.row); // its rows are only known once it was drawn
 }
 async function sharpen(more) {
+  if (undrawn()) return;
   if (!tiles.over || tiles.over.stored || V.span >= total()) { if (tiles.near) { tiles.near = null; draw(); } return; }
   const mine = ++wanted, ends = x => [Math.floor(x), Math.ceil(x + V.span)];
   const tile = await watched(ends(V.r), ends(V.c), mine, f => { sharpening = f; S.drawn(); }, more);
@@ -209,7 +217,7 @@ canvas.addEventListener("keydown", e => {
 });
 function reset() {
   V = {r: 0, c: 0, span: total()}; clampView(); tiles.near = null; sharpening = null;
-  if (tiles.over) wanted++; // what was being sharpened is no longer in sight
+  if (!undrawn()) wanted++; // what was being sharpened is no longer in sight
   draw(); S.moved();
 }
 function tipAt(at) {
