@@ -64,12 +64,13 @@ def build(lab: Lab | None = None) -> gr.Blocks:
         shown = [c.prompt, c.setup, c.settings, c.columns, c.charts, c.saved, c.banner, c.status, c.model]
         att.replay(attention.replayer(lab), None, [att, att_status], concurrency_id="model", show_progress="hidden",
                    trigger_mode="multiple", **PRIVATE)
-        # What reads the run alone may go on beside a generation; what feeds the model waits for its turn.
+        # What reads the run alone may go on beside a generation; what feeds the model waits for its turn. The page offers no
+        # second press while one is under way; one that comes before the last answer is wholly over is answered too.
         work = diagnostics.runner(lab)
-        probe.compute(work, None, probed, show_progress="hidden", trigger_mode="once", concurrency_limit=2, **PRIVATE)
-        probe.probe(work, None, probed, show_progress="hidden", trigger_mode="once", concurrency_id="model", **PRIVATE)
-        mem.control.pick(memory.picker(lab), followed, [mem.picked, *mem.outputs[4:]], **QUIET)
-        opened = table.open(opener(lab), c.settings, [view, tabs, *shown], **QUIET)
+        probe.compute(work, None, probed, show_progress="hidden", trigger_mode="multiple", concurrency_limit=2, **PRIVATE)
+        probe.probe(work, None, probed, show_progress="hidden", trigger_mode="multiple", concurrency_id="model", **PRIVATE)
+        mem.control.pick(memory.picker(lab), followed, [mem.picked, *mem.outputs[4:]], trigger_mode="multiple", **QUIET)
+        opened = table.open(opener(lab), c.settings, [view, tabs, *shown], trigger_mode="multiple", **QUIET)
         arrived = demo.load(None, None, owner, js=OWNER, **PRIVATE)
         looked = arrived.then(arrival(lab), owner, [view, tabs, att, *shown], **QUIET)
         looked.then(None, None, None, js=ARRIVED, **PRIVATE)
@@ -87,7 +88,8 @@ def _compare_events(lab: Lab, c: compare.Parts, view: gr.State, owner: gr.Textbo
                      concurrency_limit=1, trigger_mode="multiple", show_progress="minimal", show_progress_on=c.status, **PRIVATE)
     ran.failure(compare.refused(lab), None, [c.run, c.stop, c.status], **QUIET)
     c.stop.click(compare.stopper(lab), None, c.status, **QUIET)
-    c.settings.preset(compare.apply_preset(lab), c.settings, [c.prompt, c.setup, c.settings, c.status], **QUIET)
+    c.settings.preset(compare.apply_preset(lab), c.settings, [c.prompt, c.setup, c.settings, c.status],
+                      trigger_mode="multiple", **QUIET)
     c.info.ready(lambda *now: (compare.token_counter(lab)(*now), cards.model_card(lab.facts(), lab.loaded)),
                  [c.prompt, c.settings], [c.info, c.model], **QUIET)
     return ran
