@@ -4,6 +4,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -26,14 +28,18 @@ def free_port() -> int:
 def browser():
     """Chromium through Playwright; skipped with a reason where there is none, unless LAB_REQUIRE_BROWSER=1."""
     try:
-        from playwright.sync_api import sync_playwright
+        from playwright.sync_api import expect, sync_playwright
     except ImportError:
         (pytest.fail if REQUIRED else pytest.skip)("playwright is not installed")
     path = chromium()
     if path is None:
         (pytest.fail if REQUIRED else pytest.skip)("no Chromium found; install one or set CHROMIUM")
+    from .hands import WAIT_S
+
+    expect.set_options(timeout=WAIT_S * 1000)
     with sync_playwright() as p:
-        found = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        found = p.chromium.launch(executable_path=path, timeout=WAIT_S * 1000,
+                                  args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
         yield found
         found.close()
 
@@ -45,24 +51,42 @@ def site():
 
     from . import fixture
 
-    lab = fixture.FakeLab(step_s=0.06)
+    lab = fixture.FakeLab(step_s=0.02)
     port = free_port()
     demo = serve(port, lab=lab, block=False, preload=False)
     yield f"http://127.0.0.1:{port}/", lab
     demo.close()
 
 
+@contextmanager
+def visitor(browser, **options):
+    """An empty page of a fresh visitor, patient enough for a slow machine."""
+    from .hands import TOASTS, WAIT_S
+
+    context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}, **options})
+    context.set_default_timeout(WAIT_S * 1000)
+    context.add_init_script(TOASTS)
+    try:
+        yield context.new_page()
+    finally:
+        context.close()
+
+
 @pytest.fixture
 def page(browser, site):
     """A fresh visitor. The test fails on any console error, page error or request that leaves the machine."""
-    context = browser.new_context(viewport={"width": 1440, "height": 900}, accept_downloads=True)
-    page = context.new_page()
-    wrong: list[str] = []
-    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
-    page.on("pageerror", lambda e: wrong.append(str(e)))
-    page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith((site[0], "data:", "blob:")) else None)
-    page.goto(site[0], wait_until="load")
-    page.wait_for_selector("#columns .col")
-    yield page
-    context.close()
+    from .hands import WAIT_S, arrive
+
+    url, lab = site
+    with visitor(browser, accept_downloads=True) as page:
+        wrong: list[str] = []
+        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda e: wrong.append(str(e)))
+        page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
+        arrive(page, url)
+        page.wait_for_selector("#columns .col")
+        yield page
+    until = time.monotonic() + WAIT_S
+    while lab.busy() and time.monotonic() < until:  # a run that the visitor left is given up, and the next one need not queue
+        time.sleep(0.02)
     assert wrong == []

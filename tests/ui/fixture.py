@@ -1,8 +1,10 @@
 """A synthetic run and a lab without an engine, for tests of the browser room only. No figure here is a measurement."""
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -206,6 +208,7 @@ class FakeLab(Lab):
     def __init__(self, step_s: float = 0.01, example: bool = True) -> None:
         super().__init__(StoreLibrary.memory())
         self.step_s, self.runs_made = step_s, 0
+        self._go, self._hold = threading.Event(), None
         self.shelf._runs.pop("recorded", None)
         self.has_example = example
         if example:
@@ -237,6 +240,18 @@ class FakeLab(Lab):
         dense = facts["kv_bytes_per_token"] * (prompt + samples * (total - prompt))
         return dense * (0.25 if "h2o" in stack.spec else 1) * (0.2 if "kivi" in stack.spec else 1), dense
 
+    @contextmanager
+    def held(self, after: int) -> Iterator[None]:
+        """Inside, a run writes `after` tokens of each variant and then waits, so that a test sees it under way however slow the
+        machine is. The run goes on when the block ends; one that is stopped ends at once."""
+        self._hold = after
+        self._go.clear()
+        try:
+            yield
+        finally:
+            self._hold = None
+            self._go.set()
+
     def run(self, prompt: str, variants: list[dict], settings: dict, job: Job, owner: str = "") -> Iterator[Any]:
         self.runs_made += 1
         job.run_id = f"20260102-00000{self.runs_made}-fake"
@@ -253,6 +268,8 @@ class FakeLab(Lab):
         longest = min(int(settings["max_new_tokens"]), max(len(v["tokens"]) for v in record["variants"]))
         reason = "length"
         for k in range(longest):
+            while k == self._hold and not job.stopped and not self._go.wait(0.02):
+                yield Progress(None, k / longest, "held")
             if job.stopped:
                 reason = "cancelled"
                 break

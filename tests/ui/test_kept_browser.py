@@ -4,15 +4,16 @@ from __future__ import annotations
 import time
 
 import pytest
+from playwright.sync_api import expect
 
 from lab.inspect import pooled
 from lab.ui import grid, maps
 from lab.ui.opened import OpenRun
 
 from . import fixture
+from .hands import WAIT_S, arrive, drawn, point, tells
 
 pytestmark = pytest.mark.browser
-NOTE = "document.querySelector('.mapnote') && document.querySelector('.mapnote').innerText"
 
 
 def test_a_run_without_queries_and_keys_opens_at_its_overview_and_offers_the_replay(page, site):
@@ -26,31 +27,34 @@ def test_a_run_without_queries_and_keys_opens_at_its_overview_and_offers_the_rep
         time.sleep(0.02)
     maps.tile(run, {"letter": "B", "layer": 3, "head": "rollout", "rows": [0, 999], "cols": [0, 999]})
     run.let_go()
-    page.goto(f"{url}?tab=attention&run={record['run_id']}&variant=B&layer=3&head=2")
-    page.wait_for_function(f"{NOTE} && {NOTE}.includes('kept with the run')")
-    assert "max of 2 × 2 a cell" in page.inner_text(".mapnote") and page.locator(".thumb").count() == 18
-    assert page.locator('[data-key="zoomreplay"]').inner_text() == "Replay to zoom to single tokens"
-    page.wait_for_function("document.querySelector('.bars').innerText.includes('replay it to zoom to single tokens')")
-    assert page.locator(".heads tbody tr").count() == 6 and page.locator(".cachecanvas").is_visible()
-    page.locator(".mapcanvas").scroll_into_view_if_needed()
-    box = page.locator(".mapcanvas").bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.7)
-    page.wait_for_function("[...document.querySelectorAll('.al-tip')].some(t => !t.hidden "
-                           "&& /of 2 × 2 tokens ≈/.test(t.innerText))")
+    arrive(page, f"{url}?tab=attention&run={record['run_id']}&variant=B&layer=3&head=2")
+    note, ready = page.locator(".mapnote"), '#attention .mapbox[aria-busy="false"]'
+    page.wait_for_selector(ready)
+    expect(note).to_contain_text("kept with the run")
+    expect(note).to_contain_text("max of 2 × 2 a cell")
+    expect(page.locator(".thumb")).to_have_count(18)
+    expect(page.locator('[data-key="zoomreplay"]')).to_have_text("Replay to zoom to single tokens")
+    expect(page.locator(".bars")).to_contain_text("replay it to zoom to single tokens")
+    expect(page.locator(".heads tbody tr")).to_have_count(6)
+    expect(page.locator(".cachecanvas")).to_be_visible()
+    point(page, ".mapcanvas", (0.2, 0.7), tells(page, "of 2 × 2 tokens ≈"))
     page.mouse.wheel(0, -600)
-    page.wait_for_function(f"{NOTE}.includes('in sight') && {NOTE}.includes('2 × 2 a cell')")
+    expect(note).to_contain_text("in sight")
+    expect(note).to_contain_text("2 × 2 a cell")
     page.locator(".thumb").nth(13).click()
     page.wait_for_function("location.search.includes('layer=7')")
-    page.wait_for_function(f"{NOTE}.includes('kept with the run')")
+    page.wait_for_selector(ready)
+    expect(note).to_contain_text("kept with the run")
     page.get_by_label("head", exact=True).select_option("rollout")
-    page.wait_for_function("document.querySelector('.mapscale').innerText.includes('Rollout through')")
-    page.wait_for_function(f"{NOTE}.includes('kept with the run')")
+    expect(page.locator("#attention .att .mapscale")).to_contain_text("Rollout through")
+    page.wait_for_selector(ready)
+    expect(note).to_contain_text("kept with the run")
 
 
 def test_a_long_drawing_shows_how_far_it_is_and_can_be_cancelled(page, site, monkeypatch):
     url, lab = site
-    page.goto(f"{url}?tab=attention&variant=A&layer=3&head=1")
-    page.wait_for_function(f"{NOTE} && {NOTE}.includes('a cell')")
+    arrive(page, f"{url}?tab=attention&variant=A&layer=3&head=1")
+    drawn(page)
     real = OpenRun.lens
 
     class Slow:
@@ -58,13 +62,12 @@ def test_a_long_drawing_shows_how_far_it_is_and_can_be_cancelled(page, site, mon
             self.tokens, self._lens = lens.tokens, lens
 
         def view(self, rows, cols, width, height, pool, progress=None, cancel=None):
-            for n in range(600):
-                time.sleep(0.02)
-                if progress:
-                    progress(n / 600)
-                if cancel and cancel():
+            until = time.monotonic() + WAIT_S
+            while time.monotonic() < until:  # it ends by being cancelled alone
+                progress(0.25)
+                if cancel():
                     raise pooled.Cancelled()
-            return self._lens.view(rows, cols, width, height, pool)
+                time.sleep(0.02)
 
         def row(self, i):
             return self._lens.row(i)
@@ -72,12 +75,15 @@ def test_a_long_drawing_shows_how_far_it_is_and_can_be_cancelled(page, site, mon
     monkeypatch.setattr(OpenRun, "lens", lambda self, letter, layer, head, minus=None, exact=False:
                         (Slow if head == "max" else lambda x: x)(real(self, letter, layer, head, minus, exact)))
     page.get_by_label("head", exact=True).select_option("max")
-    page.wait_for_function("/Computing the map · [1-9]/.test(document.querySelector('.mapcover').innerText)")
+    expect(page.locator(".mapcover").filter(has_text="Computing the map · 25%")).to_be_visible()
     page.click('[data-key="map-stop"]')
-    page.wait_for_function("location.search.includes('head=1') && document.querySelector('.mapcover').hidden")
-    page.wait_for_function(f"{NOTE}.includes('a cell')")
+    page.wait_for_function("location.search.includes('head=1')")
+    drawn(page)
     run = lab.shelf.get("recorded")
-    until = time.time() + 10
-    while any(key[0] == "tile" for key in list(run.tasks) if isinstance(key, tuple)) and time.time() < until:
-        time.sleep(0.1)
-    assert not any(key[0] == "tile" for key in list(run.tasks) if isinstance(key, tuple)), "the server gave it up as well"
+
+    def drawing() -> bool:
+        return any(key[0] == "tile" for key in list(run.tasks) if isinstance(key, tuple))
+    until = time.monotonic() + WAIT_S / 2
+    while drawing() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not drawing(), "the server gave it up as well"

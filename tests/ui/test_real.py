@@ -1,106 +1,111 @@
 """The whole way on the real engine and the default model: run, look inside, save, reload, open again."""
 from __future__ import annotations
 
-import pytest
+import re
+from contextlib import contextmanager
 
-from .conftest import free_port
+import pytest
+from playwright.sync_api import expect
+
+from lab.ui.attention import fed
+
+from .conftest import free_port, visitor
+from .hands import TELLS_WEIGHT, arrive, canvas, point, status_says, tab, tells
 
 pytestmark = [pytest.mark.browser, pytest.mark.model, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
+    """(url, lab) of a served app on the default model."""
     from lab.ui.app import default_lab, serve
 
     lab = default_lab(tmp_path_factory.mktemp("runs") / "runs.duckdb")
     lab.ensure_model()
     port = free_port()
     demo = serve(port, lab=lab, block=False, preload=False)
-    yield f"http://127.0.0.1:{port}/"
+    yield f"http://127.0.0.1:{port}/", lab
     demo.close()
 
 
+@contextmanager
 def one_card(browser, url):
     """A fresh visitor's page with the reference variant only."""
-    page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
-    page.goto(url)
-    page.wait_for_selector("#setup .card")
-    page.wait_for_timeout(800)
-    while page.locator(".card").count() > 1:
-        page.locator('[data-key^="rm-"]').last.click()
-        page.wait_for_timeout(150)
-    return page
+    with visitor(browser) as page:
+        arrive(page, url)
+        cards = page.locator("#setup .card")
+        expect(cards).to_have_count(3)
+        for left in (2, 1):
+            page.locator('[data-key^="rm-"]').last.click()
+            expect(cards).to_have_count(left)
+        yield page
 
 
 def test_run_look_save_reload_open(browser, real):
-    page = one_card(browser, real)
-    page.click('[data-key="more"]')
-    page.fill('[data-key="find-1"]', "integer")
-    page.click('[data-key="sw-1-int_codes"]')
-    page.wait_for_selector('[data-key="chip-1-int_codes"]')
-    page.fill("#prompt textarea", "The sea was calm, the lamp was lit, and the keeper wrote that")
-    page.get_by_label("new tokens").fill("12")
-    page.keyboard.press("Tab")
-    page.click("#run")
-    page.wait_for_function("document.querySelector('#status').innerText.includes('Done.')", timeout=300_000)
-    assert page.locator("#columns .col").count() == 2
-    assert page.locator("#columns .vB .t").count() >= 10
-    assert "nats" in page.inner_text("#columns .vB .strip") and "8 bit" in page.inner_text("#columns .vB .key")
-    text = page.inner_text("#columns .vB .text")
+    url, lab = real
+    with one_card(browser, url) as page:
+        page.click('[data-key="more"]')
+        page.fill('[data-key="find-1"]', "integer")
+        page.click('[data-key="sw-1-int_codes"]')
+        page.wait_for_selector('[data-key="chip-1-int_codes"]')
+        page.fill("#prompt textarea", "The sea was calm, the lamp was lit, and the keeper wrote that")
+        page.get_by_label("new tokens").fill("12")
+        page.keyboard.press("Tab")
+        page.click("#run")
+        status_says(page, "Done.")
+        expect(page.locator("#columns .col")).to_have_count(2)
+        expect(page.locator("#columns .vB .t").nth(9)).to_be_attached()
+        expect(page.locator("#columns .vB .strip")).to_contain_text("nats")
+        expect(page.locator("#columns .vB .key")).to_contain_text("8 bit")
+        text = page.inner_text("#columns .vB .text")
+        run = lab.shelf.get(lab.open(page.evaluate("new URL(location.href).searchParams.get('run')"), ""))
 
-    page.get_by_role("tab", name="Attention").click()
-    page.wait_for_selector(".bars tr", timeout=120_000)
-    box = page.locator(".mapcanvas").bounding_box()
-    page.mouse.move(box["x"] + 30, box["y"] + box["height"] * 0.5)
-    page.wait_for_function("[...document.querySelectorAll('.al-tip')].some(t => !t.hidden && /weight .* rank/.test(t.innerText))",
-                           timeout=60_000)
-    page.get_by_role("tab", name="Memory").click()
-    page.wait_for_selector("#kvplot .js-plotly-plot")
-    assert "predicted" in page.inner_text("#tabs")
+        canvas(page, tokens=fed(run, "A"))
+        point(page, ".mapcanvas", (0.05, 0.5), tells(page, TELLS_WEIGHT))
+        tab(page, "Memory")
+        page.wait_for_selector("#kvplot .js-plotly-plot")
+        expect(page.locator("#tabs")).to_contain_text("predicted")
 
-    page.goto(real + "?tab=runs")
-    page.wait_for_selector("table.runs tbody tr")
-    page.locator("table.runs tbody tr").first.get_by_role("button", name="Open").click()
-    page.wait_for_function("document.querySelector('#status').innerText.includes('Opened')", timeout=60_000)
-    assert page.inner_text("#columns .vB .text") == text
-    assert page.input_value("#prompt textarea").startswith("The sea was calm")
-    page.context.close()
+        arrive(page, url + "?tab=runs")
+        page.locator("table.runs tbody tr").first.get_by_role("button", name="Open").click()
+        status_says(page, "Opened")
+        expect(page.locator("#columns .vB .text")).to_have_text(text, use_inner_text=True)
+        expect(page.locator("#prompt textarea")).to_have_value(re.compile("^The sea was calm"))
 
 
 def test_several_continuations(browser, real):
-    page = one_card(browser, real)
-    page.fill("#prompt textarea", "Three colours of the sea are")
-    page.get_by_role("button", name="sampled").click()
-    page.get_by_label("continuations").fill("3")
-    page.get_by_label("new tokens").fill("6")
-    page.keyboard.press("Tab")
-    page.click("#run")
-    page.wait_for_function("document.querySelector('#status').innerText.includes('Done.')", timeout=300_000)
-    assert "2 more continuations" in page.inner_text("#columns .samples summary")
-    page.click("#columns .samples summary")
-    assert page.locator("#columns .samples li").count() == 2
-    page.context.close()
+    with one_card(browser, real[0]) as page:
+        page.fill("#prompt textarea", "Three colours of the sea are")
+        page.get_by_role("button", name="sampled").click()
+        page.get_by_label("continuations").fill("3")
+        page.get_by_label("new tokens").fill("6")
+        page.keyboard.press("Tab")
+        page.click("#run")
+        status_says(page, "Done.")
+        expect(page.locator("#columns .samples summary")).to_contain_text("2 more continuations")
+        page.click("#columns .samples summary")
+        expect(page.locator("#columns .samples li:visible")).to_have_count(2)
 
 
 def test_another_model_is_loaded_after_a_run_and_while_one_is_going(browser, real):
-    page = one_card(browser, real)
-    page.fill("#prompt textarea", "The lamp was lit, and")
-    page.get_by_label("new tokens").fill("400")
-    page.keyboard.press("Tab")
-    page.get_by_role("button", name="Change model").click()
-    page.fill("#modelsource textarea, #modelsource input", "/no/such/folder")
-    page.click("#run")
-    page.wait_for_function("document.querySelector('#status').innerText.includes('writing token')", timeout=120_000)
-    page.click("#modelload")
-    page.wait_for_function("document.querySelector('#modelstatus').innerText.includes('A run is under way')", timeout=30_000)
-    page.click("#stop")
-    page.wait_for_function("document.querySelector('#status').innerText.includes('Stopped')", timeout=60_000)
-    page.wait_for_selector("#modelstatus .errorcard", timeout=120_000)
-    assert "still loaded" in page.inner_text("#modelstatus")
-    page.fill("#modelsource textarea, #modelsource input", "default")
-    page.click("#modelload")
-    page.wait_for_function("document.querySelector('#modelstatus').innerText.includes('Loaded')", timeout=240_000)
-    page.get_by_label("new tokens").fill("4")
-    page.click("#run")
-    page.wait_for_function("document.querySelector('#status').innerText.includes('Done.')", timeout=120_000)
-    page.context.close()
+    with one_card(browser, real[0]) as page:
+        told = page.locator("#modelstatus")
+        page.fill("#prompt textarea", "The lamp was lit, and")
+        page.get_by_label("new tokens").fill("1000")  # more than are written before Stop, whatever the machine
+        page.keyboard.press("Tab")
+        page.get_by_role("button", name="Change model").click()
+        page.fill("#modelsource textarea, #modelsource input", "/no/such/folder")
+        page.click("#run")
+        status_says(page, "writing token")
+        page.click("#modelload")
+        expect(told).to_contain_text("A run is under way")
+        page.click("#stop")
+        status_says(page, "Stopped")
+        expect(told.locator(".errorcard")).to_contain_text("still loaded")
+        page.fill("#modelsource textarea, #modelsource input", "default")
+        page.click("#modelload")
+        expect(told).to_contain_text("Loaded", timeout=300_000)
+        page.get_by_label("new tokens").fill("4")
+        page.keyboard.press("Tab")
+        page.click("#run")
+        status_says(page, "Done.")

@@ -13,6 +13,7 @@ from lab.ui import figures, memory, roof
 from lab.ui.roof import Pick
 
 from . import fixture
+from .conftest import visitor
 
 HERE = Machine("this machine", 1e11, 1e10, 8e9, "float32", "measured")
 CARD = Machine("Card <b>", 100e12, 1e12, 9e6, "bfloat16", "https://example.org/card")
@@ -111,71 +112,86 @@ def opened(page, site, record):
     """The tab on a run that was measured here."""
     record.update(run_id="20251231-230000-cccc", name="measured here")
     site[1].library.save(record, {})
-    page.goto(site[0] + "?tab=memory&run=20251231-230000-cccc")
-    page.wait_for_selector("#roofplot .legendtext")
-    page.wait_for_function("document.querySelectorAll('#header .chip')[1].innerText === 'measured here'")
-    page.wait_for_function("document.querySelector('#roofplot').textContent.includes('decode, measured')")
+    from playwright.sync_api import expect
+
+    from .hands import arrive
+
+    arrive(page, site[0] + "?tab=memory&run=20251231-230000-cccc")
+    expect(page.locator("#header .chip").nth(1)).to_have_text("measured here")
+    expect(page.locator("#roofplot")).to_contain_text("decode, measured")
     return page
 
 
 def test_another_machine_moves_the_roof_and_the_memory(opened):
-    assert "this machine:" in opened.inner_text("#rooftable") and "measured once" in opened.inner_text("#rooftable")
+    from playwright.sync_api import expect
+
+    table, plot = opened.locator("#rooftable"), opened.locator("#roofplot")
+    expect(table).to_contain_text(re.compile("this machine:.*measured once", re.S))
     opened.get_by_label("machine", exact=True).select_option("NVIDIA T4")
-    opened.wait_for_function("document.querySelector('#rooftable').innerText.includes('65 TFLOP/s')")
-    opened.wait_for_function("document.querySelector('#roofplot').textContent.includes('data sheet')")
-    assert "decode, measured" not in opened.text_content("#roofplot") and "decode, predicted" in opened.text_content("#roofplot")
-    assert opened.locator("#rooftable a").get_attribute("href").startswith("https://www.nvidia.com/")
-    opened.wait_for_function("document.querySelector('#roomplot').textContent.includes('memory of NVIDIA T4')")
+    expect(table).to_contain_text("65 TFLOP/s")
+    expect(plot).to_contain_text("data sheet")
+    expect(plot).not_to_contain_text("decode, measured")
+    expect(plot).to_contain_text("decode, predicted")
+    expect(opened.locator("#rooftable a").first).to_have_attribute("href", re.compile("^https://www.nvidia.com/"))
+    expect(opened.locator("#roomplot")).to_contain_text("memory of NVIDIA T4")
     opened.click("#rooftable summary")
-    assert opened.locator("#rooftable tbody tr:visible").count() == 6
+    expect(opened.locator("#rooftable tbody tr:visible")).to_have_count(6)
 
 
 def test_the_control_works_from_the_keyboard_and_survives_another_run(opened):
+    from playwright.sync_api import expect
+
+    from .hands import tab
+
     opened.get_by_label("decoded at once").focus()
     opened.keyboard.press("ArrowDown")
-    opened.wait_for_function("document.querySelector('#roomtable').textContent.includes('4 × 2,048 tokens')")
+    expect(opened.locator("#roomtable")).to_contain_text("4 × 2,048 tokens")
     opened.get_by_label("roofline of the").select_option("attention")
-    opened.wait_for_function("document.querySelector('#rooftable').textContent.includes('decode attention')")
-    opened.get_by_role("tab", name="Runs").click()
+    expect(opened.locator("#rooftable")).to_contain_text("decode attention")
+    tab(opened, "Runs")
     opened.locator("table.runs tbody tr", has_text="older run").get_by_role("button", name="Open").click()
-    opened.wait_for_function("document.querySelectorAll('#header .chip')[1].innerText === 'older run'")
-    opened.get_by_role("tab", name="Memory").click()
-    assert opened.get_by_label("roofline of the").input_value() == "attention"
-    opened.wait_for_function("document.querySelector('#roomtable').textContent.includes('4 × 2,048 tokens')")
-    assert "decode attention" in opened.text_content("#rooftable")
+    expect(opened.locator("#header .chip").nth(1)).to_have_text("older run")
+    tab(opened, "Memory")
+    expect(opened.get_by_label("roofline of the")).to_have_value("attention")
+    expect(opened.locator("#roomtable")).to_contain_text("4 × 2,048 tokens")
+    expect(opened.locator("#rooftable")).to_contain_text("decode attention")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_it_all(browser, site, scheme):
-    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme)
-    page = context.new_page()
-    page.goto(site[0] + "?tab=memory")
-    page.wait_for_selector("#roofplot .legendtext")
-    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
-    for name in ("#roofplot", "#roomplot", "#roofpick select"):
-        box = page.locator(name).first.bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= 390
-    text = page.evaluate("getComputedStyle(document.querySelector('#roofplot .legendtext')).fill")
-    assert text == ("rgb(154, 161, 174)" if scheme == "dark" else "rgb(92, 98, 112)")
-    context.close()
+    from playwright.sync_api import expect
+
+    from .hands import arrive
+
+    with visitor(browser, viewport={"width": 390, "height": 844}, color_scheme=scheme) as page:
+        arrive(page, site[0] + "?tab=memory")
+        page.wait_for_selector("#roofplot .legendtext")
+        page.wait_for_function("document.documentElement.scrollWidth <= innerWidth")
+        for name in ("#roofplot", "#roomplot", "#roofpick select"):
+            page.wait_for_function("""name => { const r = document.querySelector(name).getBoundingClientRect();
+                                      return r.width > 0 && r.left >= 0 && r.right <= 390; }""", arg=name)
+        fill = "rgb(154, 161, 174)" if scheme == "dark" else "rgb(92, 98, 112)"
+        expect(page.locator("#roofplot .legendtext").first).to_have_css("fill", fill)
 
 
 def test_without_a_run_the_tab_says_what_to_do(browser):
+    from playwright.sync_api import expect
+
     from lab.ui.app import serve
 
     from .conftest import free_port
+    from .hands import arrive
 
     port = free_port()
     demo = serve(port, lab=fixture.FakeLab(example=False), block=False, preload=False)
     try:
-        page = browser.new_page()
-        page.goto(f"http://127.0.0.1:{port}/?tab=memory")
-        page.wait_for_selector(".memorytab .empty:visible")
-        assert "No run is open" in page.inner_text(".memorytab")
-        assert re.search("Waits for a run", page.inner_text("#rooftable"))
-        page.get_by_label("machine", exact=True).select_option("NVIDIA L4")  # asks for nothing that is not there
-        page.wait_for_timeout(400)
-        assert not page.locator(".errorcard").count()
-        page.close()
+        with visitor(browser) as page:
+            arrive(page, f"http://127.0.0.1:{port}/?tab=memory")
+            expect(page.locator(".memorytab .empty", has_text="No run is open")).to_be_visible()
+            expect(page.locator("#rooftable")).to_contain_text("Waits for a run")
+            with page.expect_response(re.compile("/(run|queue)/")) as answer:
+                page.get_by_label("machine", exact=True).select_option("NVIDIA L4")  # asks for nothing that is not there
+            assert answer.value.ok and "error" not in answer.value.json()
+            expect(page.locator(".errorcard")).to_have_count(0)
     finally:
         demo.close()

@@ -4,11 +4,13 @@ from __future__ import annotations
 import time
 
 import pytest
+from playwright.sync_api import expect
 
 from lab.errors import LabError
 
 from . import fixture
-from .conftest import free_port
+from .conftest import free_port, visitor
+from .hands import WAIT_S, arrive, status_says
 
 pytestmark = pytest.mark.browser
 
@@ -48,15 +50,12 @@ def changing():
 @pytest.fixture
 def slow(browser, changing):
     """A visitor whose stream comes 0.7 s late."""
-    context = browser.new_context(viewport={"width": 1440, "height": 900})
-    context.add_init_script(SLOW)
-    page = context.new_page()
-    page.goto(changing[0])
-    page.wait_for_selector("#columns .col")
-    page.get_by_role("button", name="Change model").click()
-    page.wait_for_selector("#modelload")
-    yield page
-    context.close()
+    with visitor(browser) as page:
+        page.context.add_init_script(SLOW)
+        arrive(page, changing[0])
+        page.get_by_role("button", name="Change model").click()
+        page.wait_for_selector("#modelload")
+        yield page
 
 
 def load(page, source: str) -> None:
@@ -64,44 +63,49 @@ def load(page, source: str) -> None:
     page.click("#modelload")
 
 
+def told(page, words: str) -> None:
+    expect(page.locator("#modelstatus")).to_contain_text(words)
+
+
 def test_a_press_while_the_stream_before_it_is_closing(slow, changing):
     slow.click("#run")
     slow.wait_for_selector("#columns .caret")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + WAIT_S
     while changing[1].busy() and time.monotonic() < deadline:  # the server is done, and the page does not know it yet
         slow.wait_for_timeout(20)
     load(slow, "/no/such/folder")
-    slow.wait_for_selector("#modelstatus .errorcard", timeout=20_000)
-    assert "no folder" in slow.inner_text("#modelstatus")
+    told(slow, "no folder or file /no/such/folder")
     for source in ("some/model", "/no/such/file", "another/model"):  # each as soon as the button can be pressed again
         load(slow, source)
-        slow.wait_for_function("s => document.querySelector('#modelstatus').innerText.includes(s)",
-                               arg="no folder or file /no/such/file" if source.startswith("/no") else "Loaded", timeout=20_000)
+        told(slow, "no folder or file /no/such/file" if source.startswith("/no") else "Loaded")
     assert changing[1].source == "another/model"
 
 
 def test_load_while_a_run_is_going_waits_in_sight(slow, changing):
-    before, changing[1].step_s = changing[1].runs_made, 0.05
-    slow.click("#run")
-    slow.wait_for_selector("#columns .caret")
-    load(slow, "third/model")
-    slow.wait_for_function("document.querySelector('#modelstatus').innerText.includes('A run is under way')")
-    assert slow.is_disabled("#modelload") and changing[1].source != "third/model"
-    changing[1].step_s = 0.01
-    slow.wait_for_function("document.querySelector('#modelstatus').innerText.includes('Loaded')", timeout=60_000)
-    assert changing[1].source == "third/model" and slow.is_enabled("#modelload")
-    assert changing[1].runs_made == before + 1 and "Done." in slow.inner_text("#status")
+    before = changing[1].runs_made
+    with changing[1].held(after=3):
+        slow.click("#run")
+        slow.wait_for_selector("#columns .caret")
+        load(slow, "third/model")
+        told(slow, "A run is under way")
+        expect(slow.locator("#modelload")).to_be_disabled()
+        assert changing[1].source != "third/model"
+    told(slow, "Loaded")
+    expect(slow.locator("#modelload")).to_be_enabled()
+    status_says(slow, "Done.")
+    assert changing[1].source == "third/model" and changing[1].runs_made == before + 1
 
 
 def test_a_full_queue_is_said_and_run_can_be_pressed_again(slow):
     full = {"status": 503, "content_type": "application/json", "body": '{"detail": "Queue is full. Max size is 32"}'}
     slow.route("**/queue/join*", lambda route: route.fulfill(**full))
     slow.click("#run")
-    slow.wait_for_selector("#status .errorcard")
-    assert "could not be queued" in slow.inner_text("#status") and slow.is_enabled("#run") and slow.is_disabled("#stop")
+    status_says(slow, "could not be queued")
+    expect(slow.locator("#run")).to_be_enabled()
+    expect(slow.locator("#stop")).to_be_disabled()
     load(slow, "fourth/model")
     slow.wait_for_selector("#modelstatus .errorcard")
-    assert slow.is_enabled("#modelload")
+    expect(slow.locator("#modelload")).to_be_enabled()
     slow.unroute("**/queue/join*")
     slow.click("#run")
-    slow.wait_for_function("document.querySelector('#status').innerText.includes('Done.')", timeout=60_000)
+    status_says(slow, "Done.")
