@@ -87,7 +87,7 @@ def _compare_events(lab: Lab, c: compare.Parts, view: gr.State, owner: gr.Textbo
     ran = asked.then(compare.runner(lab), [c.prompt, c.setup, c.settings, owner], outputs, concurrency_id="model",
                      concurrency_limit=1, trigger_mode="multiple", show_progress="minimal", show_progress_on=c.status, **PRIVATE)
     ran.failure(compare.refused(lab), None, [c.run, c.stop, c.status], **QUIET)
-    c.stop.click(compare.stopper(lab), None, c.status, **QUIET)
+    c.stop.click(compare.stopping(lab), None, c.status, **QUIET).then(compare.stopper(lab), None, c.status, **QUIET)
     c.settings.preset(compare.apply_preset(lab), c.settings, [c.prompt, c.setup, c.settings, c.status],
                       trigger_mode="multiple", **QUIET)
     c.info.ready(lambda *now: (compare.token_counter(lab)(*now), cards.model_card(lab.facts(), lab.loaded)),

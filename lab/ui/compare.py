@@ -291,9 +291,15 @@ def visitor_of(request: gr.Request) -> str:
     return str(getattr(request, "session_hash", "") or "local")
 
 
+def stopping(lab: Lab) -> Any:
+    """Stop was pressed: this is shown before the job is asked to end, so that it never covers what the job says in the end."""
+    def tell(request: gr.Request) -> Any:
+        return cards.status("Stopping after this step", busy=True) if lab.has(visitor_of(request)) else gr.skip()
+    return tell
+
+
 def stopper(lab: Lab) -> Any:
-    """Stop: ask the job to end; the generator itself reports the rest."""
+    """Ask the job to end; the generator itself reports the rest."""
     def stop(request: gr.Request) -> Any:
-        asked = lab.stop(visitor_of(request))
-        return cards.status("Stopping after this step", busy=True) if asked else gr.skip()
+        return gr.skip() if lab.stop(visitor_of(request)) else cards.status("The run was over already.")
     return stop

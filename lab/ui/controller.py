@@ -286,6 +286,11 @@ class Lab:
         with self._jobs_lock:
             self._jobs.pop(visitor, None)
 
+    def has(self, visitor: str) -> bool:
+        """True while a visitor's job is under way or queueing."""
+        with self._jobs_lock:
+            return visitor in self._jobs or visitor in self._waiting
+
     def stop(self, visitor: str) -> bool:
         """Ask a visitor's job to stop within a step, or to not begin at all. False when there is none."""
         with self._jobs_lock:

@@ -218,3 +218,15 @@ def test_a_run_that_is_being_generated_is_not_called_interrupted():
     assert {r["run_id"]: r["status"] for r in listing({})["rows"]}[record["run_id"]] == "being generated"
     lab.end("visitor")
     assert {r["run_id"]: r["status"] for r in listing({})["rows"]}[record["run_id"]] == "interrupted"
+
+
+def test_stop_is_said_before_the_job_is_asked_to_end():
+    from types import SimpleNamespace
+
+    lab, who = fixture.FakeLab(step_s=0), SimpleNamespace(session_hash="visitor")
+    job = lab.begin("visitor")
+    assert "Stopping" in compare.stopping(lab)(who) and not job.stopped
+    compare.stopper(lab)(who)
+    assert job.stopped
+    lab.end("visitor")
+    assert "over already" in compare.stopper(lab)(who)
