@@ -162,14 +162,18 @@ async function load() {
 }
 function start() {
   const value = props.value || {}, compare = () => document.querySelector('[role=tab][data-tab-id="compare"]');
+  if (value.replayed && S.key !== null && S.key !== value.key) return; // another run was opened while this one was replayed
   if (!value.key || !(value.variants || []).length) {
     swap(element, h("div", {class: "empty"}, h("p", {}, "No run is open. Make one in Compare, or open one from Runs."),
       h("button", {type: "button", onclick: () => { const t = compare(); if (t) t.click(); }}, "Go to Compare"))); return;
   }
   if (!element.contains(stage)) swap(element, tools, exporting, tokbox, stage, gridbox, cachebox, tokview);
   palette(); if (value.failed) S.failed.add(value.failed);
-  if (S.key !== value.key) {
-    S.key = value.key; S.seen = null; S.pin = null; const s = value.sel || {}, given = s.layer !== null && s.layer !== undefined;
+  // What an address names is shown also where the tab was looked at before the address was read.
+  const s = value.sel || {}, named = Object.values(s).some(x => x !== null && x !== undefined) && value.rev !== S.rev;
+  const moved = S.key !== value.key || named; S.rev = value.rev;
+  if (moved) {
+    S.key = value.key; S.seen = null; S.pin = null; const given = s.layer !== null && s.layer !== undefined;
     S.letter = s.letter || S.letter; S.minus = s.minus || null; if (s.head !== null && s.head !== undefined) S.head = s.head;
     S.over = s.layer === "mean" || s.layer === "max" ? s.layer : null; if (given && !S.over) S.layer = s.layer;
     const v = value.variants.find(x => x.letter === S.letter) || value.variants[0]; S.letter = v.letter;
@@ -177,7 +181,8 @@ function start() {
       S.layer = v.layers.length ? v.layers[v.layers.length >> 1] : v.layers_total >> 1;
   }
   // An address, and then the run that it named, bring the same picture twice.
-  const same = JSON.stringify([value.key, value.variants]), known = same === S.got && !value.failed && !S.waiting;
+  const same = JSON.stringify([value.key, value.variants]), known = same === S.got && !moved && !value.failed
+    && !S.waiting;
   S.got = same; if (!known) load();
 }
 start(); watch("value", start);

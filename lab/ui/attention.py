@@ -199,7 +199,7 @@ def replayer(lab: Lab) -> Any:
         while not task.join(0.3):
             yield gr.skip(), cards.status(f"{task.text} variant {letter} to capture its attention", task.fraction, True)
         if task.problem is not None:
-            yield {**value(lab, key), "failed": f"{key}/{letter}/{layer}"}, cards.error(task.problem)
+            yield {**value(lab, key), "replayed": True, "failed": f"{key}/{letter}/{layer}"}, cards.error(task.problem)
             return
-        yield value(lab, key, Address(variant=letter, layer=layer)), ""
+        yield {**value(lab, key), "replayed": True}, ""
     return replay

@@ -2,12 +2,17 @@
 from __future__ import annotations
 
 import re
+import threading
+from types import SimpleNamespace
 
 import pytest
 from playwright.sync_api import expect
 
+from lab.ui import app
+from lab.ui.state import Address
+
 from .conftest import visitor
-from .hands import TELLS_WEIGHT, arrive, canvas, drawn, point, press, tab, tells, tip, toasted, variant
+from .hands import TELLS_WEIGHT, WAIT_S, arrive, canvas, drawn, point, press, tab, tells, tip, toasted, variant
 
 pytestmark = pytest.mark.browser
 SCALE = "#attention .att .mapscale"
@@ -222,8 +227,8 @@ def test_an_exported_page_opens_from_a_file_without_network(page, browser, tmp_p
         alone.wait_for_function("""() => { const c = document.querySelector('#map'), g = c.getContext('2d');
                                    const d = g.getImageData(0, 0, c.width, c.height).data;
                                    return new Set(d.filter((_, i) => i % 4 === 0)).size > 10; }""")
-        where, key = alone.locator("#where"), alone.locator("#key")
-        point(alone, "#map", (0.1, 0.6), lambda timeout: expect(alone.locator("#read")).to_contain_text("weight", timeout=timeout))
+        where, key, read = alone.locator("#where"), alone.locator("#key"), alone.locator("#read")
+        point(alone, "#map", (0.1, 0.6), lambda timeout: expect(read).to_contain_text("weight", timeout=timeout))
         press(alone, "#map", (0.1, 0.6))
         expect(where).to_contain_text("pinned")
         alone.keyboard.press("Escape")
@@ -234,6 +239,39 @@ def test_an_exported_page_opens_from_a_file_without_network(page, browser, tmp_p
         expect(alone.locator(".cols")).to_contain_text("<script>alert(1)</script>")
         expect(alone.locator("table").first).to_contain_text("per token")
     assert wrong == []
+
+
+def test_a_replay_that_ends_after_another_run_was_opened_leaves_that_in_sight(page, site, monkeypatch):
+    go, status = threading.Event(), page.locator("#attstatus")
+    monkeypatch.setattr(site[1], "replay", lambda *_: go.wait(WAIT_S))
+    canvas(page)
+    page.get_by_label("layer", exact=True).select_option("5")
+    page.get_by_role("button", name="Replay to capture layer 5").click()
+    expect(status).to_contain_text("Replaying")
+    tab(page, "Runs")
+    page.locator("table.runs tbody tr", has_text="older run").get_by_role("button", name="Open").click()
+    expect(page.locator("#header .chip").nth(1)).to_have_text("older run")
+    tab(page, "Attention")
+    page.get_by_label("layer", exact=True).select_option("7")
+    drawn(page)
+    go.set()
+    expect(status).not_to_contain_text("Replaying")
+    with page.expect_request(lambda r: '"tile"' in (r.post_data or "")) as asked:
+        page.get_by_label("layer", exact=True).select_option("3")
+    assert '"recorded"' not in asked.value.post_data
+
+
+def test_a_link_is_followed_where_the_map_was_looked_at_before_it_was_read(page, site, monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr(app, "Address", SimpleNamespace(read=lambda asked: go.wait(WAIT_S) and Address.read(asked)))
+    page.goto(site[0] + "?variant=B&layer=7&head=4")
+    page.get_by_role("tab", name="Attention").click()
+    drawn(page)
+    expect(page.get_by_label("head", exact=True)).to_have_value("0")
+    go.set()
+    expect(page.get_by_label("head", exact=True)).to_have_value("4")
+    expect(page.get_by_label("layer", exact=True)).to_have_value("7")
+    drawn(page)
 
 
 def test_share_copies_a_link_that_opens_the_run(page, site):
