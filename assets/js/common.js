@@ -24,8 +24,9 @@ const release = () => {
     const again = key && node.querySelector(`[data-key="${CSS.escape(key)}"]`); if (again) again.focus({preventScroll: true});
   }
 };
-addEventListener("pointerdown", e => { pressed = element.contains(e.target) ? e.target.closest("button, input, summary") : null; },
-  true);
+addEventListener("pointerdown", e => {
+  pressed = element.contains(e.target) ? e.target.closest("button, input, summary") : null;
+}, true);
 addEventListener("click", () => { pressed = null; }, true); // what the click itself asks for is drawn at once
 for (const name of ["pointerup", "pointercancel"])
   addEventListener(name, e => { setTimeout(release, e.pointerType === "touch" ? 300 : 0); }, true); // after its click

@@ -130,8 +130,9 @@ async function overview() {
   const stop = h("button", {type: "button", class: "plain", "data-key": "map-stop",
     onclick: () => {
       wanted++; say(null); busy(false);
-      if (same && tiles.over) { Object.assign(S, before); drawTools(); note(); if (V.span < total()) near(); } // it is still there
-      else if (before && before.key === S.key && !same) S.choose({...before});
+      if (same && tiles.over) { // what was in sight before is still there
+        Object.assign(S, before); drawTools(); note(); if (V.span < total()) near();
+      } else if (before && before.key === S.key && !same) S.choose({...before});
       else S.trouble({error: "The drawing was cancelled."});
     }}, "Cancel");
   const share = h("p", {});

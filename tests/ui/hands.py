@@ -14,7 +14,8 @@ WAIT_S = 120
 TELLS_WEIGHT = re.compile(r"weight .* rank", re.S)
 DRAWN = """tokens => { const map = document.querySelector('#attention .mapbox[aria-busy=false]');
   const note = document.querySelector('#attention .mapnote'), cover = document.querySelector('#attention .mapcover');
-  return !!map && cover.hidden && / a cell/.test(note.innerText) && (!tokens || note.innerText.startsWith(`${tokens} × ${tokens} `)); }"""
+  return !!map && cover.hidden && / a cell/.test(note.innerText)
+    && (!tokens || note.innerText.startsWith(`${tokens} × ${tokens} `)); }"""
 
 
 TOASTS = """window.alToasts = []; new MutationObserver(news => { for (const n of news) for (const node of n.addedNodes)

@@ -12,7 +12,9 @@ from lab.ui import maps
 
 from . import fixture
 from .conftest import visitor
-from .hands import TELLS_WEIGHT, WAIT_S, arrive, canvas, drawn, place, point, press, reload, status_says, tab, tells, tip, toasted, variant
+from .hands import (
+    TELLS_WEIGHT, WAIT_S, arrive, canvas, drawn, place, point, press, reload, status_says, tab, tells, tip, toasted, variant,
+)
 
 pytestmark = pytest.mark.browser
 
