@@ -87,9 +87,9 @@ function draw() {
     box.className = `col v${c.letter}`; box.setAttribute("aria-label", `result ${c.letter}`);
     const [head, dial, body, note, strip] = box.children;
     put(head, c.head);
-    if (!note.firstChild) note.append(h("div"), h("button", {type: "button", class: "quiet", "aria-label": `copy the text of ${c.letter}`,
+    if (!note.firstChild) note.append(h("div"), h("span", {}, h("button", {type: "button", class: "quiet", "aria-label": `copy the text of ${c.letter}`,
         onclick: e => copy([...body.querySelectorAll(".t")].map(t => t.textContent.replace(/⏎\n/g, "\n")).join(""), e.currentTarget)}, "Copy text"),
-      h("button", {type: "button", class: "quiet", "aria-label": `copy the specification of ${c.letter}`, onclick: e => copy(props.value.cols[i].spec, e.currentTarget)}, "Copy spec"));
+      h("button", {type: "button", class: "quiet", "aria-label": `copy the specification of ${c.letter}`, onclick: e => copy(props.value.cols[i].spec, e.currentTarget)}, "Copy spec")));
     put(dial, c.dial); put(note.firstChild, c.note); put(strip, c.strip);
     const forced = mode === "forced" && (c.forced || []).length;
     body.classList.toggle("forced", !!forced);

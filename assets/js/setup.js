@@ -33,11 +33,15 @@ const plan = debounce(async () => {
     if (mine === asked) { notes = answer.variants || []; draw(); } } catch (e) { console.warn("plan", e); }
 }, 70);
 
-const short = (tech, params) => { const first = tech.parameters.find(p => params[p.name] !== undefined && p.type !== "bool");
-  const value = first ? params[first.name] : null;
-  return first && ![0, null, "", "none", "all"].includes(value) ? `${tech.title} ${shown(first, value)}` : tech.title; };
-const shown = (p, v) => v === null || v === undefined ? "auto" : (p.unit === "fraction" || budget(p) || (p.type === "float" && p.max === 1 && p.min >= 0)) && typeof v === "number" && v <= 1
-  ? Math.round(v * 100) + "%" : typeof v === "number" ? v.toLocaleString("en-US") + (p.unit && p.unit !== "fraction" ? " " + p.unit : "") : String(v);
+const share = p => budget(p) || p.unit === "fraction" || (p.type === "float" && p.max === 1 && /^Share/.test(p.help));
+const percent = v => `${Number((v * 100).toFixed(v < .01 ? 2 : v < .1 ? 1 : 0))}%`;
+const shown = (p, v) => v === null || v === undefined ? "auto" : share(p) && typeof v === "number" && v <= 1 ? percent(v)
+  : typeof v === "number" ? v.toLocaleString("en-US") + (p.unit && p.unit !== "fraction" ? " " + p.unit : "") : String(v);
+const short = (tech, params) => { // a budget or a width speaks for itself; of other parameters the one that was changed, by name
+  const said = tech.parameters.filter(p => p.type !== "bool" && ![undefined, null, 0, "", "none", "all", "auto"].includes(params[p.name]));
+  const own = said.find(p => budget(p) || p.name === "bits"), p = own || said.find(p => params[p.name] !== p.default) || said[0];
+  return !p ? tech.title : `${tech.title} ${p === own ? "" : p.name + " "}${shown(p, params[p.name])}`;
+};
 const blocked = (i, name) => ((notes[i] || {}).blocked || {})[name];
 
 function pipeline() {

@@ -115,7 +115,7 @@ def fill_variant(variant: dict[str, Any], stream: Stream, reference: dict[str, A
     variant["samples"] = [stream.sample_text(i) for i in range(stream.samples)] if stream.samples > 1 else []
     variant["ttft_ms"] = stream.ttft_ms
     variant["tpot_ms"] = float(np.median(steps)) if steps else None
-    if cache is not None:
+    if cache is not None and stream.ttft_ms is not None:  # a prompt half read has no figures
         variant["kv_bytes"], variant["slack_bytes"] = cache.kv_bytes, cache.slack_bytes
         variant["kv_bytes_dense"] = dense_bytes(cache)
         variant["kept_fraction"], variant["read_fraction"] = cache.kept_fraction, cache.read_fraction

@@ -137,6 +137,7 @@ class Stream:
         steps = self.session.prefill_steps(self.ids, samples=self.samples)
         while True:
             if self.cancelled():
+                self.reason = "cancelled"
                 return None
             try:
                 fraction = next(steps)

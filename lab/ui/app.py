@@ -88,7 +88,7 @@ def _compare_events(lab: Lab, c: compare.Parts, view: gr.State, owner: gr.Textbo
                      concurrency_limit=1, trigger_mode="multiple", show_progress="minimal", show_progress_on=c.status, **PRIVATE)
     ran.failure(compare.refused(lab), None, [c.run, c.stop, c.status], **QUIET)
     c.stop.click(compare.stopping(lab), None, c.status, **QUIET).then(compare.stopper(lab), None, c.status, **QUIET)
-    c.settings.preset(compare.apply_preset(lab), c.settings, [c.prompt, c.setup, c.settings, c.status],
+    c.settings.preset(compare.apply_preset(lab), c.settings, [c.prompt, c.setup, c.settings, c.status, c.banner],
                       trigger_mode="multiple", **QUIET)
     c.info.ready(lambda *now: (compare.token_counter(lab)(*now), cards.model_card(lab.facts(), lab.loaded)),
                  [c.prompt, c.settings], [c.info, c.model], **QUIET)
@@ -190,5 +190,8 @@ def serve(port: int | None = None, *, share: bool = False, host: str | None = No
     if preload if preload is not None else os.environ.get("LAB_PRELOAD", "1") != "0":
         lab.preload()
     demo.launch(server_port=port, server_name=host or ("0.0.0.0" if on_space() else None), share=share, inbrowser=open_browser,
-                prevent_thread_lock=not block, **launch_options())
+                prevent_thread_lock=True, **launch_options())
+    if block:
+        print(f"Attention Lab is at {demo.share_url or demo.local_url} (Ctrl-C ends it)", flush=True)
+        demo.block_thread()
     return demo

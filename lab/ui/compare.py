@@ -23,6 +23,7 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 DEFAULT = {"mode": "greedy", "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": 0, "max_new_tokens": 64,
            "timing": "interleaved", "samples": 1, "chat": False, "truncate": False, "preset": ""}
 EXAMPLE = "Recorded example: press Run to make your own."
+BEFORE = "Below are the results of the run before. Press Run for what is set above."
 
 
 @dataclass
@@ -153,14 +154,14 @@ def saved_value(record: dict[str, Any] | None, example: bool = False, problem: s
 
 def apply_preset(lab: Lab) -> Any:
     """Load a preset into prompt, cards and controls."""
-    def choose(current: dict[str, Any], event: gr.EventData) -> tuple[Any, Any, Any, Any]:
+    def choose(current: dict[str, Any], event: gr.EventData) -> tuple[Any, ...]:
         try:
             entry = assets.preset(str(event._data.get("id") or ""))
             setup = {"variants": [lab.cards_of(spec) for spec in entry["variants"]], "rev": int(time.time() * 1000)}
             settings = {**(current or {}), **DEFAULT, **entry.get("settings", {}), "preset": entry["id"]}
-            return assets.prompt_of(entry), setup, settings, cards.status("Ready")
+            return assets.prompt_of(entry), setup, settings, cards.status("Ready"), cards.banner(BEFORE)
         except Exception as problem:
-            return gr.skip(), gr.skip(), gr.skip(), cards.error(sentence(problem))
+            return gr.skip(), gr.skip(), gr.skip(), cards.error(sentence(problem)), gr.skip()
     return choose
 
 
@@ -206,16 +207,18 @@ def _run(lab: Lab, prompt: str, setup: dict[str, Any], decoding: dict[str, Any],
     described = [describe(lab, v) for v in variants]
     settings = Decoding.read(decoding, lab.max_new_tokens).settings()
     live = LiveRun(described, prompt)
-    yield frame(columns=live.columns(), status=cards.status("Starting", 0.0, True), running=True, banner="", charts="",
-                saved=saved_value(None))
+    yield frame(status=cards.status("Starting", 0.0, True), running=True)
     if not lab.loaded:
         yield from loading(lab, cancel)
         if cancel.stopped:
             yield frame(status=cards.status("Stopped."), running=False)
             return
         yield frame(model=cards.model_card(lab.facts()))
-    last, outcome = 0.0, None
+    last, outcome, begun = 0.0, None, False
     for event in lab.run(prompt, variants, settings, cancel, owner):
+        if not begun:  # a request that is refused leaves the results before it in sight
+            begun = True
+            yield frame(columns=live.columns(), banner="", charts="", saved=saved_value(None))
         if isinstance(event, Outcome):
             outcome = event
             continue

@@ -128,6 +128,18 @@ def test_cancel_stops_within_a_step_and_keeps_what_there_is(loaded):
     assert all(v["finish"] == "cancelled" and v["tokens"] for v in experiment.record["variants"])
 
 
+@pytest.mark.parametrize("timing", ["interleaved", "clean"])
+def test_cancelling_while_the_prompt_is_read_is_no_complete_run(loaded, timing):
+    experiment = Experiment(loaded, RunRequest(toy.prompt(40), ("dense", "h2o"), max_new_tokens=4, timing=timing))
+    for event in experiment.events():
+        assert not isinstance(event, Token)
+        if isinstance(event, Progress):
+            experiment.cancel()
+    assert experiment.record["status"] == "cancelled"
+    for variant in experiment.record["variants"]:
+        assert variant["finish"] == "cancelled" and variant["text"] == "" and variant["kv_bytes"] is None
+
+
 def test_a_variant_that_cannot_run_is_told_and_the_others_go_on(loaded):
     experiment, events = run(loaded, "dense", "snapkv(budget=0.3,window=32)")
     failures = [e for e in events if isinstance(e, Failed)]

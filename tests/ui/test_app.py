@@ -180,6 +180,25 @@ def test_a_column_that_could_not_run_is_told_in_the_status_line():
     assert "Done, but B could not run" in frames[-1][1]
 
 
+def test_a_refused_run_leaves_the_results_before_it_in_sight():
+    from lab.errors import LabError
+    from lab.ui import compare
+
+    class Refusing(fixture.FakeLab):
+        def run(self, *args, **more):
+            raise LabError("The prompt is longer than the context", "8,192 tokens", "Shorten it")
+            yield
+
+    lab = Refusing(step_s=0)
+    job, dense = lab.begin("v"), {"techniques": []}
+    settings = dict(compare.DEFAULT, max_new_tokens=2)
+    frames = []
+    with pytest.raises(LabError):
+        for frame in compare._run(lab, "a prompt", {"variants": [dense]}, settings, "", job):
+            frames.append(frame)
+    assert frames and all("cols" not in columns for columns, *_ in frames)
+
+
 def test_a_prompt_is_counted_as_the_model_reads_it():
     from types import SimpleNamespace
 
