@@ -174,7 +174,7 @@ def test_processes_that_build_at_once_see_one_whole_folder(tmp_path: Path) -> No
     workers = [context.Process(target=_build, args=(str(tmp_path), number, queue)) for number in range(4)]
     for worker in workers:
         worker.start()
-    seen = [queue.get(timeout=60) for _ in workers]
+    seen = [queue.get(timeout=600) for _ in workers]
     for worker in workers:
         worker.join()
     assert all(len(found) == 1 for found in seen) and len(set(map(frozenset, seen))) == 1

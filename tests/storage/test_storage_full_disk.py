@@ -59,7 +59,7 @@ def read():
 readers = [threading.Thread(target=read, daemon=True) for _ in range(int(sys.argv[2][-1]))]
 for reader in readers: reader.start()
 store.delete("r2")
-for attempt in range(200):
+for attempt in range(100_000):  # until no reader was in the way once
     try:
         store.purge()
         store._database.checkpoint()  # Does nothing while another thread is reading.

@@ -20,7 +20,7 @@ from conftest import sample_record
 store = Store.open(sys.argv[1])
 store.save(sample_record("held"))
 print("ready", flush=True)
-time.sleep(60)
+time.sleep(10_000)  # until it is killed
 """
 
 

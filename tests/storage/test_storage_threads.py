@@ -73,16 +73,16 @@ def test_closing_waits_for_the_work_of_other_threads(path, make):
 
     def slow(cursor):
         inside.set()
-        go_on.wait(10)
+        go_on.wait(600)
         return cursor.execute("SELECT count(*) FROM runs").fetchall()
 
     with ThreadPoolExecutor(2) as pool:
         reading = pool.submit(store._database.read, slow)
-        inside.wait(10)
+        assert inside.wait(600)
         closing = pool.submit(store.close)
         go_on.set()
-        assert reading.result(10) == [(1,)]
-        closing.result(10)
+        assert reading.result(600) == [(1,)]
+        closing.result(600)
     Store.open(path, read_only=True).close()
 
 
