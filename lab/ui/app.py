@@ -17,9 +17,14 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 # Gradio selects the first tab while the page loads; the address must not follow before it was read.
 ARRIVED = "() => { window.alArrived = true; }"
-TAB_ADDRESS = """() => {{ if (!window.alArrived) return; const u = new URL(location.href); u.searchParams.set('tab', '{tab}');
-  history.replaceState(null, '', u); }}"""
-PAGE = """const dark = on => document.body.classList.toggle('dark', on);
+# A tab that was chosen is a place to come back to; Back and Forward choose tabs, and are not places themselves.
+TAB_ADDRESS = """() => {{ if (!window.alArrived) return; const u = new URL(location.href);
+  if ((u.searchParams.get('tab') || 'compare') === '{tab}') return;
+  u.searchParams.set('tab', '{tab}'); history.pushState(null, '', u); }}"""
+PAGE = """addEventListener('popstate', () => {
+  const name = new URL(location.href).searchParams.get('tab') || 'compare';
+  const t = document.querySelector(`[role=tab][data-tab-id="${name}"]`); if (t && t.ariaSelected !== 'true') t.click(); });
+const dark = on => document.body.classList.toggle('dark', on);
 try { const kept = localStorage.getItem('attention-lab-theme'); if (kept) dark(kept === 'dark'); } catch {}
 document.addEventListener('click', e => {
   const b = e.target.closest && e.target.closest('button[data-tab], button[data-theme]'); if (!b) return;
@@ -73,10 +78,11 @@ def build(lab: Lab | None = None) -> gr.Blocks:
         opened = table.open(opener(lab), c.settings, [view, tabs, *shown], trigger_mode="multiple", **QUIET)
         arrived = demo.load(None, None, owner, js=OWNER, **PRIVATE)
         looked = arrived.then(arrival(lab), owner, [view, tabs, att, *shown], **QUIET)
-        looked.then(None, None, None, js=ARRIVED, **PRIVATE)
-        for event in (ran, opened, looked):
-            event.then(follow(lab), [view, followed, mem.picked],
-                       [followed, header, att, *mem.outputs, table, *probed], **QUIET)
+        rest = [followed, header, att, *mem.outputs, table, *probed]
+        for event in (ran, opened):
+            event.then(follow(lab), [view, followed, mem.picked], rest, **QUIET)
+        all_shown = looked.then(follow(lab), [view, followed, mem.picked], rest, **QUIET)
+        all_shown.then(None, None, None, js=ARRIVED, **PRIVATE)
     demo.queue(default_concurrency_limit=4, max_size=32)
     return demo
 
@@ -87,7 +93,8 @@ def _compare_events(lab: Lab, c: compare.Parts, view: gr.State, owner: gr.Textbo
     ran = asked.then(compare.runner(lab), [c.prompt, c.setup, c.settings, owner], outputs, concurrency_id="model",
                      concurrency_limit=1, trigger_mode="multiple", show_progress="minimal", show_progress_on=c.status, **PRIVATE)
     ran.failure(compare.refused(lab), None, [c.run, c.stop, c.status], **QUIET)
-    c.stop.click(compare.stopping(lab), None, c.status, **QUIET).then(compare.stopper(lab), None, c.status, **QUIET)
+    c.stop.click(compare.stopping(lab), None, c.status, **QUIET).then(
+        compare.stopper(lab), None, [c.run, c.stop, c.status], **QUIET)
     c.settings.preset(compare.apply_preset(lab), c.settings, [c.prompt, c.setup, c.settings, c.status, c.banner],
                       trigger_mode="multiple", **QUIET)
     c.info.ready(lambda *now: (compare.token_counter(lab)(*now), cards.model_card(lab.facts(), lab.loaded)),
@@ -136,7 +143,8 @@ def arrival(lab: Lab) -> Any:
         if address.run is None:
             key = "recorded" if lab.has_example else ""
             att = attention.value(lab, key, address) if address.variant or address.layer is not None else gr.skip()
-            return (gr.skip(), tab, att, *[gr.skip()] * 9)
+            model = cards.model_card(lab.facts(), True) if lab.loaded else gr.skip()
+            return (gr.skip(), tab, att, *[gr.skip()] * 8, model)
         try:
             key = lab.open(address.run, owner or "nobody")
         except Exception as problem:

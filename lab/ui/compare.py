@@ -170,6 +170,9 @@ def runner(lab: Lab) -> Any:
 
     def run(prompt: str, setup: dict[str, Any], decoding: dict[str, Any], owner: str, request: gr.Request) -> Iterator[Any]:
         visitor = visitor_of(request)
+        if lab.passes(visitor):
+            yield frame()
+            return
         cancel = lab.begin(visitor)
         if cancel is None:
             yield frame(status=cards.status("A run is already under way; Stop ends it.", busy=True))
@@ -302,7 +305,11 @@ def stopping(lab: Lab) -> Any:
 
 
 def stopper(lab: Lab) -> Any:
-    """Ask the job to end; the generator itself reports the rest."""
+    """Ask the job to end; the generator itself reports the rest. Who still queues leaves the queue, and may press Run again."""
     def stop(request: gr.Request) -> Any:
-        return gr.skip() if lab.stop(visitor_of(request)) else cards.status("The run was over already.")
+        visitor = visitor_of(request)
+        if lab.unqueue(visitor):
+            return gr.Button(interactive=True), gr.Button(interactive=False), cards.status("Taken out of the queue; nothing was run.")
+        told = gr.skip() if lab.stop(visitor) else cards.status("The run was over already.")
+        return gr.skip(), gr.skip(), told
     return stop

@@ -75,7 +75,8 @@ class Lab:
         self._model: Any = None
         self._loading, self._jobs_lock = threading.Lock(), threading.Lock()
         self._jobs: dict[str, Job] = {}
-        self._waiting: dict[str, bool] = {}  # visitors in the queue, and whether they gave up
+        self._waiting: set[str] = set()  # visitors in the queue
+        self._given_up: dict[str, int] = {}  # of visitors who left it: their presses that the queue still holds
         example = recorded.load()
         self.has_example = example is not None
         if example is not None:
@@ -252,25 +253,28 @@ class Lab:
         """A visitor pressed Run; True when somebody else's run is under way, so that theirs has to queue."""
         with self._jobs_lock:
             if visitor not in self._jobs:
-                self._waiting[visitor] = False
+                self._waiting.add(visitor)
             return any(other != visitor for other in self._jobs)
 
     def leave(self, visitor: str) -> None:
         """A visitor waits no longer: the queue did not take them."""
-        self._waiting.pop(visitor, None)
+        self._waiting.discard(visitor)
+
+    def passes(self, visitor: str) -> bool:
+        """True for a press whose visitor left the queue before its turn came: nothing is to be done."""
+        with self._jobs_lock:
+            left = self._given_up.pop(visitor, 0)
+            if left > 1:
+                self._given_up[visitor] = left - 1
+        return left > 0
 
     def begin(self, visitor: str) -> Job | None:
-        """Register a visitor's job and return its stop signal; None when one is already under way.
-
-        The job of a visitor who gave up while queueing is stopped from the start.
-        """
+        """Register a visitor's job and return its stop signal; None when one is already under way."""
         with self._jobs_lock:
             if visitor in self._jobs:
                 return None
+            self._waiting.discard(visitor)
             job = self._jobs[visitor] = Job()
-            gave_up = self._waiting.pop(visitor, False)
-        if gave_up:
-            job.stop()
         return job
 
     def busy(self) -> bool:
@@ -291,13 +295,19 @@ class Lab:
         with self._jobs_lock:
             return visitor in self._jobs or visitor in self._waiting
 
+    def unqueue(self, visitor: str) -> bool:
+        """A visitor whose run has not begun leaves the queue; False when it has, or when there is none."""
+        with self._jobs_lock:
+            if visitor in self._jobs or visitor not in self._waiting:
+                return False
+            self._waiting.discard(visitor)
+            self._given_up[visitor] = self._given_up.get(visitor, 0) + 1
+            return True
+
     def stop(self, visitor: str) -> bool:
-        """Ask a visitor's job to stop within a step, or to not begin at all. False when there is none."""
+        """Ask a visitor's job to stop within a step. False when there is none."""
         with self._jobs_lock:
             job = self._jobs.get(visitor)
-            if job is None and visitor in self._waiting:
-                self._waiting[visitor] = True
-                return True
         if job is not None:
             job.stop()
         return job is not None

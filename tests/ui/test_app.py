@@ -155,12 +155,22 @@ def test_a_second_job_of_one_visitor_is_refused(lab):
     job.attach(lambda: reached.append(1))
     assert reached == [1]
     lab.end("v"), lab.end("w")
-    lab.wait("v")
-    assert lab.stop("v") and lab.begin("v").stopped
-    lab.end("v")
     assert lab.begin("v").stopped is False
     lab.end("v")
     assert lab.stop("v") is False
+
+
+def test_who_leaves_the_queue_may_press_run_again_at_once(lab):
+    assert lab.unqueue("v") is False
+    other = lab.begin("other")
+    assert lab.wait("v") and lab.has("v")
+    assert lab.unqueue("v") and not lab.has("v")
+    assert lab.wait("v")  # pressed again: the queue holds two presses, of which the first is to be passed over
+    lab.end("other")
+    assert lab.passes("v") and not lab.passes("v")
+    job = lab.begin("v")
+    assert job and not job.stopped and not other.stopped
+    assert lab.unqueue("v") is False and lab.stop("v") and job.stopped
 
 
 def test_a_column_that_could_not_run_is_told_in_the_status_line():
@@ -248,4 +258,7 @@ def test_stop_is_said_before_the_job_is_asked_to_end():
     compare.stopper(lab)(who)
     assert job.stopped
     lab.end("visitor")
-    assert "over already" in compare.stopper(lab)(who)
+    assert "over already" in compare.stopper(lab)(who)[2]
+    lab.begin("another"), lab.wait("visitor")
+    run, stop, told = compare.stopper(lab)(who)
+    assert run.interactive and not stop.interactive and "Taken out of the queue" in told
