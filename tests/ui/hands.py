@@ -53,6 +53,12 @@ def status_says(page: Page, text: str) -> None:
     expect(page.locator("#status")).to_contain_text(text)
 
 
+def named_run(page: Page) -> str:
+    """Id of the run that the address names."""
+    expect(page).to_have_url(re.compile("[?&]run="))
+    return page.evaluate("new URL(location.href).searchParams.get('run')")
+
+
 def drawn(page: Page, tokens: int | None = None) -> None:
     """The map of what was chosen is in sight, of `tokens` x `tokens` where given, and what lies beside it."""
     page.wait_for_function(DRAWN, arg=tokens)

@@ -13,7 +13,8 @@ from lab.ui import maps
 from . import fixture
 from .conftest import visitor
 from .hands import (
-    TELLS_WEIGHT, WAIT_S, arrive, canvas, drawn, place, point, press, reload, status_says, tab, tells, tip, toasted, variant,
+    TELLS_WEIGHT, WAIT_S, arrive, canvas, drawn, named_run, place, point, press, reload, status_says, tab, tells, tip, toasted,
+    variant,
 )
 
 pytestmark = pytest.mark.browser
@@ -74,6 +75,7 @@ def test_cards_toggle_block_undo_and_predict(page):
     page.wait_for_selector('[data-key="sw-1-streaming"][aria-disabled]')
     expect(page.locator(".editor.vB .tech.off .why").first).to_contain_text("score slot")
     size = page.locator(".card.vB .kv")
+    expect(size).to_contain_text(f"{len(fixture.split(fixture.STORY)) + 39} tokens")
     predicted = size.inner_text()
     page.click('[data-key="sw-1-kivi"]')
     expect(size).not_to_have_text(predicted)
@@ -220,7 +222,7 @@ def test_a_link_opens_tab_run_layer_and_head(page, site):
 def test_runs_open_rename_tag_delete_undo_compare_export(page):
     page.click("#run")
     status_says(page, "Done.")
-    made = page.evaluate("new URL(location.href).searchParams.get('run')")
+    made = named_run(page)
     tab(page, "Runs")
     rows = page.locator("table.runs tbody tr")
     mine = rows.filter(has=page.get_by_role("button", name=f"share {made}"))

@@ -10,7 +10,7 @@ from playwright.sync_api import expect
 from lab.ui.attention import fed
 
 from .conftest import free_port, visitor
-from .hands import TELLS_WEIGHT, arrive, canvas, point, status_says, tab, tells
+from .hands import TELLS_WEIGHT, arrive, canvas, named_run, point, status_says, tab, tells
 
 pytestmark = [pytest.mark.browser, pytest.mark.model, pytest.mark.slow]
 
@@ -58,7 +58,7 @@ def test_run_look_save_reload_open(browser, real):
         expect(page.locator("#columns .vB .strip")).to_contain_text("nats")
         expect(page.locator("#columns .vB .key")).to_contain_text("8 bit")
         text = page.inner_text("#columns .vB .text")
-        run = lab.shelf.get(lab.open(page.evaluate("new URL(location.href).searchParams.get('run')"), ""))
+        run = lab.shelf.get(lab.open(named_run(page), ""))
 
         canvas(page, tokens=fed(run, "A"))
         point(page, ".mapcanvas", (0.05, 0.5), tells(page, TELLS_WEIGHT))
