@@ -62,7 +62,14 @@ const toast = (text, action, onaction) => {
   document.querySelectorAll(".al-toast").forEach(t => t.remove());
   const box = h("div", {class: "al-toast", role: "status"}, h("span", {}, text),
     action ? h("button", {type: "button", onclick: () => { box.remove(); onaction(); }}, action) : null);
-  document.body.append(box); setTimeout(() => box.remove(), action ? 30000 : 4000);
+  document.body.append(box); setTimeout(() => box.remove(), action ? 30000 : Math.max(4000, 60 * text.length));
+};
+const within = (text, min, max, whole, before, name) => { // a typed number, brought into its range with a word about it
+  const typed = text.trim() === "" ? NaN : Number(text), n = whole ? Math.round(typed) : typed;
+  if (!isFinite(n)) { toast(`${name}: ${text.trim() ? `“${text.trim()}” is no number` : "nothing was entered"}; ${before} stays.`); return before; }
+  const fit = Math.min(max, Math.max(min, n));
+  if (fit !== n) toast(`${name} goes from ${min.toLocaleString("en-US")} to ${max.toLocaleString("en-US")}: ${fit.toLocaleString("en-US")} is set.`);
+  return fit;
 };
 const address = changes => {
   const url = new URL(location.href);
@@ -75,3 +82,11 @@ const owner = () => {
     if (!key) { key = [...crypto.getRandomValues(new Uint8Array(16))].map(b => b.toString(16).padStart(2, "0")).join("");
       localStorage.setItem("attention-lab-owner", key); } return key; } catch { return ""; }
 };
+if (!window.alTitles) { // where nothing hovers, a tap tells what a title would
+  window.alTitles = true;
+  document.addEventListener("click", e => {
+    if (!matchMedia("(hover: none)").matches) return;
+    const told = e.target.closest && e.target.closest("[title]");
+    if (told && told.title && !e.target.closest("button, a, input, select, textarea, label, summary")) toast(told.title);
+  });
+}

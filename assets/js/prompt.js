@@ -7,4 +7,9 @@ const draw = () => {
 };
 // Until the model is there its tokens cannot be counted; ask again now and then.
 setInterval(() => { if ((props.value || {}).waiting && !document.hidden) trigger("ready"); }, 4000);
+document.addEventListener("keydown", e => { // Ctrl+Enter, or Command+Enter, runs what is written
+  if (e.key !== "Enter" || !(e.ctrlKey || e.metaKey) || !e.target.closest || !e.target.closest("#prompt")) return;
+  e.preventDefault(); const run = document.getElementById("run");
+  if (run && !run.disabled) { e.target.dispatchEvent(new Event("input", {bubbles: true})); run.click(); }
+});
 draw(); watch("value", draw);

@@ -5,8 +5,8 @@ const tell = () => { const samples = v.mode === "sampled" ? v.samples || 1 : 1; 
 const send = (changes, redraw = true) => { v = Object.assign({}, v, changes); props.value = v; tell(); if (redraw) draw(); };
 const num = (key, name, min, max, step, unit, title) => h("label", {class: "field", title: title || null}, h("span", {}, name),
   h("span", {class: "in"}, h("input", {type: "number", min, max, step, value: v[key], inputmode: "decimal", "aria-label": name,
-    onchange: e => { let n = Number(e.target.value); if (!isFinite(n)) n = v[key]; n = Math.min(max, Math.max(min, n));
-      if (step === 1) n = Math.round(n); e.target.value = n; send({[key]: n}, false); }}), unit ? h("i", {}, unit) : null));
+    onchange: e => { const n = within(e.target.value, min, max, step === 1, v[key], name); e.target.value = n; send({[key]: n}, false); }}),
+    unit ? h("i", {}, unit) : null));
 const seg = (key, name, options) => h("div", {class: "field"}, h("span", {id: `al-${key}`}, name),
   h("span", {class: "seg small", role: "group", "aria-labelledby": `al-${key}`}, options.map(o =>
     h("button", {type: "button", "aria-pressed": String(v[key] === o), onclick: () => send({[key]: o})}, o))));

@@ -88,8 +88,9 @@ function control(i, t, p, params) {
     const ranged = p.min !== null && p.min !== undefined && p.max !== null && p.max !== undefined;
     const step = p.type === "int" ? 1 : budget(p) || (ranged && p.max - p.min <= 2) ? 0.01 : 0.1;
     const box = h("input", {...key, type: "number", min: p.min, max: p.max, step: "any", value: value === null ? "" : value, onchange: e => {
-      let n = e.target.value === "" ? null : Number(e.target.value); if (n !== null) { if (p.type === "int") n = Math.round(n);
-        if (ranged) n = Math.min(p.max, Math.max(p.min, n)); } setParam(i, t.name, p.name, n); }});
+      const before = value === null ? p.default : value;
+      setParam(i, t.name, p.name, e.target.value.trim() === "" && p.default === null ? null
+        : within(e.target.value, ranged ? p.min : -Infinity, ranged ? p.max : Infinity, p.type === "int", before, p.name)); }});
     input = h("span", {class: "ranged"}, ranged ? h("input", {type: "range", "data-key": id + "-r", "aria-label": p.name,
       min: scale(p, low(p)), max: scale(p, high(p)), step: logged(p) ? 0.01 : step, value: scale(p, Math.min(value === null ? p.min : value, high(p))),
       oninput: e => { box.value = unscale(p, e.target.value); }, onchange: e => setParam(i, t.name, p.name, unscale(p, e.target.value))}) : null, box,
@@ -154,6 +155,8 @@ function card(v, i) {
       kv.at ? h("span", {class: "soft"}, " at " + kv.at) : null) : h("span", {class: "soft"}, n.pending || "\u00a0")));
 }
 let drawing = 0;
+const narrow = matchMedia("(max-width: 560px)"); // cards below each other: the editor opens under its own
+narrow.addEventListener("change", () => draw());
 // Deferred, so that a change event fired by Tab has moved the focus before the cards are redrawn.
 function draw() { clearTimeout(drawing); drawing = setTimeout(render); }
 function render() {
@@ -167,7 +170,8 @@ function render() {
       h("button", {type: "button", class: "chip pick", "data-key": "more", disabled: variants.length >= MOST,
         title: variants.length >= MOST ? "four variants is the most" : "", onclick: () => { const next = clone(variants); next.push({techniques: []});
           openCard = next.length - 1; commit(next, `variant ${L[next.length - 1]} added`); }}, "+ Variant")),
-    h("div", {class: "cards"}, variants.map(card)), editor());
+    h("div", {class: "cards"}, variants.map((v, i) => [card(v, i), narrow.matches && i === openCard ? editor() : null])),
+    narrow.matches ? null : editor());
   const again = element.querySelector(".pipe"); if (again) again.scrollLeft = scroll;
   if (focus) { const node = element.querySelector(`[data-key="${CSS.escape(focus)}"]`); if (node) { node.focus({preventScroll: true}); if (caret !== null) node.setSelectionRange(caret, caret); } }
   for (const [name, top] of scrolls) { const node = element.querySelector(`[data-scroll="${name}"]`); if (node) node.scrollTop = top; }

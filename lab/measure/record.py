@@ -163,9 +163,10 @@ def layer_row(layer) -> dict[str, Any]:
     """Bytes and entry counts of one layer, summed over KV heads (and samples)."""
     counts = layer.bits_count()
     gone = layer.seen * layer.batch * layer.heads - sum(layer.counts)
+    widths = sorted({16, 8, 4, 2} | (counts.keys() - {0}), reverse=True)
     return {
         "layer": layer.index, "kv_bytes": layer.live_bytes,
-        "bits": {"16": counts.get(16, 0), "8": counts.get(8, 0), "4": counts.get(4, 0), "2": counts.get(2, 0), "0": gone},
+        "bits": {str(b): counts.get(b, 0) for b in widths} | {"0": gone},
     }
 
 

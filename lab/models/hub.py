@@ -163,4 +163,5 @@ def _no_answer(repo: str, error: Exception) -> Unreachable:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return re.sub(r"\[Errno -?\d+\]\s*", "", line)

@@ -63,7 +63,7 @@ def build(lab: Lab) -> Parts:
                 info = gr.HTML(token_counter(lab)(first["prompt"], first["settings"], record),
                                html_template='<div class="h">Prompt</div>', apply_default_css=False, js_on_load=assets.script("prompt"))
                 prompt = gr.Textbox(first["prompt"], show_label=False, label="Prompt", lines=3, max_lines=9, container=False,
-                                    placeholder="Write a prompt, or choose a preset", elem_id="prompt",
+                                    placeholder="Write a prompt, or choose a preset. Ctrl+Enter runs it.", elem_id="prompt",
                                     max_length=MAX_PROMPT_CHARS)
                 with gr.Row(elem_classes="runrow"):
                     run = gr.Button("Run", variant="primary", elem_id="run", scale=0, min_width=76)

@@ -128,6 +128,14 @@ def test_cancel_stops_within_a_step_and_keeps_what_there_is(loaded):
     assert all(v["finish"] == "cancelled" and v["tokens"] for v in experiment.record["variants"])
 
 
+def test_every_entry_of_a_layer_is_counted_at_its_width(loaded):
+    experiment, _ = run(loaded, "dense", "kvquant(bits=3)", "rotated(bits=3)", "kivi(bits=2,residual=32)+h2o(budget=0.5)")
+    for variant in experiment.record["variants"]:
+        whole = [sum(layer["bits"].values()) for layer in variant["layers"]]
+        assert whole == [sum(layer["bits"].values()) for layer in experiment.record["variants"][0]["layers"]]
+    assert all(layer["bits"]["3"] > 0 for v in experiment.record["variants"][1:3] for layer in v["layers"])
+
+
 @pytest.mark.parametrize("timing", ["interleaved", "clean"])
 def test_cancelling_while_the_prompt_is_read_is_no_complete_run(loaded, timing):
     experiment = Experiment(loaded, RunRequest(toy.prompt(40), ("dense", "h2o"), max_new_tokens=4, timing=timing))

@@ -172,3 +172,12 @@ def test_costs_say_what_a_step_reads_and_whether_choosing_pays(record):
     assert ["stores everything" in row for row in rows] == [False, True, False]
     del record["variants"][0]["reads"]  # runs saved before there was a ledger in them
     assert "does not pay" in tables.costs(record)
+
+
+def test_a_code_that_codes_nothing_yet_is_told(record):
+    variant = {**record["variants"][1], "finish": "length", "techniques": [{"name": "kivi", "params": {"bits": 2}}],
+               "layers": [{"layer": 0, "kv_bytes": 1, "bits": {"16": 9, "8": 0, "4": 0, "2": 0, "0": 5}}]}
+    assert "nothing is coded yet" in columns.note(variant)
+    coded = {**variant, "layers": [{"layer": 0, "kv_bytes": 1, "bits": {"16": 9, "8": 0, "4": 0, "2": 1, "0": 5}}]}
+    assert "coded" not in columns.note(coded)
+    assert "coded" not in columns.note({**variant, "techniques": [{"name": "h2o", "params": {"budget": 0.5}}]})

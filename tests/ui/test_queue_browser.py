@@ -1,4 +1,4 @@
-"""Leaving the queue and running again, and the browser's Back button, in a real Chromium on the synthetic lab."""
+"""Leaving the queue, typing numbers out of range, Ctrl+Enter and the browser's Back button, in a real Chromium on the synthetic lab."""
 from __future__ import annotations
 
 import pytest
@@ -43,3 +43,33 @@ def test_back_and_forward_choose_tabs(page):
     page.go_forward()
     expect(page.get_by_role("tab", name="Runs")).to_have_attribute("aria-selected", "true")
     page.wait_for_url("**/*tab=runs*")
+
+
+def test_numbers_out_of_range_are_told_and_nothing_is_emptied(page):
+    box = page.get_by_label("new tokens")
+    box.fill("99999")
+    page.keyboard.press("Tab")
+    expect(page.locator(".al-toast")).to_contain_text("new tokens goes from 1 to 1,024: 1,024 is set.")
+    expect(box).to_have_value("1024")
+    box.fill("")
+    page.keyboard.press("Tab")
+    expect(page.locator(".al-toast")).to_contain_text("1024 stays")
+    expect(box).to_have_value("1024")
+
+
+def test_control_and_enter_run_what_is_written(page, site):
+    before = site[1].runs_made
+    page.fill("#prompt textarea", "The lamp was lit")
+    page.locator("#prompt textarea").press("Control+Enter")
+    expect(page.locator("#status")).to_contain_text("Done.")
+    assert site[1].runs_made == before + 1
+    expect(page.locator("#prompt textarea")).to_have_value("The lamp was lit")
+
+
+def test_on_a_phone_the_editor_opens_under_its_card(browser, site):
+    with visitor(browser, viewport={"width": 390, "height": 800}) as phone:
+        arrive(phone, site[0])
+        phone.click('[data-key="edit-1"]')
+        expect(phone.locator(".card.open + .editor")).to_have_count(1)
+        phone.set_viewport_size({"width": 1200, "height": 800})
+        expect(phone.locator(".cards + .editor")).to_have_count(1)
