@@ -35,6 +35,26 @@ def page_summaries(tier: TierView, page: int = 16, kind: str = "bounds", impl: s
     return low, high
 
 
+def grow_bounds(
+    low: torch.Tensor, high: torch.Tensor, k: torch.Tensor, start: torch.Tensor, length: torch.Tensor, page: int = 16,
+    impl: str = "auto",
+) -> None:
+    """Take the newest entry of every lane into the bounds low, high [lanes,P,d] of its page, in place: k [slots,d], the lane's
+    start and its length, the newest entry counted. A page's first entry replaces whatever stood there. Waits for nothing."""
+    if choose(impl, k) == "torch":
+        reference.grow_bounds(low, high, k, start, length, page)
+        return
+    import triton
+
+    from kernels.select.triton_grow import grow_kernel
+
+    lanes, pages, dim = low.shape
+    padded = max(16, triton.next_power_of_2(dim))
+    few = min(triton.next_power_of_2(lanes), max(1, 1024 // padded))
+    home(grow_kernel)[(triton.cdiv(lanes, few),)](
+        k, start, length, low, high, pages, lanes, PAGE=page, D=dim, DP=padded, LANES=few, num_warps=4)
+
+
 def page_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, length: torch.Tensor, page: int = 16,
                 impl: str = "auto") -> torch.Tensor:
     """Scores [lanes,P] float32 of every page for q [B,Hq,d]: Quest's upper bound of any logit in the page, maximum over
@@ -61,13 +81,14 @@ def page_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, l
 
 
 def top_pages(scores: torch.Tensor, length: torch.Tensor, count: int, page: int = 16, always_last: bool = True,
-              impl: str = "auto") -> torch.Tensor:
+              impl: str = "auto", want: torch.Tensor | None = None) -> torch.Tensor:
     """The `count` best pages of each lane, ascending, int32 [lanes,count], -1 where a lane has fewer.
 
-    always_last keeps the newest page whatever its score. Deterministic: ties go to the lower page (R4).
+    always_last keeps the newest page whatever its score. Deterministic: ties go to the lower page (R4). want int32 [1], on the
+    device: the number of pages where it is below `count`, so that a captured graph may read more of them later.
     """
     if choose(impl, scores) == "torch":
-        return reference.top_pages(scores, length, page, count, always_last)
+        return reference.top_pages(scores, length, page, count, always_last, want)
     import triton
 
     from kernels.select.triton_pages import top_kernel
@@ -77,9 +98,10 @@ def top_pages(scores: torch.Tensor, length: torch.Tensor, count: int, page: int 
     out = torch.empty(lanes, count, dtype=torch.int32, device=scores.device)
 
     def launch(source: torch.Tensor, target: torch.Tensor, parts: int, padded: int, given: int) -> None:
+        limited = want is not None and target is out
         home(top_kernel)[(lanes, parts)](
-            scores, length, source, target, pages, count, given, PAGE=page, PP=padded, LAST=always_last, GIVEN=given > 0,
-            num_warps=4 if padded <= 1024 else 8 if padded <= 8192 else 16,
+            scores, length, source, target, want if limited else length, pages, count, given, PAGE=page, PP=padded,
+            LAST=always_last, GIVEN=given > 0, WANT=limited, num_warps=4 if padded <= 1024 else 8 if padded <= 8192 else 16,
         )
 
     slice_ = max(512, triton.next_power_of_2(4 * count))
@@ -96,7 +118,7 @@ def top_pages(scores: torch.Tensor, length: torch.Tensor, count: int, page: int 
 
 def best_pages(
     q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, length: torch.Tensor, count: int, page: int = 16,
-    always_last: bool = True, impl: str = "auto", way: str = "auto",
+    always_last: bool = True, impl: str = "auto", way: str = "auto", want: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`top_pages` of `page_scores` in one call, int32 [lanes,count]: the same pages, and no scores in memory.
 
@@ -111,34 +133,39 @@ def best_pages(
 
         cut = best.slices(lanes, pages, dim, low.element_size())
         if best.fits(cut, pages, count):
-            return best.best_pages(q.reshape(lanes, -1, dim), low, high, length, count, page, always_last, cut)
+            return best.best_pages(q.reshape(lanes, -1, dim), low, high, length, count, page, always_last, cut, want=want)
         if way == "slices":
             raise ValueError(f"{count} pages of each slice of {cut.pages} among {pages} do not fit one program; use way='auto'.")
-    return top_pages(page_scores(q, low, high, length, page, impl), length, count, page, always_last, impl)
+    return top_pages(page_scores(q, low, high, length, page, impl), length, count, page, always_last, impl, want)
 
 
 def attend_best(
     q: torch.Tensor, tier: TierView, low: torch.Tensor, high: torch.Tensor | None, count: int, scale: float, *, page: int = 16,
-    always_last: bool = True, impl: str = "auto", way: str = "auto",
+    always_last: bool = True, impl: str = "auto", way: str = "auto", want: torch.Tensor | None = None,
+    softcap: float | None = None, sink: torch.Tensor | None = None, gate: torch.Tensor | None = None,
 ) -> Decoded:
     """Attention of q [B,Hq,d] to the `count` best pages of every lane of `tier`: `best_pages`, `read_pages` and decode in one.
 
-    way: "joined" chooses the pages inside the launch that reads them (16-bit tiers without bias or rotation, in q's dtype, pages
-    of 1 to 64 entries, a power of two); "steps" takes the three calls; "auto" joins where it can.
+    way: "joined" chooses the pages inside the launch that reads them (16-bit tiers without bias or rotation, in q's dtype, no
+    softcap, pages of 1 to 64 entries, a power of two); "steps" takes the three calls; "auto" joins where it can and few enough
+    pages are left to choose from, as every program of a joined launch repeats the last round.
+    want as for `top_pages`; softcap, sink and gate as for `kernels.decode.attend`.
     """
     if way not in ("auto", "joined", "steps"):
         raise ValueError(f"unknown way {way!r}; expected 'auto', 'joined' or 'steps'.")
     plain = tier.bits == 16 and tier.k.dtype == q.dtype and tier.bias is None and tier.rotation is None and tier.pages is None
+    plain = plain and softcap is None
     if way != "steps" and plain and page in (1, 2, 4, 8, 16, 32, 64) and choose(impl, q) == "triton":
         from kernels.select import best
 
         cut = best.slices(*low.shape, low.element_size())
-        if best.fits(cut, low.shape[1], count):
-            return best.attend(q, tier, low, high, count, scale, page, always_last, cut)
+        if best.fits(cut, low.shape[1], count, best.MOST if way == "joined" else best.REPEATED):
+            return best.attend(q, tier, low, high, count, scale, page, always_last, cut, want=want, sink=sink, gate=gate)
     if way == "joined":
         raise ValueError("way='joined' takes Triton, a plain 16-bit tier of the query's dtype and pages up to 64; use 'auto'.")
-    pages = best_pages(q, low, high, tier.length, count, page, always_last, impl)
-    return attend(q, [read_pages(tier, pages, page)], scale, impl=impl, early=True)
+    pages = best_pages(q, low, high, tier.length, count, page, always_last, impl, want=want)
+    reading = [read_pages(tier, pages, page)]
+    return attend(q, reading, scale, softcap=softcap, sink=sink, impl=impl, early=True, gate=gate)
 
 
 def read_pages(tier: TierView, pages: torch.Tensor, page: int = 16) -> TierView:

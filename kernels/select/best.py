@@ -15,6 +15,7 @@ from kernels.select.triton_best import last_kernel, read_kernel, slice_kernel
 
 SMS = 132  # multiprocessors of an H100 or H200
 MOST = 8192  # candidates that one program of the last round holds
+REPEATED = 1024  # candidates of a last round that every reading program may repeat: 64 pages of 16 slices, as measured at 131k
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ def candidates(c: Slices, pages: int, count: int) -> tuple[int, int]:
     return triton.cdiv(pages, c.pages), min(count, c.pages)
 
 
-def fits(c: Slices, pages: int, count: int) -> bool:
-    """True where one program can hold every slice's best."""
+def fits(c: Slices, pages: int, count: int, most: int = MOST) -> bool:
+    """True where one program can hold every slice's best, `most` of them."""
     parts, keep = candidates(c, pages, count)
-    return triton.next_power_of_2(max(parts * keep, count)) <= MOST
+    return triton.next_power_of_2(max(parts * keep, count)) <= most
 
 
 def _slices(q, low, high, length, count, page, always_last, c, scores=None) -> tuple[torch.Tensor, dict, int]:
@@ -77,19 +78,21 @@ def _slices(q, low, high, length, count, page, always_last, c, scores=None) -> t
 
 def best_pages(
     q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, length: torch.Tensor, count: int, page: int,
-    always_last: bool, c: Slices, scores: torch.Tensor | None = None,
+    always_last: bool, c: Slices, scores: torch.Tensor | None = None, want: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The Triton path of `kernels.select.best_pages`; rows q [lanes,G,d]. scores float32 [lanes,P] is filled when given."""
     found, second, _ = _slices(q, low, high, length, count, page, always_last, c, scores)
     lanes, parts, keep = found.shape[1:]
     out = torch.empty(lanes, count, dtype=torch.int32, device=q.device)
-    home(last_kernel)[(lanes,)](length, found[0], found[1], out, parts, keep, count, **second)
+    home(last_kernel)[(lanes,)](
+        length, found[0], found[1], length if want is None else want, out, parts, keep, count, WANT=want is not None, **second)
     return out
 
 
 def attend(
     q: torch.Tensor, tier: TierView, low: torch.Tensor, high: torch.Tensor | None, count: int, scale: float, page: int,
-    always_last: bool, c: Slices, share: int = 64,
+    always_last: bool, c: Slices, share: int = 64, want: torch.Tensor | None = None, sink: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
 ) -> Decoded:
     """The Triton path of `kernels.select.attend_best`, q [B,Hq,d]; share: entries that one program reads."""
     batch, heads, dim = q.shape
@@ -104,15 +107,17 @@ def attend(
     part = torch.empty(splits, rows, dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
     home(read_kernel)[(splits, lanes)](
-        q, tier.k, tier.v, tier.start, tier.length, found[0], found[1], part, part_lse, scale, parts, keep, count,
-        G=group, NQ=max(8, triton.next_power_of_2(group)), D=dim, DP=max(16, triton.next_power_of_2(dim)), PAGES=pages, **second,
+        q, tier.k, tier.v, tier.start, tier.length, found[0], found[1], tier.length if want is None else want, part, part_lse,
+        scale, parts, keep, count, WANT=want is not None, G=group, NQ=max(8, triton.next_power_of_2(group)), D=dim,
+        DP=max(16, triton.next_power_of_2(dim)), PAGES=pages, **second,
     )
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device)
     wide = next((w for w in (64, 32) if rows * dim >= 264 * w), 16)
     home(merge_kernel)[(rows, triton.cdiv(dim, wide))](
-        part, part_lse, part_lse, part_lse, part_lse, out, lse, lse, splits, rows, heads, D=dim, BD=wide,
-        BS=16 if splits <= 64 else 64, SINK=False, GATE=False, ENTROPY=False, PDL=overlap > 0, num_warps=2 if splits <= 64 else 4,
+        part, part_lse, part_lse, part_lse if sink is None else sink, part_lse if gate is None else gate, out, lse, lse, splits,
+        rows, heads, D=dim, BD=wide, BS=16 if splits <= 64 else 64, SINK=sink is not None, GATE=gate is not None,
+        ENTROPY=False, PDL=overlap > 0, num_warps=2 if splits <= 64 else 4,
         **({"launch_pdl": True} if overlap else {}),
     )
     return Decoded(out, lse)

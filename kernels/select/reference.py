@@ -27,6 +27,20 @@ def page_summaries(
     return torch.where(some, low, 0.0).to(k.dtype), torch.where(some, high, 0.0).to(k.dtype)
 
 
+def grow_bounds(
+    low: torch.Tensor, high: torch.Tensor, k: torch.Tensor, start: torch.Tensor, length: torch.Tensor, page: int
+) -> None:
+    """The newest of length[lane] >= 1 entries of each lane enters its page's bounds low, high [lanes,P,d], in place."""
+    lanes, pages, dim = low.shape
+    last = length.long() - 1
+    x = k.index_select(0, start.long() + last)
+    at = torch.arange(lanes, device=k.device) * pages + last // page
+    begun = (last % page != 0)[:, None]
+    for table, join in ((low, torch.minimum), (high, torch.maximum)):
+        rows = table.view(lanes * pages, dim)
+        rows.index_copy_(0, at, torch.where(begun, join(rows.index_select(0, at), x), x))
+
+
 def page_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, dtype=torch.float64) -> torch.Tensor:
     """q [lanes,G,d] -> [lanes,P]: Quest's bound, maximum over the group; with high None the mean logit of the centroid."""
     x, a = q.to(dtype), low.to(dtype)
@@ -35,9 +49,11 @@ def page_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, d
     return (x.clamp_min(0) @ high.to(dtype).mT + x.clamp_max(0) @ a.mT).amax(1)
 
 
-def top_pages(scores: torch.Tensor, length: torch.Tensor, page: int, count: int, always_last: bool) -> torch.Tensor:
+def top_pages(
+    scores: torch.Tensor, length: torch.Tensor, page: int, count: int, always_last: bool, want: torch.Tensor | None = None
+) -> torch.Tensor:
     """The `count` best pages of each lane, ascending, int32 [lanes,count]; ties go to the lower page; -1 where a lane has
-    fewer pages."""
+    fewer pages. want int [1]: how many of the `count` it shall be."""
     lanes, pages = scores.shape
     n = (length.long() + page - 1) // page
     i = torch.arange(pages, device=scores.device)
@@ -46,7 +62,8 @@ def top_pages(scores: torch.Tensor, length: torch.Tensor, page: int, count: int,
     if always_last:
         s = torch.where(i == n[:, None] - 1, torch.inf, s)
     order = torch.sort(s, dim=1, descending=True, stable=True).indices[:, :count]
-    order = torch.where(torch.arange(order.shape[1], device=s.device) < n[:, None], order, pages)
+    most = n[:, None] if want is None else n[:, None].minimum(want)
+    order = torch.where(torch.arange(order.shape[1], device=s.device) < most, order, pages)
     order = order.sort(1).values
     out = torch.full((lanes, count), -1, dtype=torch.int32, device=scores.device)
     out[:, : order.shape[1]] = torch.where(order == pages, -1, order)

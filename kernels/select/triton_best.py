@@ -127,9 +127,10 @@ def slice_kernel(
 
 
 @triton.jit
-def _finalists(len_ptr, key_ptr, page_ptr, lane, parts, keep_count, count, PAGE: tl.constexpr, SLICE: tl.constexpr,
-               PP: tl.constexpr, BOUNDS: tl.constexpr, LAST: tl.constexpr):
-    """The slices' best pages [PP] of a lane, which of them are among its best `count`, and how many those are."""
+def _finalists(len_ptr, key_ptr, page_ptr, want_ptr, lane, parts, keep_count, count, PAGE: tl.constexpr, SLICE: tl.constexpr,
+               PP: tl.constexpr, BOUNDS: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr):
+    """The slices' best pages [PP] of a lane, which of them are among its best `count` (with WANT: or the number at want_ptr,
+    where that is less), and how many those are."""
     have = tl.cdiv(tl.load(len_ptr + lane).to(tl.int32), PAGE)
     i = tl.arange(0, PP)
     part = i // keep_count
@@ -137,6 +138,8 @@ def _finalists(len_ptr, key_ptr, page_ptr, lane, parts, keep_count, count, PAGE:
     key = tl.load(key_ptr + lane * parts * keep_count + i, mask=real, other=0)
     p = tl.load(page_ptr + lane * parts * keep_count + i, mask=real, other=-1)
     total = tl.minimum(count, have)
+    if WANT:
+        total = tl.minimum(total, tl.load(want_ptr))
     if LAST:
         keep = (real & (p == have - 1)) | _best(key, real & (p != have - 1), tl.maximum(total - 1, 0), BOUNDS)
     else:
@@ -146,8 +149,9 @@ def _finalists(len_ptr, key_ptr, page_ptr, lane, parts, keep_count, count, PAGE:
 
 @triton.jit
 def last_kernel(
-    len_ptr, key_ptr, page_ptr, out_ptr, parts, keep_count, count,
-    PAGE: tl.constexpr, SLICE: tl.constexpr, PP: tl.constexpr, BOUNDS: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
+    len_ptr, key_ptr, page_ptr, want_ptr, out_ptr, parts, keep_count, count,
+    PAGE: tl.constexpr, SLICE: tl.constexpr, PP: tl.constexpr, BOUNDS: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The best `count` among the slices' best of one lane, ascending, -1 where there are fewer: out [lanes, count]."""
     if PDL:
@@ -156,7 +160,8 @@ def last_kernel(
     i = tl.arange(0, PP)
     if PDL:
         gdc_wait()
-    p, keep, total = _finalists(len_ptr, key_ptr, page_ptr, lane, parts, keep_count, count, PAGE, SLICE, PP, BOUNDS, LAST)
+    p, keep, total = _finalists(
+        len_ptr, key_ptr, page_ptr, want_ptr, lane, parts, keep_count, count, PAGE, SLICE, PP, BOUNDS, LAST, WANT)
     out = out_ptr + lane * count
     tl.store(out + tl.cumsum(keep.to(tl.int32), 0) - 1, p, mask=keep)
     tl.store(out + total + i, tl.full([PP], -1, tl.int32), mask=total + i < count)
@@ -164,8 +169,8 @@ def last_kernel(
 
 @triton.jit
 def read_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, len_ptr, key_ptr, page_ptr, o_ptr, lse_ptr, scale, parts, keep_count, count,
-    PAGE: tl.constexpr, SLICE: tl.constexpr, PP: tl.constexpr, BOUNDS: tl.constexpr, LAST: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, start_ptr, len_ptr, key_ptr, page_ptr, want_ptr, o_ptr, lse_ptr, scale, parts, keep_count, count,
+    PAGE: tl.constexpr, SLICE: tl.constexpr, PP: tl.constexpr, BOUNDS: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr,
     G: tl.constexpr, NQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     PAGES: tl.constexpr,  # pages of a program
     PDL: tl.constexpr,
@@ -188,7 +193,8 @@ def read_kernel(
     if PDL:
         gdc_wait()
     row = (c * tl.num_programs(1) + lane) * G + g
-    p, keep, total = _finalists(len_ptr, key_ptr, page_ptr, lane, parts, keep_count, count, PAGE, SLICE, PP, BOUNDS, LAST)
+    p, keep, total = _finalists(
+        len_ptr, key_ptr, page_ptr, want_ptr, lane, parts, keep_count, count, PAGE, SLICE, PP, BOUNDS, LAST, WANT)
     if c * PAGES >= total:
         tl.store(lse_ptr + row, tl.full([NQ], float("-inf"), tl.float32), mask=live)
         return

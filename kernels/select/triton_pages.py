@@ -63,8 +63,9 @@ def score_kernel(
 
 @triton.jit
 def top_kernel(
-    score_ptr, len_ptr, list_ptr, out_ptr, pages, count, given,
+    score_ptr, len_ptr, list_ptr, out_ptr, want_ptr, pages, count, given,
     PAGE: tl.constexpr, PP: tl.constexpr, LAST: tl.constexpr, GIVEN: tl.constexpr,
+    WANT: tl.constexpr,  # the number at want_ptr of them, at most count
 ):
     """The best `count` of PP candidates of one lane in ascending order, -1 where there are fewer.
 
@@ -88,6 +89,8 @@ def top_kernel(
         key = tl.where(p == have - 1, 0x7FFFFFFF, key)
     key = tl.where(real, key, -0x80000000)
     want = tl.minimum(count, tl.sum(real.to(tl.int32), 0))
+    if WANT:
+        want = tl.minimum(want, tl.load(want_ptr))
     bound = tl.full([1], -0x80000000, tl.int32)
     for n in tl.static_range(16):
         step = tl.full([1], 1, tl.int32) << (30 - 2 * n)

@@ -61,6 +61,55 @@ def test_top_pages_in_two_rounds():
     assert torch.equal(got, select.top_pages(scores, length, 20, impl="torch"))
 
 
+@pytest.mark.parametrize("impl", ["torch", BEST])
+@pytest.mark.parametrize("dim,page", [(64, 16), (80, 7)])
+def test_bounds_that_grow_are_bounds_built_afresh(dim, page, impl):
+    """Row by row from one entry on, over pages that begin and fill; what stood in a page not begun does not count."""
+    generator = torch.Generator().manual_seed(page)
+    final = [40, 1, 19, 33, 18]
+    tier = make_tier(16, final, dim, device=DEVICE, generator=generator, spare=5)
+    low, high = (x.clone() for x in select.page_summaries(tier, page, impl="torch"))
+    low[:], high[:] = 9e3, -9e3
+    for step in range(max(final)):
+        tier.length.copy_(torch.tensor([max(1, n - max(final) + step + 1) for n in final]))
+        select.grow_bounds(low, high, tier.k, tier.start, tier.length, page, impl=impl)
+    want = select.page_summaries(tier, page, impl="torch")
+    for lane, n in enumerate(final):
+        pages = -(-n // page)
+        assert torch.equal(low[lane, :pages], want[0][lane, :pages]) and torch.equal(high[lane, :pages], want[1][lane, :pages])
+        assert (low[lane, pages:] == 9e3).all()
+
+
+@pytest.mark.parametrize("pages,count,want", [(44, 7, 1), (44, 7, 5), (44, 7, 99), (1300, 40, 9)])
+def test_fewer_pages_than_there_is_room_for(pages, count, want):
+    """A number on the device says how many pages: the same as asking for that many, in every way to choose and to read."""
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(pages)
+    tier = make_tier(16, [pages * 16 - 3, 0, 37], 64, device=DEVICE, generator=generator, spare=5)
+    q = torch.randn(1, 6, 64, generator=generator).to(DEVICE, torch.float16)
+    low, high = select.page_summaries(tier, 16, impl="torch")
+    number, few = torch.tensor([want], dtype=torch.int32, device=DEVICE), min(want, count)
+    expected = select.best_pages(q, low, high, tier.length, few, impl="torch")
+    for impl, way in (("torch", "auto"), ("triton", "slices"), ("triton", "scores")):
+        got = select.best_pages(q, low, high, tier.length, count, impl=impl, way=way, want=number)
+        assert torch.equal(got[:, :few], expected) and (got[:, few:] == -1).all()
+    out = decode_reference.attend(q, [select.read_pages(tier, expected)], 0.125)[0]
+    for impl, way in (("torch", "auto"), ("triton", "joined"), ("triton", "steps")):
+        assert error(select.attend_best(q, tier, low, high, count, 0.125, impl=impl, way=way, want=number).out, out) < 2e-3
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_sinks_gates_and_caps_of_chosen_pages(softcap):
+    tier, q = world()
+    low, high = select.page_summaries(tier, 16, impl=BEST)
+    extra = dict(softcap=softcap, sink=torch.linspace(-1, 2, q.shape[1], device=DEVICE))
+    gate = torch.linspace(0, 1, q.shape[1], device=DEVICE)
+    pages = select.best_pages(q, low, high, tier.length, 3, impl="torch")
+    want = decode_reference.attend(q, [select.read_pages(tier, pages)], 0.125, **extra)[0] * gate[:, None]
+    for impl in ("torch", BEST):
+        assert error(select.attend_best(q, tier, low, high, 3, 0.125, impl=impl, gate=gate, **extra).out, want) < 2e-3
+
+
 @pytest.mark.parametrize("bits", [16, 4])
 def test_reading_selected_pages(bits):
     tier, q = world()
