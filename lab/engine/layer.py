@@ -218,7 +218,8 @@ class LabLayer(Shares, CacheLayerMixin):
     def allocated_bytes(self) -> int:
         """Bytes of the tensors behind them; the difference to live_bytes is slack capacity."""
         common = 0 if self.common is None else self.common.allocated_bytes
-        return sum(part.allocated_bytes for part in self._parts()) + common + self.table_bytes
+        spare = 0 if self.in_place is None else self.in_place.spare_bytes
+        return sum(part.allocated_bytes for part in self._parts()) + common + self.table_bytes + spare
 
     @property
     def table_bytes(self) -> int:

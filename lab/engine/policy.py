@@ -7,6 +7,7 @@ import torch
 from lab.engine.attend import Result
 from lab.engine.context import LayerContext
 from lab.engine.layer import LabLayer
+from lab.engine.reads import Paging
 from lab.engine.rope import Rope, rope_of
 from lab.engine.slots import UNLIMITED, Forward
 from lab.engine.stack import Stack
@@ -31,6 +32,7 @@ class Policy:
         self.shared: dict = {}
         self.calibration: list[dict[str, torch.Tensor]] = []  # per layer, where a technique of the stack calibrates
         self.selects, self.edits = stack.filling("select"), stack.filling("edit")
+        self.choosers = [t for t in self.selects if "decode" in t.select_phases]
         self.routes, self.combine = stack.filling("route"), stack.one("combine")
         self.allocator, self.reducer = stack.one("allocate"), stack.one("reduce")
         self.encoder = stack.one("encode")
@@ -88,6 +90,10 @@ class Policy:
         """Rows belong to the prompt until it is complete; a later call of several rows is a new turn's prompt."""
         return "prefill" if rows > 1 or not store.prompt_done else "decode"
 
+    def paging(self, layer: int) -> Paging | None:
+        """What decode rows of this layer choose among in place; None where they read everything."""
+        return self.choosers[0].paging(layer) if self.choosers else None
+
     def weigh(self, ctx: LayerContext):
         """The function that turns this step's logits into weights; None for the softmax."""
         return self.weigher.weigh if self.weigher is not None and self.weigher.weighs(ctx) else None
@@ -123,7 +129,8 @@ class Policy:
                 f"{self.scorer.title} would keep {total} of {prompt} entries but must protect {first + last} "
                 f"({first} first, {last} last)",
                 "The budget has to be larger than the entries that are always kept",
-                f"Raise the budget above {(first + last) / prompt:.2f} or lower the protected window" if first + last < prompt
+                f"Raise the budget above {first + last} entries ({(first + last) / prompt:.2f} of the prompt) or lower the protected "
+                "window" if first + last < prompt
                 else "A prompt this short fits whole: give a longer one, lower the protected window, or set budget=1",
             )
 

@@ -24,6 +24,35 @@ class Pick:
 
 
 @dataclass(frozen=True)
+class Paging:
+    """How a decode row chooses among pages of `page` consecutive entries by a summary of each page's keys, for steps in place
+    (lab.engine.steady): always the same way, with nothing but the number of entries to decide how many.
+
+    kind: "bounds" (per-channel minimum and maximum; a page scores the largest logit it could hold for any query head of the
+    group) or "mean" (mean key; a page scores its logit for the group's mean query). fields: the summaries' names in the layer's
+    state. first: entries in front that are always read; pages count from there. last: newest entries that are always read, a
+    little more so that pages stay whole. count(entries): how many of the pages in between are read; where there are no more,
+    everything is. whole: summaries of pages that are read anyway are looked at too.
+    """
+
+    page: int
+    kind: str
+    fields: tuple[str, ...]
+    count: Callable[[int], int]
+    first: int = 0
+    last: int = 1
+    whole: bool = False
+
+    def pages(self, entries: int) -> int:
+        """Pages that hold `entries` entries, the last of them not always full."""
+        return -(-(entries - self.first) // self.page)
+
+    def candidates(self, entries: int) -> int:
+        """Pages to choose among: whole ones that are not read anyway."""
+        return max(0, entries - self.first - self.last) // self.page
+
+
+@dataclass(frozen=True)
 class Rows:
     """The stored entries prompt rows read, asked for one block of rows at a time so that no T x N matrix lives.
 

@@ -15,7 +15,7 @@ from lab.errors import LabError
 
 if TYPE_CHECKING:
     from lab.engine.context import LayerContext
-    from lab.engine.reads import Pick, Place, Rows, Weighed
+    from lab.engine.reads import Paging, Pick, Place, Rows, Weighed
     from lab.engine.segments import Codec
 
 PIPELINE = (
@@ -212,6 +212,15 @@ class Technique:
     def select(self, ctx: "LayerContext") -> "Band | Pick | Rows | None":
         """Which stored entries this call's rows read: a Band, Rows for a prompt, a Pick for a decode row; None for all.
         Several techniques' answers intersect."""
+        return None
+
+    @property
+    def pages_in_place(self) -> bool:
+        """Whether decode rows choose what they read as `paging` says, and in no other way."""
+        return False
+
+    def paging(self, layer: int) -> "Paging | None":
+        """`select`: what decode rows of layer `layer` choose among, for steps in place; None where they read everything."""
         return None
 
     def weighs(self, ctx: "LayerContext") -> bool:

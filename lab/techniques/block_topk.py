@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lab.engine.context import LayerContext
-from lab.engine.reads import Pick
+from lab.engine.reads import Paging, Pick
 from lab.engine.slots import Paper, Technique, param
 from lab.techniques.pages import READ_HELP, best, page_count, slots_of, tables
 from lab.techniques.random_score import mixed
@@ -79,6 +79,14 @@ class BlockTopK(Technique):
         if entries < store.longest:
             used = index < torch.tensor(store.counts, device=index.device).view(store.batch, store.heads, 1)
         return Pick(index, used, probe=probe)
+
+    @property
+    def pages_in_place(self) -> bool:
+        return self.mode == "centroid"
+
+    def paging(self, layer: int) -> Paging | None:
+        count = lambda n: page_count(self.budget, n, self.page)  # noqa: E731
+        return Paging(self.page, "mean", (f"{self.name}/mean",), count, self.sinks, self.local)
 
     def planned_read(self, entries: Any, layer: int, layers: int) -> tuple[Any, Any]:
         middle = np.maximum(0, entries - self.sinks - self.local) // self.page

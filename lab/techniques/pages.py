@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Callable
 
 import numpy as np
@@ -21,9 +22,10 @@ def page_count(budget: float, entries: Any, page: int) -> Any:
     """Pages that a read budget amounts to, for one number of entries or an array of them."""
     if budget == 1:
         return -(-entries // page)
-    tokens = np.ceil(budget * np.asarray(entries)) if budget < 1 else np.full(np.shape(entries), int(budget))
-    pages = np.minimum(-(-tokens // page), -(-np.asarray(entries) // page)).astype(int)
-    return int(pages) if np.ndim(pages) == 0 else pages
+    if isinstance(entries, (int, np.integer)):
+        return min(-(-(math.ceil(budget * entries) if budget < 1 else int(budget)) // page), -(-entries // page))
+    tokens = np.ceil(budget * entries) if budget < 1 else np.full(np.shape(entries), int(budget))
+    return np.minimum(-(-tokens // page), -(-entries // page)).astype(int)
 
 
 def tables(

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from lab.engine.context import LayerContext
-from lab.engine.reads import Pick
+from lab.engine.reads import Paging, Pick
 from lab.engine.slots import Paper, Technique, param
 from lab.techniques.pages import READ_HELP, best, page_count, slots_of, tables
 
@@ -59,6 +59,16 @@ class Quest(Technique):
         if shortest < longest:
             used = used & (index < torch.tensor(store.counts, device=index.device).view(store.batch, store.heads, 1))
         return Pick(index, used, probe=sum(t.numel() * t.element_size() for t in bounds.values()))
+
+    @property
+    def pages_in_place(self) -> bool:
+        return True
+
+    def paging(self, layer: int) -> Paging | None:
+        if layer < self.dense_layers:
+            return None
+        fields = (f"{self.name}/low", f"{self.name}/high")
+        return Paging(self.page, "bounds", fields, lambda n: page_count(self.budget, n, self.page), whole=True)
 
     def planned_read(self, entries: Any, layer: int, layers: int) -> tuple[Any, Any]:
         pages = -(-entries // self.page)

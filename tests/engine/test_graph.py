@@ -6,12 +6,13 @@ import pytest
 import tiny_models
 import torch
 
-from kernels import codes, decode
+from kernels import codes
 from kernels.encode.evict import evict
 from lab.engine.graph import GraphedDecode, why_not
 from lab.engine.session import Session
 from lab.engine.steady import FILLING, Unfit
 from lab.engine.steady import exact as steady_exact
+from lab.engine.steady import paged as steady_paged
 from lab.engine.steady import step as steady_step
 from lab.techniques import registry
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -19,13 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 GRAPHABLE = ["dense", "snapkv(budget=0.5,window=8)", "snapkv(budget=0.5,window=8)+pyramidkv(window=8)",
              "snapkv(budget=0.5,window=8)+adakv", "a_shape(sinks=2,window=16)", "a_shape(sinks=2,window=16)+delta(gamma=8)",
              "head_pruning(heads=1)", "zerotuning(gamma=2)"]
+CHOOSING = ["quest(budget=0.2,page=4,dense_layers=1)", "quest(budget=72,page=8,dense_layers=0)",
+            "quest(budget=0.93,page=4,dense_layers=0)", "quest(budget=0.2,page=16,dense_layers=0)+head_pruning(heads=1)",
+            "snapkv(budget=0.5,window=8)+adakv+quest(budget=0.2,page=4,dense_layers=0)"]
 CHANGING = ["streaming_llm(budget=20)", "streaming_llm(budget=20,renumber=false)", "h2o(budget=20)", "h2o(budget=20,norm=true)",
             "tova(budget=20)", "keydiff(budget=20,window=4)", "streaming_llm(budget=20)+zerotuning(gamma=3)",
             "h2o(budget=20)+pyramidkv(window=8)"]
 CODING = ["int_codes", "int_codes(bits=4)", "int_codes(bits=2)", "snapkv(budget=0.5,window=8)+int_codes(bits=4)",
           "int_codes+zerotuning(gamma=3)", "kivi(group=16,residual=16)", "kivi(group=32,residual=32,bits=4)",
           "snapkv(budget=0.7,window=8)+kivi(group=16,residual=32)", "kivi(group=16,residual=16)+head_pruning(heads=1)", "h2o(budget=20)+int_codes(bits=4)"]
-OTHERS = ["quest", "moh", "fp8", "h2o(budget=20)+kivi(group=16,residual=16)", "h2o(budget=20)+cam", "int_codes(sinks=2)",
+OTHERS = ["quest+int_codes", "block_topk(budget=0.1,page=4,local=10)", "quest(dense_layers=0)+zerotuning(gamma=2)",
+          "moh", "fp8", "h2o(budget=20)+kivi(group=16,residual=16)", "h2o(budget=20)+cam", "int_codes(sinks=2)",
           "rotated(mode=quarot,bits=4)", "rotated(bits=8,value_bits=8)", "snapkv(budget=0.5,window=8)+rotated(mode=quarot)"]
 STEPS = 30
 
@@ -40,7 +45,7 @@ def life(session) -> torch.Tensor:
     return torch.stack([torch.cat([x.long() for x in layer.history.upto(layer.seen)], -1) for layer in session.cache.lab_layers])
 
 
-@pytest.mark.parametrize("spec,samples", [(spec, 1) for spec in (*GRAPHABLE, *CHANGING, *CODING)] + [
+@pytest.mark.parametrize("spec,samples", [(spec, 1) for spec in (*GRAPHABLE, *CHOOSING, *CHANGING, *CODING)] + [
     ("snapkv(budget=0.5,window=8)+adakv", 2), ("streaming_llm(budget=20)", 2), ("h2o(budget=20)", 2), ("kivi(group=16,residual=16)", 2)])
 def test_the_body_is_an_ordinary_step(spec, samples):
     model = tiny_models.llama()
@@ -94,18 +99,23 @@ def places(session) -> list[int]:
     return [field.data_ptr() for table in tables for field in table.fields.values()]
 
 
-@pytest.mark.parametrize("spec", [*GRAPHABLE, *CHANGING, *CODING])
+@pytest.mark.parametrize("spec", [*GRAPHABLE, *CHOOSING, *CHANGING, *CODING])
 def test_a_captured_step_never_waits_and_keeps_its_tensors(spec, monkeypatch):
     """The attention and encode kernels are known to be safe; their references and numpy stand-ins, which run here, are not."""
     model = tiny_models.llama()
     session, _, ids = prepared(model, spec)
-    original = decode.attend
 
-    def aside(*args, **options):
-        with _disable_current_modes():
-            return original(*args, **options)
+    def aside(owner, name):
+        original = getattr(owner, name)
 
-    monkeypatch.setattr(steady_step.decode, "attend", aside)
+        def called(*args, **options):
+            with _disable_current_modes():
+                return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, called)
+
+    aside(steady_step.decode, "attend")
+    aside(steady_paged.select, "attend_best")
     monkeypatch.setattr(steady_exact.encode, "evict", lambda *args, **options: evict(*args, **{**options, "impl": "torch"}))
     monkeypatch.setattr(codes, "FEW", 0)
     with torch.inference_mode():
@@ -122,7 +132,7 @@ def test_a_captured_step_never_waits_and_keeps_its_tensors(spec, monkeypatch):
 
 
 @pytest.mark.parametrize("spec", ["streaming_llm(budget=20)", "h2o(budget=20)", "int_codes(bits=4)", "kivi(group=16,residual=16)",
-                                  "h2o(budget=20)+int_codes"])
+                                  "h2o(budget=20)+int_codes", "quest(budget=0.2,page=4,dense_layers=0)"])
 def test_trial_runs_leave_no_trace(spec):
     """What a capture does before it records: attend without changing, then whole steps whose changes are put back."""
     model = tiny_models.llama()
@@ -191,7 +201,7 @@ def test_sliding_layers_say_why_not(architecture):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("spec", [*GRAPHABLE, *CHANGING, *CODING])
+@pytest.mark.parametrize("spec", [*GRAPHABLE, *CHOOSING, *CHANGING, *CODING])
 def test_captured(spec):
     model = tiny_models.build("llama", head_dim=64, max_position_embeddings=2048).to("cuda")
     session, _, ids = prepared(model, spec)
@@ -209,7 +219,7 @@ def test_captured(spec):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("spec", [*GRAPHABLE, *CHANGING, *CODING])
+@pytest.mark.parametrize("spec", [*GRAPHABLE, *CHOOSING, *CHANGING, *CODING])
 def test_two_streams_give_what_one_gives(spec):
     """A wrong overlap would raise nothing: over many steps every logit and the whole history are the same bits."""
     model = tiny_models.build("llama", head_dim=64, max_position_embeddings=2048).to("cuda")

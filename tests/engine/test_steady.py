@@ -16,6 +16,14 @@ ADDING = {  # what each stack is served by
     "snapkv(budget=0.5,window=8)": "Growing", "head_pruning(heads=1)": "Growing", "zerotuning(gamma=4)": "Growing",
     "a_shape(window=16)+delta(gamma=8)": "Growing", "snapkv(budget=0.5,window=8)+zerotuning(gamma=4)": "Growing",
 }
+CHOOSING = {  # a share and a count, every step sparse or sparse in turns, pages that lie across what samples share
+    "quest(budget=0.2,page=4,dense_layers=0)": "Paged", "quest(budget=0.2,page=7,dense_layers=0)": "Paged",
+    "quest(budget=72,page=8,dense_layers=0)": "Paged", "quest(budget=0.93,page=4,dense_layers=0)": "Paged",
+    "quest(budget=0.2,page=1,dense_layers=0)": "Paged", "block_topk(budget=0.1,page=4,local=10)": "Paged",
+    "block_topk(budget=0.4,page=8,local=16,sinks=0)": "Paged",
+    "snapkv(budget=0.5,window=8)+quest(budget=0.2,page=4,dense_layers=0)": "Paged",
+    "quest(budget=0.2,page=4,dense_layers=0)+head_pruning(heads=1)": "Paged",
+}
 DROPPING = {
     "streaming_llm(budget=20)": "Evicting", "streaming_llm(budget=20,renumber=false)": "Evicting",
     "streaming_llm(budget=20)+zerotuning(gamma=3)": "Evicting",
@@ -34,8 +42,9 @@ CODING = {
     "h2o(budget=20)+int_codes": "CodedEvicting", "streaming_llm(budget=20,renumber=false)+int_codes(bits=4)": "CodedEvicting",
     "tova(budget=20)+fp8": "CodedEvicting",
 }
-ORDINARY = ["h2o(budget=20)+cam", "h2o(budget=20)+kivi(group=16,residual=16)", "quest", "moh", "arkv(budget=20,window=4)",
-            "stable_sinks(budget=20)", "int_codes(sinks=2)", "h2o(budget=20)+adakv"]
+ORDINARY = ["h2o(budget=20)+cam", "h2o(budget=20)+kivi(group=16,residual=16)", "quest+int_codes", "moh",
+            "arkv(budget=20,window=4)", "stable_sinks(budget=20)", "block_topk(mode=oracle)", "h2o(budget=20)+quest",
+            "int_codes(sinks=2)", "h2o(budget=20)+adakv"]
 
 
 class Life:
@@ -56,7 +65,8 @@ class Life:
         for token in ids:
             self.logits.append(self.session.step(torch.full((self.samples,), token)))
             cache = self.session.cache
-            self.told.append((cache.kv_bytes, cache.kept_fraction, cache.read_fraction, [sum(x.counts) for x in self.layers]))
+            self.told.append((
+                cache.kv_bytes, cache.kept_fraction, cache.read_fraction, [(sum(x.counts), x.last_probe) for x in self.layers]))
         return self
 
     def kinds(self) -> set[str]:
@@ -76,13 +86,14 @@ def kept(layer) -> torch.Tensor:
 
 
 TWICE = ["snapkv(budget=0.5,window=8)", "streaming_llm(budget=20)", "h2o(budget=20)", "int_codes(bits=4)",
-         "kivi(group=16,residual=32)", "h2o(budget=20)+int_codes"]
+         "kivi(group=16,residual=32)", "h2o(budget=20)+int_codes", *CHOOSING]
 
 
-@pytest.mark.parametrize("spec,samples", [(spec, 1) for spec in (*ADDING, *DROPPING, *CODING)] + [(spec, 2) for spec in TWICE])
+@pytest.mark.parametrize(
+    "spec,samples", [(spec, 1) for spec in (*ADDING, *CHOOSING, *DROPPING, *CODING)] + [(spec, 2) for spec in TWICE])
 def test_steps_in_place_are_ordinary_steps(spec, samples):
     ours, theirs = Life(spec, samples).feed(IDS[PROMPT:]), Life(spec, samples, ordinary=True).feed(IDS[PROMPT:])
-    assert ours.kinds() == {{**ADDING, **DROPPING, **CODING}[spec]} and theirs.kinds() == {"NoneType"}
+    assert ours.kinds() == {{**ADDING, **CHOOSING, **DROPPING, **CODING}[spec]} and theirs.kinds() == {"NoneType"}
     assert ours.told == theirs.told
     assert (ours.life() == theirs.life()).float().mean() > 0.98  # a rounding may turn a near tie
     if torch.equal(ours.life(), theirs.life()):
@@ -98,7 +109,7 @@ def test_steps_in_place_are_ordinary_steps(spec, samples):
 
 
 @pytest.mark.parametrize("spec", ["streaming_llm(budget=20)", "h2o(budget=20)", "int_codes", "kivi(group=16,residual=32)",
-                                  "zerotuning(gamma=4)"])
+                                  "zerotuning(gamma=4)", "quest(budget=0.2,page=4,dense_layers=0)"])
 def test_forks_samples_and_new_turns_leave_steps_in_place(spec):
     """In the middle of a run: a fork goes on by itself, a turn of several rows takes the ordinary path and steps resume."""
     ours, theirs = Life(spec).feed(IDS[PROMPT : PROMPT + 9]), Life(spec, ordinary=True).feed(IDS[PROMPT : PROMPT + 9])
@@ -132,13 +143,14 @@ def test_other_stacks_keep_to_the_ordinary_path(spec):
 
 
 def test_reasons_are_sentences_about_the_stack():
-    reasons = {spec: Policy(Stack.parse(spec), 3).not_in_place for spec in ORDINARY[:6]}
+    reasons = {spec: Policy(Stack.parse(spec), 3).not_in_place for spec in ORDINARY[:8]}
     assert all(reason.startswith("the stack") for reason in reasons.values()), reasons
-    assert all(Policy(Stack.parse(spec), 3).not_in_place is None for spec in (*ADDING, *DROPPING, *CODING, "dense"))
+    assert all(Policy(Stack.parse(spec), 3).not_in_place is None for spec in (*ADDING, *CHOOSING, *DROPPING, *CODING, "dense"))
 
 
 @pytest.mark.parametrize("spec", ["streaming_llm(budget=20)", "h2o(budget=20)", "int_codes", "kivi(group=16,residual=32)",
-                                  "zerotuning(gamma=4)", "h2o(budget=20)+int_codes(bits=4)"])
+                                  "zerotuning(gamma=4)", "h2o(budget=20)+int_codes(bits=4)", "quest(budget=0.5,page=4)",
+                                  "block_topk(budget=0.1,page=4,local=10)"])
 def test_bfloat16(spec):
     model = tiny_models.build("llama", head_dim=16).bfloat16()
     ours, theirs = Life(spec, model=model).feed(IDS[PROMPT:]), Life(spec, ordinary=True, model=model).feed(IDS[PROMPT:])
@@ -164,5 +176,5 @@ def test_queries_and_keys_are_still_captured():
 @pytest.mark.parametrize("architecture", ["gemma2", "gpt_oss", "mistral"])
 def test_models_that_slide_cap_or_sink_take_the_ordinary_path(architecture):
     model = tiny_models.build(architecture)
-    for spec in ("streaming_llm(budget=20)", "int_codes"):
+    for spec in ("streaming_llm(budget=20)", "int_codes", "quest(budget=0.2,page=4,dense_layers=0)"):
         assert "NoneType" in Life(spec, model=model).feed(IDS[PROMPT : PROMPT + 3]).kinds()

@@ -41,6 +41,7 @@ def begin(policy: "Policy", store: "LabLayer", clock: "Clock | None" = None) -> 
     """The step of a layer whose prompt is complete. Raises Unfit with the reason where it has none."""
     from lab.engine.steady.blocks import Blocks
     from lab.engine.steady.exact import Evicting, Growing
+    from lab.engine.steady.paged import Paged
     from lab.engine.steady.rows import CodedRows, CodedEvicting
     from lab.engine.steady.plan import evicts
 
@@ -58,7 +59,8 @@ def begin(policy: "Policy", store: "LabLayer", clock: "Clock | None" = None) -> 
     if reason is not None:
         raise Unfit(reason)
     if policy.encoder is None:
-        kind = Evicting if evicts(policy) else Growing
+        growing = Growing if policy.paging(store.index) is None else Paged
+        kind = Evicting if evicts(policy) else growing
     elif policy.encoder.codes_in_place == "blocks":
         kind = Blocks
     else:

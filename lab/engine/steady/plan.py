@@ -29,8 +29,12 @@ def not_in_place(policy: "Policy") -> str | None:
         return f"the stack codes entries while decoding ({policy.encoder.title}), in a way that needs the ordinary path"
     if any(not _fixed(t) for t in policy.routes):
         return "the stack decides at every step which heads or layers take part"
-    if any("decode" in t.select_phases for t in policy.selects) or policy.weigher is not None:
-        return "the stack chooses what to read at every step"
+    if policy.weigher is not None or len(policy.choosers) > 1 or any(not t.pages_in_place for t in policy.choosers):
+        return "the stack chooses what to read at every step, in a way that needs the ordinary path"
+    if policy.choosers and policy.encoder is not None:
+        return "the stack chooses what to read among codes"
+    if policy.choosers and evicts(policy):
+        return "the stack evicts while decoding from what it chooses among"
     if policy.movers or policy.observers or policy.watchers or policy.want_last:
         return "the stack looks at or edits every step"
     if any(type(t).standing_edit is Technique.standing_edit for t in policy.edits):

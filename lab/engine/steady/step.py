@@ -108,6 +108,11 @@ class Step:
         """The host's numbers after a step: rows held, rows read. Under a graph it runs between replays."""
         raise NotImplementedError
 
+    @property
+    def spare_bytes(self) -> int:
+        """Room beside the stored rows for what is kept beside them."""
+        return 0
+
     def settle(self, target: LabLayer) -> None:
         """Bring `target`, this layer or a copy of it, to ordinary order."""
 

@@ -1,0 +1,177 @@
+"""Steps that read chosen pages, in place and as captured: the ordinary step's numbers on other models, summaries that stay
+true, the steps at which reading everything turns into choosing, and the kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import tiny_models
+import torch
+
+from kernels import select
+from lab.engine.graph import GraphedDecode
+from lab.engine.session import Session
+from lab.engine.steady import Unfit, paged
+from lab.engine.steady.exact import Growing
+from lab.engine.steady.paged import Paged
+
+PROMPT, STEPS = 60, 40
+IDS = tiny_models.tokens(PROMPT + STEPS, seed=9).tolist()
+QUEST = "quest(budget=0.2,page=4,dense_layers=1)"
+
+
+def started(model, spec, samples=1, ordinary=False) -> Session:
+    session = Session(model, spec, new_tokens=STEPS, record=True)
+    session.prefill(IDS[:PROMPT], samples=samples)
+    if ordinary:
+        session.cache.policy.not_in_place = "asked for"
+    return session
+
+
+def told(session: Session) -> list:
+    cache = session.cache
+    return [cache.kv_bytes, cache.read_fraction, [(x.last_read, x.last_probe, x.table_bytes) for x in cache.lab_layers]]
+
+
+def fed(session: Session, step, ids) -> tuple[torch.Tensor, list]:
+    """Logits, and what the cache tells after every step."""
+    rows, figures = [], []
+    with torch.inference_mode():
+        for token in ids:
+            rows.append(step(torch.tensor([token])))
+            figures.append(told(session))
+    return torch.stack(rows), figures
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma", "olmo2", "phi3", "gpt2", "granite", "qwen3_moe"])
+def test_other_models(architecture, captured):
+    model = tiny_models.build(architecture)
+    ours, theirs = started(model, QUEST), started(model, QUEST, ordinary=True)
+    step = ours.step
+    if captured:
+        with torch.inference_mode():
+            step = GraphedDecode(model, ours.cache, 1, STEPS, capture=False).step
+    got, want = fed(ours, step, IDS[PROMPT:]), fed(theirs, theirs.step, IDS[PROMPT:])
+    assert [type(x.in_place) for x in ours.cache.lab_layers] == [Growing, Paged, Paged]
+    assert got[1] == want[1] and (got[0] - want[0]).abs().max() < 2e-5 * want[0].abs().max()
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("spec,chosen", [
+    ("quest(budget=72,page=8,dense_layers=0)", range(81, 101)),  # 9 pages of 72 tokens and the newest, once there are 11
+    ("quest(budget=0.93,page=4,dense_layers=0)", [73, 77, 81, 85, 86, 89, 90, 93, 94, 97, 98]),  # now so, now so
+])
+def test_choosing_begins_where_there_is_a_choice(spec, chosen, captured):
+    """Everything is read, and nothing looked at for it, until more pages are stored than would be read."""
+    model = tiny_models.llama()
+    session = started(model, spec)
+    step = session.step
+    if captured:
+        with torch.inference_mode():
+            step = GraphedDecode(model, session.cache, 1, STEPS, capture=False).step
+    _, figures = fed(session, step, IDS[PROMPT:])
+    for entries, (_, fraction, layers) in enumerate(figures, PROMPT + 1):
+        assert {probe > 0 for _, probe, _ in layers} == {fraction < 1} == {entries in chosen}, entries
+    assert {bytes_ > 0 for _, _, bytes_ in figures[chosen[0] - PROMPT - 2][2]} == {False}
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_summaries_stay_those_of_the_stored_keys(captured):
+    model = tiny_models.llama()
+    session = started(model, QUEST)
+    step = session.step
+    if captured:
+        with torch.inference_mode():
+            step = GraphedDecode(model, session.cache, 1, STEPS, capture=False).step
+    for at in range(PROMPT, PROMPT + STEPS):
+        fed(session, step, IDS[at : at + 1])
+        layer = session.cache.lab_layers[2]
+        for p, rows in enumerate(layer.all_keys().split(4, 2)):
+            assert torch.equal(layer.state["quest/low"][:, :, p], rows.amin(2))
+            assert torch.equal(layer.state["quest/high"][:, :, p], rows.amax(2))
+        assert layer.state["quest/low"].shape[2] == -(-(at + 1) // 4)
+
+
+def test_room_for_pages_to_come_is_slack():
+    session = started(tiny_models.llama(), "quest(budget=0.2,page=4,dense_layers=0)")
+    fed(session, session.step, IDS[PROMPT : PROMPT + 3])
+    layer = session.cache.lab_layers[0]
+    held = [x.untyped_storage().nbytes() for x in layer.step.tables]
+    rows = sum(x.rows.allocated_bytes for x in (layer.exact_k, layer.exact_v))
+    assert layer.allocated_bytes == rows + sum(held) and sum(held) > layer.table_bytes > 0
+    layer.settle()
+    assert layer.allocated_bytes == rows + layer.table_bytes == rows + sum(
+        x.untyped_storage().nbytes() for name, x in layer.state.items() if name != "quest/seen")
+
+
+def test_equal_pages_are_read_from_the_front():
+    """Rule R4, also in place: of pages with equal summaries the earlier ones are read."""
+    session = started(tiny_models.llama(), "quest(budget=0.2,page=4,dense_layers=0)")
+    fed(session, session.step, IDS[PROMPT : PROMPT + 1])
+    step = session.cache.lab_layers[0].step
+    step.tables = [torch.ones(x.shape) for x in step.tables]
+    assert step._best(torch.randn(1, 4, 1, 16), 61).tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_a_turn_in_between_and_a_fork():
+    model = tiny_models.llama()
+    ours, theirs = started(model, QUEST), started(model, QUEST, ordinary=True)
+    for at in (PROMPT, PROMPT + 11):  # pages are begun and not filled on both sides of the turn
+        assert fed(ours, ours.step, IDS[at : at + 11])[1] == fed(theirs, theirs.step, IDS[at : at + 11])[1]
+        twins = ours.fork(), theirs.fork()
+        assert torch.allclose(*(fed(t, t.step, IDS[:6])[0] for t in twins), atol=1e-4)
+        for session in (ours, theirs):
+            with torch.inference_mode():
+                session.model(torch.tensor([IDS[:6]]), past_key_values=session.cache)
+    assert torch.allclose(fed(ours, ours.step, IDS[:9])[0], fed(theirs, theirs.step, IDS[:9])[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["quest(budget=0.2,page=16,dense_layers=0)", "quest(budget=0.2,page=7,dense_layers=1)",
+                                  "snapkv(budget=0.5,window=8)+adakv+quest(budget=0.3,page=4,dense_layers=0)",
+                                  "quest(budget=0.2,page=4,dense_layers=0)+head_pruning(heads=1)"])
+def test_by_the_kernels(spec, monkeypatch):
+    """Triton's interpreter runs what a graph would capture: joined launches, and pages of no power of two in several."""
+    pytest.importorskip("triton")
+    for name in ("attend_best", "grow_bounds"):
+        monkeypatch.setattr(paged.select, name, functools.partial(getattr(select, name), impl="triton"))
+    model = tiny_models.llama()
+    ours, theirs = started(model, spec), started(model, spec, ordinary=True)
+    with torch.inference_mode():
+        graph = GraphedDecode(model, ours.cache, 1, STEPS, capture=False)
+    ids = IDS[PROMPT : PROMPT + 22]
+    got, want = fed(ours, graph.step, ids), fed(theirs, theirs.step, ids)
+    assert got[1] == want[1] and torch.allclose(got[0], want[0], atol=1e-4)
+
+
+def test_what_samples_share_has_no_kernel_yet():
+    session = started(tiny_models.llama(), QUEST, samples=2)
+    with torch.inference_mode(), pytest.raises(Unfit, match="samples share"):
+        GraphedDecode(session.model, session.cache, 2, STEPS, capture=False)
+    assert all(layer.static is None for layer in session.cache.lab_layers)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("page", [16, 7])
+def test_captured_over_many_pages(page, dtype):
+    """A long prompt: several slices a lane, a share that grows while the graph is replayed, trial runs that leave no trace."""
+    model = tiny_models.build("llama", head_dim=64, max_position_embeddings=8192).to("cuda", dtype)
+    spec = f"quest(budget=0.3,page={page},dense_layers=1)"
+    ids = tiny_models.tokens(6000 + STEPS, seed=3).tolist()
+    sessions = [Session(model, spec, new_tokens=STEPS) for _ in range(2)]
+    for session in sessions:
+        session.prefill(ids[:6000])
+    sessions[1].path = "step by step: asked for"
+    for token in ids[6000:]:
+        a, b = (s.step(torch.tensor([token], device="cuda")) for s in sessions)
+        assert (a - b).norm() < (2e-3 if dtype == torch.float32 else 0.1) * b.norm()
+        assert told(sessions[0]) == told(sessions[1])
+    assert sessions[0].path == "CUDA graph"
+    for ours, theirs in zip(*(s.cache.lab_layers for s in sessions)):
+        for name in ("quest/low", "quest/high"):
+            if name in theirs.state:
+                near = 1e-3 if dtype == torch.float32 else 0.1
+                assert (ours.state[name].float() - theirs.state[name].float()).abs().max() < near
