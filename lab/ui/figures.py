@@ -31,8 +31,8 @@ def layout(figure: go.Figure, x: str, y: str, height: int = 340) -> go.Figure:
 
 
 def named(variant: dict[str, Any]) -> str:
-    """"A · dense": letter and spec."""
-    text = f"{variant.get('letter')} · {variant.get('spec') if variant.get('techniques') else 'dense'}"
+    """"A · Dense": letter and title; a specification would not fit a phone's legend."""
+    text = f"{variant.get('letter')} · {variant.get('title') or variant.get('spec')}"
     return text.replace("<", "&lt;")  # Plotly reads a little HTML in names
 
 
@@ -58,7 +58,7 @@ def kv_growth(record: dict[str, Any], growth: Growth) -> go.Figure:
                 customdata=[size(y) for y in ys],
                 hovertemplate=f"{letter} · token %{{x:,}}<br>%{{customdata}} predicted<extra></extra>")
     # Logarithmic, so that a cache of a fiftieth is a line of its own and not the axis.
-    return layout(figure, "tokens in the sequence", "KV cache, MiB").update_yaxes(type="log", dtick=1, rangemode="normal")
+    return layout(figure, "tokens in the sequence", "KV cache, MiB (log)").update_yaxes(type="log", dtick=1, rangemode="normal")
 
 
 def step_latency(record: dict[str, Any]) -> go.Figure:
@@ -103,7 +103,7 @@ def roofline(roof: dict[str, Any], dots: list[dict[str, Any]]) -> go.Figure:
                     marker={"symbol": shape if measured else f"{shape}-open", "size": 11, "color": [_colour(d) for d in mine],
                             "line": {"width": 2, "color": [_colour(d) for d in mine]}},
                     hovertemplate="%{customdata}<extra></extra>")
-    layout(figure, "arithmetic intensity, FLOP per byte", "FLOP/s", 360)
+    layout(figure, "arithmetic intensity, FLOP per byte (log)", "FLOP/s (log)", 360)
     heights = [d["flops"] for d in dots if d["flops"]] + [low * roof["bandwidth"], roof["flops"]]
     figure.update_xaxes(type="log", tickformat="~g", dtick=1)
     ends = [math.log10(min(heights) / 4), math.log10(max(heights) * 4)]
@@ -148,5 +148,5 @@ def memory_context(lines: list[dict[str, Any]], limit: float | None, machine: st
         figure.add_scatter(
             x=ends, y=[limit / GIB] * 2, mode="lines", name=f"memory of {machine}".replace("<", "&lt;"),
             line={"color": NEUTRAL, "width": 2}, customdata=[size(limit)] * 2, hovertemplate="%{customdata}<extra></extra>")
-    return layout(figure, "tokens of context, each sequence", "weights and caches, GiB", 360).update_yaxes(
+    return layout(figure, "tokens of context, each sequence", "weights and caches, GiB (log)", 360).update_yaxes(
         type="log", dtick=1, rangemode="normal", tickformat="~g")
