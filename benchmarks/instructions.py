@@ -111,8 +111,9 @@ def main() -> None:
                 for name, kernel in compiled:
                     all_, body = loop(tool("nvdisasm", kernel, "-c"))
                     usage = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", kernel, "-res-usage"))
+                    frequent = kinds(body) if name == "split_kernel" else ""
                     print(f"{heads}/{kv_heads}/{dim} {bits:2} bits, {what:16} {name:13} all {len(all_):5} loop {len(body):4} "
-                          f"registers {usage[1]:>3} stack {usage[2]}  {kinds(body) if name == 'split_kernel' else ''}", flush=True)
+                          f"registers {usage[1]:>3} stack {usage[2]}  {frequent}", flush=True)
 
 
 if __name__ == "__main__":

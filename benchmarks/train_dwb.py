@@ -93,7 +93,6 @@ def examples(model, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def labels(cost: torch.Tensor, target: float) -> tuple[torch.Tensor, float]:
     """(class int64 [M], lambda): argmin of cost + lambda * bits with the mean width at the target."""
-    widths = torch.tensor(dwb.WIDTHS, dtype=torch.float32)
     low, high = 1e-9, 1e9
     for _ in range(100):
         middle = (low * high) ** 0.5

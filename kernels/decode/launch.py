@@ -123,8 +123,8 @@ def run(
             0 if t.bias is None or t.bias.dim() == 1 else t.bias.stride(0), 0 if t.pages is None else t.pages.shape[1],
             G=group, NQ=columns, D=dim, DP=max(16, triton.next_power_of_2(dim)), BITS=t.bits, **sizes,
             BN=p.tile, DT=dot, ASM=not interpreting(), STAGES=p.stages,
-            AHEAD=t.bits < 16 and p.ahead and t.pages is None, PDL=overlap, CHAIN=chained, EARLY=first_early, SOFTCAP=softcap is not None,
-            BIAS=t.bias is not None, THETA=threshold is not None,
+            AHEAD=t.bits < 16 and p.ahead and t.pages is None, PDL=overlap, CHAIN=chained, EARLY=first_early,
+            SOFTCAP=softcap is not None, BIAS=t.bias is not None, THETA=threshold is not None,
             PAGE=0 if t.pages is None else t.page, MASS=(2 if as_bytes else 1) if want_mass else 0,
             PACK=pack, FOLD=fold, ENTROPY=want_entropy,
             num_warps=p.warps, num_stages=p.stages, **options,
@@ -136,7 +136,8 @@ def run(
     entropy = torch.empty_like(lse) if want_entropy else None
     # few rows: thinner slices of channels, so that the merge still fills the card
     slice_ = next((w for w in (64, 32) if rows * dim >= 264 * w), 16)
-    ent_out, sink_in, early_launch = lse if entropy is None else entropy, part_lse if sink is None else sink, {"launch_pdl": True} if overlap else {}
+    ent_out, sink_in = lse if entropy is None else entropy, part_lse if sink is None else sink
+    early_launch = {"launch_pdl": True} if overlap else {}
     gate_in = part_lse if gate is None else gate
     block = 16 if splits <= 64 else 64
     masses = []
@@ -148,8 +149,8 @@ def run(
             home(finish_kernel)[(pieces + blocks * lanes,)](
                 part_o, part_lse, part_ent, sink_in, gate_in, out, lse, ent_out, weights, tops, t.start, t.length, mass,
                 splits, rows, heads, tiles, pieces, blocks, D=dim, BD=slice_, BS=block, SINK=sink is not None,
-                GATE=gate is not None, ENTROPY=want_entropy, G=group, GP=triton.next_power_of_2(group), TILE=tile, PACK=pack, BN=1024, PDL=overlap,
-                num_warps=4, **early_launch,
+                GATE=gate is not None, ENTROPY=want_entropy, G=group, GP=triton.next_power_of_2(group), TILE=tile, PACK=pack,
+                BN=1024, PDL=overlap, num_warps=4, **early_launch,
             )
             masses.append(mass)
             pieces = 0  # merged already

@@ -212,8 +212,6 @@ def split_kernel(
     if BITS == 16:
         qs = (q_all * inverse[None, :]).to(DT)
         acc = tl.zeros([DP, NQ], tl.float32)
-        kd = d
-        vd = d
         kin = d < D
         vin = d < D
     else:

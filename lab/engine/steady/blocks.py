@@ -23,7 +23,7 @@ class Blocks(Step):
     def __init__(self, policy, store, clock=None) -> None:
         super().__init__(policy, store, clock)
         self.residual = store.exact_v.rows.lens[0]
-        self.size = size = self.residual + 1
+        self.size = self.residual + 1
         self.coded_k, self.coded_v = store.coded_k[0], store.coded_v[0]
         self.block = self.coded_k.codec.block
         if self.bias is not None and self.bias[0] >= self.ahead + self.n:
