@@ -1,12 +1,14 @@
 /* Saved runs. server: listing, rename, tag, share, delete, restore, compare, export, take. Triggers 'open' {run_id}. */
-let rows = [], query = "", marked = new Set(), table = null, onlyDiff = true, editing = null, notice = "", loaded = false, find = "";
+let rows = [], query = "", marked = new Set(), editing = null, notice = "", loaded = false;
 const ask = extra => ({owner: owner(), ...extra});
-const search = h("input", {type: "search", placeholder: "Search name, prompt, technique, model or #tag", "aria-label": "search runs", oninput: e => { query = e.target.value; list(); }});
+const search = h("input", {type: "search", placeholder: "Name, prompt, technique, model, #tag", "aria-label": "search runs", oninput: e => { query = e.target.value; list(); }});
 const file = h("input", {type: "file", accept: ".json,.parquet", class: "sr", tabindex: "-1", "aria-hidden": "true", onchange: async e => {
   const f = e.target.files[0]; e.target.value = ""; if (!f) return; toast(`Importing ${f.name}`);
   const data = await new Promise(done => { const r = new FileReader(); r.onload = () => done(String(r.result).split(",")[1] || ""); r.readAsDataURL(f); });
-  const a = await server.take(ask({name: f.name, data})); toast(a.error || "Imported."); load(); }});
-const body = h("div"), comparison = h("section", {class: "comparison", "aria-label": "comparison", hidden: true});
+  const a = await server.take(ask({name: f.name, data})); toast(a.error || imported(a)); load(); }});
+const imported = a => a.added ? a.there ? `Imported ${a.added}; ${a.there} of the file's runs were here already.` : "Imported."
+  : a.there > 1 ? "These runs are here already. Nothing was changed." : "This run is here already. Nothing was changed.";
+const body = h("div");
 const cmpbutton = h("button", {type: "button", class: "plain", disabled: true, onclick: () => compare()}, "Compare");
 swap(element, h("div", {class: "row runsbar"}, search, h("span", {class: "sp"}), cmpbutton,
   h("button", {type: "button", class: "plain", onclick: () => file.click()}, "Import"), file), body, comparison);
@@ -67,22 +69,6 @@ async function share(r, button) {
   load();
 }
 async function unshare(r) { const a = await server.share(ask({run_id: r.run_id, shared: false})); if (a.error) toast(a.error); else toast("No longer shared."); load(); }
-const show = v => v === null || v === undefined ? "–" : typeof v === "number" ? (Number.isInteger(v) ? v.toLocaleString("en-US") : String(Number(v.toPrecision(4)))) : String(v);
-async function compare() {
-  const a = await server.compare(ask({ids: [...marked], only: onlyDiff})); if (a.error) { toast(a.error); return; }
-  table = a; drawComparison(); comparison.hidden = false; comparison.scrollIntoView({block: "nearest"});
-}
-function drawComparison() {
-  const lines = table.rows.filter(r => !find || r.field.toLowerCase().includes(find.toLowerCase()));
-  const focus = document.activeElement === comparison.querySelector("input[type=search]");
-  swap(comparison, h("div", {class: "row"}, h("span", {class: "h"}, `${table.run_ids.length} runs compared`), h("input", {type: "search", placeholder: "Field", "aria-label": "search fields", value: find, oninput: e => { find = e.target.value; drawComparison(); }}),
-    h("span", {class: "seg small", role: "group", "aria-label": "which fields"}, [[true, "differences"], [false, "all fields"]].map(([v, t]) => h("button", {type: "button", "aria-pressed": String(onlyDiff === v), onclick: () => { onlyDiff = v; compare(); }}, t))),
-    h("span", {class: "sp"}), h("button", {type: "button", class: "quiet", onclick: () => { comparison.hidden = true; }}, "Close")),
-    lines.length ? h("div", {class: "tablebox"}, h("table", {class: "lines cmp"}, h("thead", {}, h("tr", {}, h("th", {scope: "col"}, "field"), table.run_ids.map((id, i) => h("th", {scope: "col"}, h("button", {type: "button", class: "link", onclick: () => open(id)}, table.names[i] || id))))),
-      h("tbody", {}, lines.map(r => h("tr", {class: r.differs ? "differs" : ""}, h("th", {scope: "row"}, r.field), r.values.map(v => h("td", {title: show(v), class: typeof v === "number" ? "num" : ""}, show(v).slice(0, 160))))))))
-      : h("p", {class: "soft"}, "These runs agree in every field shown here."));
-  if (focus) { const s = comparison.querySelector("input[type=search]"); s.focus(); s.setSelectionRange(s.value.length, s.value.length); }
-}
 load(); watch("value", () => list());
 addEventListener("al-runs", () => load());
 document.addEventListener("click", e => { const t = e.target.closest && e.target.closest('[role=tab]'); if (t && /runs/i.test(t.textContent)) load(); });

@@ -1,6 +1,7 @@
 """Saved runs as the Runs tab needs them: storage.Store behind a few verbs, each one call."""
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,12 @@ class StoreLibrary:
             path = self.store.export([run_id], Path(folder) / f"{run_id}.{form}", form, owner or None)
             return path.name, KINDS.get(form, "application/octet-stream"), path.read_bytes()
 
-    def take(self, name: str, data: bytes, owner: str = "") -> str:
-        """Import an exported file's bytes and return the first run's id."""
+    def take(self, name: str, data: bytes, owner: str = "") -> dict[str, Any]:
+        """Import an exported file's bytes: {run_id: the first run's, added: runs that are new, there: runs that were not}."""
+        had = {row["run_id"] for row in self.store.list(limit=None, owner=owner or None)}
         with tempfile.TemporaryDirectory(prefix="lab-import-") as folder:
-            path = Path(folder) / f"import{Path(name).suffix.lower()[:12]}"
+            path = Path(folder) / re.sub(r"[^\w.-]", "_", name)[-80:].lstrip(".") or "file"
             path.write_bytes(data)
-            return self.store.import_(path, owner or None)[0]
+            ids = self.store.import_(path, owner or None)
+        there = sum(run_id in had for run_id in ids)
+        return {"run_id": ids[0], "added": len(ids) - there, "there": there}

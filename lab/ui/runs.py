@@ -12,6 +12,7 @@ from lab.errors import LabError
 
 from . import assets
 from .compare import owner_of
+from .components import comparison
 from .controller import Lab, sentence
 from .format import decimal, percent, when
 
@@ -58,7 +59,10 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
         return guarded(lambda a, who: lab.library.restore(str(a["run_id"]), who) or {"ok": True}, ask)
 
     def compare(ask: dict[str, Any]) -> dict[str, Any]:
-        return guarded(lambda a, who: lab.library.compare([str(i) for i in a["ids"]][:10], bool(a.get("only", True)), who), ask)
+        def work(a: dict[str, Any], who: str) -> dict[str, Any]:
+            table = lab.library.compare([str(i) for i in a["ids"]][:10], False, who)
+            return comparison.readable(table, bool(a.get("only", True)))
+        return guarded(work, ask)
 
     def export(ask: dict[str, Any]) -> dict[str, Any]:
         def work(a: dict[str, Any], who: str) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
                 data = base64.b64decode(text, validate=True)
             except (binascii.Error, ValueError):
                 raise LabError("The file did not arrive whole", fix="Try again") from None
-            return {"run_id": lab.library.take(str(a["name"]), data, who)}
+            return lab.library.take(str(a["name"]), data, who)
         return guarded(work, ask)
     return [listing, rename, tag, share, delete, restore, compare, export, take]
 
@@ -83,4 +87,4 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
 def build(lab: Lab) -> gr.HTML:
     """The table. It triggers 'open' with {run_id}; everything else it does by itself."""
     return gr.HTML({"current": "recorded"}, html_template="", apply_default_css=False, elem_id="runs",
-                   js_on_load=assets.script("runs"), server_functions=functions(lab))
+                   js_on_load=assets.script("comparison", "runs"), server_functions=functions(lab))

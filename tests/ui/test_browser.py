@@ -345,7 +345,7 @@ def test_runs_are_imported_from_a_file_and_a_wrong_file_is_told(page, site, tmp_
     (tmp_path / "table.csv").write_bytes(site[1].library.export("20251231-230000-aaaa", "csv")[2])
     tab(page, "Runs")
     page.wait_for_selector("table.runs tbody tr")
-    for file, told in ((name, "Imported."), ("table.csv", "CSV leaves out")):
+    for file, told in ((name, "This run is here already. Nothing was changed."), ("table.csv", "CSV leaves out")):
         with page.expect_file_chooser() as chooser:
             page.get_by_role("button", name="Import").click()
         chooser.value.set_files(tmp_path / file)
