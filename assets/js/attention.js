@@ -11,23 +11,25 @@ const S = {
   moved: () => { note(); drawCache(); },
   recolour: () => { paintCache(); gridRecolour(); },
   point: (row, col) => { S.cursor = {row, col}; draw(); if (row !== S.row) { S.row = row; rowChanged(row, true); } },
-  setPin: (at, reveal, life) => {
+  setPin: (at, reveal, life, home) => { // `home`: the box that the token was chosen in; its life is told there
     S.pin = at ? {row: at.row, col: at.col} : null;
     if (at) {
-      S.cursor = null; S.row = at.row; rowChanged(at.row, true); tellLife(life === undefined ? at.col : life);
+      S.cursor = null; S.row = at.row; rowChanged(at.row, true); tellLife(life === undefined ? at.col : life, home || beside());
       if (reveal) show(at.row, at.col);
-    }
+    } else if (!cachebox.contains(lifebox)) forgetLife();
     dispatchEvent(new CustomEvent("al-pin", {detail: at ? at.row : null}));
-    draw(); note();
+    draw(); note(); tellPin();
   },
-  chooseRow: (i, reveal) => { // a token of the text: it becomes the row, and its own life is told
+  chooseRow: (i, reveal, home) => { // a token of the text: it becomes the row, and its own life is told
     const col = (S.pin || S.cursor || {col: i}).col;
-    S.setPin({row: i, col: Math.min(col, i)}, reveal, i);
+    S.setPin({row: i, col: Math.min(col, i)}, reveal, i, home);
   },
   replay: () => { S.wait(); trigger("replay", S.ask()); },
+  replaying: () => !!S.waiting && S.waiting.key === S.key && S.waiting.letter === S.letter,
+  waits: () => `Waits for the replay of variant ${S.letter}.`, // said by what needs the captured attention
   wait: async () => { // while a variant is replayed the cover says how far it is
-    const {key, letter} = S, mine = S.waiting = {}, words = `Replaying variant ${letter} to capture its attention…`;
-    say(words); busy(true);
+    const {key, letter} = S, mine = S.waiting = {key, letter}, words = `Replaying variant ${letter} to capture its attention…`;
+    say(words); busy(true); swap(bars, h("p", {class: "soft"}, S.waits())); gridDraw();
     while (S.waiting === mine && S.key === key && S.letter === letter) {
       await new Promise(done => setTimeout(done, 700));
       const a = await server.replays({key, letter}).catch(() => null);
@@ -50,7 +52,8 @@ const S = {
         t.replay ? h("button", {type: "button", class: "plain", onclick: S.replay}, `Replay to capture layer ${S.layer}`)
           : null));
     }
-    bars.replaceChildren(); figures.replaceChildren();
+    if (!S.replaying()) bars.replaceChildren();
+    figures.replaceChildren();
   },
   choose: changes => {
     Object.assign(S, changes); if (S.minus === S.letter) S.minus = null;

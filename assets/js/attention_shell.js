@@ -13,6 +13,17 @@ function cellsAre(tile) { // what one cell of a tile stands for
   if (tile.row_step > 1 || tile.col_step > 1) return ` · ${what} of ${tile.row_step} × ${tile.col_step} a cell`;
   return " · exact, one weight a cell";
 }
+function mapKeys(inside) {
+  if (S.pin) return fingers ? " · pinned" : " · pinned, Esc releases";
+  return fingers ? ` · two fingers zoom${inside ? ", one moves" : ""}, a tap pins`
+    : " · wheel zooms, drag moves, click pins";
+}
+function shades(tile) { // the scale's ends; all weights up to a logarithmic one's floor have its first shade
+  const top = fmt.dec(tile.top, 3), small = `≤ ${tile.floor < 1e-3 ? tile.floor.toExponential(0) : fmt.dec(tile.floor, 3)}`;
+  const middle = tile.log ? `log, ${small} in the middle` : "linear";
+  if (S.minus) return [`${S.minus} more, ${top}`, `${S.letter} more, ${top}`, middle];
+  return [tile.log ? small : "0", top, tile.log ? "log" : "linear"];
+}
 function note() {
   if (!S.now) return; const tile = tiles.near || tiles.over, inside = V.span < total();
   const exactly = tile && tile.coarse && tiles.near && sharpening === null
@@ -22,7 +33,7 @@ function note() {
     tile ? h("span", {class: "num"}, inside ? ` · ${fmt.int(V.span)} × ${fmt.int(V.span)} in sight` : "", cellsAre(tile),
       sharpening !== null ? ` · sharpening, ${Math.round(sharpening * 100)}%` : "",
       zooming ? " · kept with the run" : "",
-      h("span", {class: "mapkeys"}, S.pin ? " · pinned, Esc releases" : " · wheel zooms, drag moves, click pins")) : "",
+      h("span", {class: "mapkeys"}, mapKeys(inside))) : "",
     exactly);
   const over = typeof S.head === "number" ? `query head ${S.head}` : `${S.head} over heads`;
   const parts = [
@@ -32,10 +43,9 @@ function note() {
     S.minus && S.fork !== null && S.fork < total()
       ? `From token ${fmt.int(S.fork)} on (the red lines) the two texts differ.` : ""].filter(Boolean);
   const widths = new Set(); for (const t of [tiles.over, tiles.near]) if (t && t.width) for (const b of t.width) widths.add(b);
-  const key = (b, text) => h("span", {}, h("s", {class: `bits b${b}`}), text), ends = tile ? fmt.dec(tile.top, 3) : "";
-  swap(scalebox, tile ? [h("span", {class: "num"}, S.minus ? `${S.minus} more, ${ends}` : "0"),
-    h("i", {class: S.minus ? "div" : "seq"}),
-    h("span", {class: "num"}, S.minus ? `${S.letter} more, ${ends}` : ends), h("span", {}, tile.log ? "log" : "linear"),
+  const key = (b, text) => h("span", {}, h("s", {class: `bits b${b}`}), text), ends = tile ? shades(tile) : [];
+  swap(scalebox, tile ? [h("span", {class: "num"}, ends[0]), h("i", {class: S.minus ? "div" : "seq"}),
+    h("span", {class: "num"}, ends[1]), h("span", {}, ends[2]),
     [8, 4, 3, 2].filter(b => widths.has(b)).map(b => key(b, `read at ${b} bit`)), key(0, "evicted")] : "",
     parts.length ? h("span", {class: "said"}, parts.join(" ")) : "", zooming && tiles.over.replay ? h("button", {type: "button",
       class: "plain", "data-key": "zoomreplay", onclick: S.replay}, "Replay to zoom to single tokens") : null);
@@ -121,10 +131,11 @@ async function exportPage() {
   exporting.hidden = true;
 }
 function redraw() { drawTools(); overview(); }
+const attside = h("div", {class: "attside"}, bars, figures), pinlife = h("div", {class: "pinlife"});
 const promptnote = h("span", {class: "num"});
 const stage = h("div", {class: "att"},
-  h("div", {class: "mapside"}, caption, mapbox, scalebox, large),
-  h("div", {class: "attside"}, bars, figures));
+  h("div", {class: "mapside"}, caption, mapbox, pincard, pinlife, scalebox, large),
+  attside);
 const tokbox = h("div", {class: "tokbox"}, h("div", {class: "h"}, "Tokens", promptnote), strip);
 new ResizeObserver(() => { size(); if (S.now) { near(); paintCache(); } }).observe(stage);
 let loading = 0;
@@ -148,7 +159,7 @@ async function load() {
     if (mine !== loading) return;
     if (a.error) { drawTools(); return S.trouble(a); }
     S.tokens = a.tokens.slice(0, S.limit); S.seen = props.value.key; stripFrom = stripTo = 0; strip.replaceChildren();
-    const keep = S.pin; S.pin = S.cursor = null;
+    const keep = S.pin; S.pin = S.cursor = null; tellPin();
     S.row = Math.min(keep ? keep.row : limit - 1, limit - 1); V = {r: 0, c: 0, span: limit};
     promptnote.textContent = ` · ${fmt.int(v.prompt)} prompt + ${fmt.int(v.tokens - v.prompt)} generated`;
     cacheReset();
@@ -157,8 +168,8 @@ async function load() {
       h("option", {value: i, selected: String(i) === was}, `KV head ${i}`)));
   }
   dispatchEvent(new CustomEvent("al-variant", {detail: S.letter}));
-  drawTools(); size(); clampView(); overview(); rowChanged(S.row, true); drawHeads(); gridShow(); tokShow(); drawCache(); note();
-  if (S.want !== null) { const row = S.want; S.want = null; if (row < total()) S.chooseRow(row, true); }
+  drawTools(); size(); clampView(); overview(); rowChanged(S.row, true); drawHeads(); gridShow(); tokShow(); drawCache(); note(); tellPin();
+  if (S.want !== null) { const row = S.want; S.want = null; if (row < total()) S.chooseRow(row, true, tokview); }
 }
 function start() {
   const value = props.value || {}, compare = () => document.querySelector('[role=tab][data-tab-id="compare"]');
@@ -173,7 +184,7 @@ function start() {
   const s = value.sel || {}, named = Object.values(s).some(x => x !== null && x !== undefined) && value.rev !== S.rev;
   const moved = S.key !== value.key || named; S.rev = value.rev;
   if (moved) {
-    S.key = value.key; S.seen = null; S.pin = null; const given = s.layer !== null && s.layer !== undefined;
+    S.key = value.key; S.seen = null; S.pin = null; tellPin(); const given = s.layer !== null && s.layer !== undefined;
     S.letter = s.letter || S.letter; S.minus = s.minus || null; if (s.head !== null && s.head !== undefined) S.head = s.head;
     S.over = s.layer === "mean" || s.layer === "max" ? s.layer : null; if (given && !S.over) S.layer = s.layer;
     const v = value.variants.find(x => x.letter === S.letter) || value.variants[0]; S.letter = v.letter;

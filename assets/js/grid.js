@@ -77,15 +77,15 @@ function gridEmpty(problem, missing, replay) {
   swap(gridtools, h("span", {class: "h"}, "All heads"), heads ? h("button", {type: "button", class: "plain", "data-key": "grid",
     onclick: () => gridFollow(true)}, `Draw ${fmt.int(heads)} heads`) : null);
   const none = "This variant holds no captured attention. Load the run's model and replay it.";
-  swap(gridnote, problem || (heads ? missing ? `${fmt.int(missing)} of ${fmt.int(S.now.layers_total)} layers are not captured. `
-    : "" : none),
-    problem ? null : replay);
+  swap(gridnote, !S.replaying() && problem || (heads ? missing ? `${fmt.int(missing)} of ${fmt.int(S.now.layers_total)} layers are not captured. `
+    : "" : S.replaying() ? null : none),
+    S.replaying() ? S.waits() : problem ? null : replay);
   gridbody.replaceChildren();
 }
 function gridDraw(problem) {
   if (!S.now) return;
   const missing = S.now.layers_total - (G.data ? G.data.layers.length : S.now.layers.length);
-  const replay = missing && G.replay && S.now.layers.length < S.now.layers_total
+  const replay = missing && G.replay && !S.replaying() && S.now.layers.length < S.now.layers_total
     ? h("button", {type: "button", class: "quiet", onclick: S.replay}, "Replay to capture them") : null;
   if (!G.data) return gridEmpty(problem, missing, replay);
   const chosen = gridChosen(), m = MEASURES.find(x => x[0] === G.by), redrawn = () => gridDraw();
@@ -108,7 +108,7 @@ function gridDraw(problem) {
     G.data.better ? h("button", {type: "button", class: "plain", "data-key": "grid", onclick: () => gridFollow(true)},
       "Draw again with what is known now") : null,
     h("span", {class: "sp"}), pair("heads as", [[false, "pictures"], [true, "table"]], G.table, v => { G.table = v; }));
-  swap(gridnote, gridWords(m, missing), problem || null, replay);
+  swap(gridnote, gridWords(m, missing), problem || (S.replaying() ? S.waits() : null), replay);
   if (G.table) swap(gridbody, gridTable(chosen));
   else if (G.by === "layer") swap(gridbody, gridLayers(chosen));
   else swap(gridbody, chosen.length ? h("div", {class: "gridsorted"}, chosen.map((k, o) => h("span", {class: "sortedhead"},

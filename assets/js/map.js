@@ -6,6 +6,10 @@ const cover = h("div", {class: "mapcover", hidden: true});
 const maptip = h("div", {class: "al-tip", role: "tooltip", hidden: true});
 document.body.append(maptip);
 const mapbox = h("div", {class: "mapbox"}, canvas, cover, live);
+/* Where fingers point there is no hovering: what a pinned cell holds is told below the map, and stays. */
+let fingers = matchMedia("(hover: none), (pointer: coarse)").matches;
+const pincell = h("div"), pincard = h("div", {class: "pincard", "aria-label": "the pinned cell", role: "group", hidden: true},
+  pincell, h("button", {type: "button", class: "plain", "data-key": "release", onclick: () => S.setPin(null)}, "Release"));
 let V = {r: 0, c: 0, span: 1}, tiles = {over: null, near: null}, wanted = 0, drawing = null, hover = null, cellAsk = 0;
 let ramp = null, diverging = null, washed = {}, hatchPattern = null, sharpening = null;
 
@@ -155,7 +159,11 @@ async function sharpen(more) {
   sharpening = null; if (!tile.error) tiles.near = tile; draw(); S.drawn();
 }
 const near = debounce(() => sharpen({}), 90);
-function say(text) { if (!text) S.waiting = null; cover.hidden = !text; swap(cover, text ? h("p", {}, text) : ""); }
+function say(text) {
+  const over = !text && S.replaying(); if (!text) S.waiting = null;
+  if (over) gridDraw();
+  cover.hidden = !text; swap(cover, text ? h("p", {}, text) : "");
+}
 function zoom(factor, px = .5, py = .5) {
   const span = Math.max(Math.min(16, total()), Math.min(total(), V.span * factor));
   V.c += (V.span - span) * px; V.r += (V.span - span) * py; V.span = span; clampView(); draw(); near(); S.moved();
@@ -177,7 +185,7 @@ canvas.addEventListener("wheel", e => {
 let drag = null; const touches = new Map();
 const gap = () => { const [a, b] = [...touches.values()]; return Math.hypot(a.clientX - b.clientX, a.clientY - b.clientY); };
 canvas.addEventListener("pointerdown", e => {
-  touches.set(e.pointerId, e); canvas.setPointerCapture(e.pointerId);
+  touches.set(e.pointerId, e); canvas.setPointerCapture(e.pointerId); fingers = e.pointerType === "touch";
   drag = {x: e.clientX, y: e.clientY, r: V.r, c: V.c, moved: false, pinch: touches.size === 2 ? gap() : 0};
 });
 canvas.addEventListener("pointermove", e => {
@@ -197,7 +205,7 @@ canvas.addEventListener("pointerup", e => {
   touches.delete(e.pointerId); const was = drag; drag = null;
   if (!was || was.moved) return;
   const p = place(e); S.setPin(S.pin && S.pin.row === p.row && S.pin.col === p.col ? null : p);
-  tip(p.row, p.col, e.clientX, e.clientY);
+  if (!fingers) tip(p.row, p.col, e.clientX, e.clientY);
 });
 canvas.addEventListener("pointercancel", e => { touches.delete(e.pointerId); drag = null; });
 canvas.addEventListener("pointerleave", () => { hover = null; maptip.hidden = true; });
@@ -227,10 +235,18 @@ function tipAt(at) {
 }
 const exact = debounce(async (row, col, mine) => {
   const a = await server.cell({...S.ask(), row, col}).catch(() => null);
-  if (mine === cellAsk && a && !a.error) fill(row, col, a);
+  if (mine === cellAsk && a && !a.error) fill(maptip, row, col, a);
 }, 50);
+let pinAsk = 0;
+async function tellPin() { // the card below the map, where there is no pointer that hovers
+  const mine = ++pinAsk, at = S.pin;
+  pincard.hidden = !at || !fingers; if (pincard.hidden) return;
+  maptip.hidden = true; fill(pincell, at.row, at.col, null);
+  const a = await server.cell({...S.ask(), ...at}).catch(() => null);
+  if (mine === pinAsk && a && !a.error) fill(pincell, at.row, at.col, a);
+}
 function tip(row, col, x, y) {
-  const mine = ++cellAsk; fill(row, col, null); maptip.hidden = false;
+  const mine = ++cellAsk; fill(maptip, row, col, null); maptip.hidden = false;
   const w = maptip.offsetWidth, t = maptip.offsetHeight;
   maptip.style.left = Math.max(8, x + 18 + w > innerWidth ? x - w - 14 : x + 18) + "px";
   maptip.style.top = Math.max(8, Math.min(innerHeight - t - 8, y + 14)) + "px";
@@ -251,17 +267,17 @@ function told(a) { // what a hovered cell says
   return [S.head === "rollout" ? "share " : "weight ", strong(fmt.dec(a.weight, 3)), " · rank ", strong(fmt.int(a.rank)), " of ",
     strong(fmt.int(a.of))];
 }
-function fill(row, col, a) {
+function fill(box, row, col, a) {
   const names = S.tokens || [], tile = tiles.near || tiles.over, coarse = tile && tile.row_step > 1;
   const cache = a && a.weight !== null ? kept(a) : null;
   const group = tile && tile.group > 1 ? `, columns in groups of ${tile.group}` : "";
-  swap(maptip,
+  swap(box,
     h("div", {}, h("span", {class: "num soft"}, `row ${fmt.int(row)} `), h("code", {}, fmt.tok(names[row])), " → ",
       h("span", {class: "num soft"}, `col ${fmt.int(col)} `), h("code", {}, fmt.tok(names[col]))),
     h("div", {}, told(a), cache ? " · " + cache : null),
     coarse && !(a && a.kept) || group ? h("div", {class: "soft"},
       `one cell shows ${tile.row_step} × ${tile.col_step} tokens${group}`) : null);
-  if (a) live.textContent = maptip.textContent;
+  if (a) live.textContent = box.textContent;
 }
 new MutationObserver(() => { palette(); for (const t of [tiles.over, tiles.near]) if (t) paint(t); draw(); S.recolour(); })
   .observe(document.body, {attributes: true, attributeFilter: ["class"]});

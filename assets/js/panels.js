@@ -26,13 +26,13 @@ function markStrip(answer) {
     span.classList.toggle("later", i > answer.row); span.classList.toggle("q", i === answer.row);
   }
 }
-strip.addEventListener("click", e => { const t = e.target.closest(".tk"); if (t) S.chooseRow(Number(t.dataset.i), true); });
+strip.addEventListener("click", e => { const t = e.target.closest(".tk"); if (t) S.chooseRow(Number(t.dataset.i), true, tokbox); });
 strip.addEventListener("mouseover", e => {
   const t = e.target.closest(".tk"); if (t && !S.pin) { S.cursor = {row: S.row, col: Number(t.dataset.i)}; draw(); }
 });
 strip.addEventListener("keydown", e => {
   const t = e.target.closest(".tk"); if (!t) return; const i = Number(t.dataset.i), last = S.tokens.length - 1;
-  if (e.key === "Enter" || e.key === " ") { e.preventDefault(); S.chooseRow(i, true); return; }
+  if (e.key === "Enter" || e.key === " ") { e.preventDefault(); S.chooseRow(i, true, tokbox); return; }
   if (e.key === "Escape") { S.setPin(null); return; }
   const to = {ArrowRight: i + 1, ArrowLeft: i - 1, ArrowDown: i + 12, ArrowUp: i - 12, Home: 0, End: last}[e.key];
   if (to === undefined) return;
@@ -43,7 +43,7 @@ strip.addEventListener("keydown", e => {
 const askRow = debounce(async i => {
   const mine = ++rowAsk, a = await server.row({...S.ask(), row: i, top: 12, strip: [stripFrom, stripTo]}).catch(() => null);
   if (mine !== rowAsk || !a) return;
-  if (a.error) { swap(bars, h("p", {class: "soft"}, a.error)); return; }
+  if (a.error) { swap(bars, h("p", {class: "soft"}, S.replaying() ? S.waits() : a.error)); return; }
   markStrip(a); drawBars(a);
 }, 45);
 function rowChanged(i, scroll) {

@@ -89,7 +89,7 @@ tokcols.addEventListener("focusout", () => { maptip.hidden = true; });
 function tokChoose(t) { // the map turns to this token's row, in its own variant, and its life is told
   const c = T.data.cols[t.parentNode.dataset.n], row = S.now.prompt + Number(t.dataset.i);
   if (c.letter !== S.letter || S.minus) { S.want = row; S.choose({letter: c.letter, minus: null}); }
-  else if (row < total()) S.chooseRow(row, true);
+  else if (row < total()) S.chooseRow(row, true, tokview);
 }
 tokcols.addEventListener("click", e => { const t = tokOf(e); if (t && S.now) tokChoose(t); });
 tokcols.addEventListener("keydown", e => { const t = tokOf(e); if (!t) return; const all = [...t.parentNode.children],

@@ -58,6 +58,11 @@ def floor_of(head: int | str) -> float:
     return ROLLOUT_FLOOR if head == "rollout" else LOG_FLOOR
 
 
+def lowest(top: float, floor: float) -> float:
+    """The weight of a logarithmic scale's first shade, which all smaller ones share."""
+    return min(floor, top / 10)
+
+
 def shade(values: np.ndarray, log: bool, floor: float = LOG_FLOOR) -> tuple[np.ndarray, float]:
     """Weights as bytes 1..255 (0 = nothing there) and the weight at 255. A transfer format, not a measurement."""
     there = np.isfinite(values)
@@ -66,7 +71,7 @@ def shade(values: np.ndarray, log: bool, floor: float = LOG_FLOOR) -> tuple[np.n
         return np.where(there, 1, 0).astype(np.uint8), top
     shown = np.where(there, values, 0.0)
     if log:
-        low = min(floor, top / 10)
+        low = lowest(top, floor)
         part = np.log(np.clip(shown, low, top) / low) / np.log(top / low)
     else:
         part = shown / top
@@ -85,8 +90,8 @@ def tile(run: OpenRun, ask: dict[str, Any], progress: Any = None, cancel: Any = 
     """One window of the map as ≤ 512 x 512 bytes.
 
     `ask`: letter, minus (letter or nothing), layer, over ("mean"|"max" over layers or nothing), head, rows [r0, r1), cols
-    [c0, c1), width, height, pool 'max'|'mean', log bool, exact (a rollout's single tokens). In the answer, `pool`: how it was
-    pooled; `group`: columns of which only the mean is known; `coarse`: single tokens can be had by asking exactly; `stored`: an
+    [c0, c1), width, height, pool 'max'|'mean', log bool, exact (a rollout's single tokens). In the answer, `top` and `floor`:
+    weights of the last shade and of the first; `pool`: how it was pooled; `group`: columns of which only the mean is known; `coarse`: single tokens can be had by asking exactly; `stored`: an
     overview kept with the run, whose queries and keys are gone.
     """
     from lab.inspect.rollout import MOST_ROWS
@@ -97,10 +102,11 @@ def tile(run: OpenRun, ask: dict[str, Any], progress: Any = None, cancel: Any = 
     seen = lens.view(rows, _span(ask["cols"], lens.tokens),
                      min(int(ask.get("width") or SIDE), SIDE), min(int(ask.get("height") or SIDE), SIDE),
                      "mean" if ask.get("pool") == "mean" else "max", progress, cancel)
-    how = _shade_signed if ask.get("minus") else shade
-    shades, top = how(seen.values, bool(ask.get("log", True)), floor_of(head_of(ask["head"])))
+    how, log, floor = _shade_signed if ask.get("minus") else shade, bool(ask.get("log", True)), floor_of(head_of(ask["head"]))
+    shades, top = how(seen.values, log, floor)
     answer = {"h": int(shades.shape[0]), "w": int(shades.shape[1]), "data": pack(shades), "top": top,
               "rows": list(seen.rows), "cols": list(seen.cols), "row_step": seen.row_step, "col_step": seen.col_step}
+    answer["floor"] = lowest(top, floor) if log else 0.0
     answer |= {"pool": seen.pool, "group": seen.group, "stored": is_kept(lens)}
     answer["coarse"] = seen.group > 1 and rows[1] - rows[0] <= MOST_ROWS and not (answer["stored"] or ask.get("minus"))
     if not answer["stored"] and rows == (0, lens.tokens):

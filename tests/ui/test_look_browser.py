@@ -68,7 +68,7 @@ def test_the_time_slider_goes_back_to_before_the_eviction(page):
     cache, key = page.locator(".cachebox"), page.locator(".cachebox .key")
     expect(key).to_contain_text("evicted")
     expect(cache).to_contain_text("step 24 of 24")
-    slider = page.get_by_label("step: the row that was fed last")
+    slider = page.get_by_label("step of the run")
     assert int(slider.get_attribute("max")) < 40, "decode steps, not rows"
     slider.fill("1")
     expect(key).not_to_contain_text("evicted")
