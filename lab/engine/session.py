@@ -135,7 +135,7 @@ class Session:
                 return
             except Unfit as unfit:
                 reason = str(unfit)
-            except RuntimeError as error:  # a model whose forward cannot be captured still runs step by step
+            except Exception as error:  # a model or kernel that cannot be captured here still runs step by step
                 log.warning("capturing the decode step failed: %s", error)
                 reason = "this model's step cannot be captured"
         self._leave_graph(reason)
