@@ -18,12 +18,14 @@ QUIET: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 # Gradio selects the first tab while the page loads; the address must not follow before it was read.
 ARRIVED = "() => { window.alArrived = true; }"
 # A tab that was chosen is a place to come back to; Back and Forward choose tabs, and are not places themselves.
-TAB_ADDRESS = """() => {{ if (!window.alArrived) return; const u = new URL(location.href);
+TAB_ADDRESS = """() => {{ if (!window.alArrived) return; const u = new URL(location.href), back = window.alBack;
+  if (back) {{ if (back === '{tab}') window.alBack = null; return; }}
   if ((u.searchParams.get('tab') || 'compare') === '{tab}') return;
   u.searchParams.set('tab', '{tab}'); history.pushState(null, '', u); }}"""
 PAGE = """addEventListener('popstate', () => {
   const name = new URL(location.href).searchParams.get('tab') || 'compare';
-  const t = document.querySelector(`[role=tab][data-tab-id="${name}"]`); if (t && t.ariaSelected !== 'true') t.click(); });
+  const t = document.querySelector(`[role=tab][data-tab-id="${name}"]`); if (t && t.ariaSelected !== 'true') {
+    window.alBack = name; t.click(); } });
 const dark = on => document.body.classList.toggle('dark', on);
 try { const kept = localStorage.getItem('attention-lab-theme'); if (kept) dark(kept === 'dark'); } catch {}
 document.addEventListener('click', e => {
