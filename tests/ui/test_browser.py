@@ -305,8 +305,8 @@ def test_a_second_visitor_waits_in_sight_and_may_give_up(browser, site, page):
             other.click("#run")
             expect(other.locator("#status")).to_contain_text("Another run is under way; yours waits for its turn.")
             other.click("#stop")
-            expect(other.locator("#status")).to_contain_text("Stopping")
-        expect(other.locator("#status")).to_contain_text("Stopped before it began")
+            expect(other.locator("#status")).to_contain_text("Taken out of the queue")
+            expect(other.locator("#run")).to_be_enabled()
     status_says(page, "Done.")
 
 

@@ -5,7 +5,7 @@ import pytest
 from playwright.sync_api import expect
 
 from .conftest import visitor
-from .hands import arrive, tab
+from .hands import arrive, tab, toasted
 
 pytestmark = pytest.mark.browser
 
@@ -49,11 +49,11 @@ def test_numbers_out_of_range_are_told_and_nothing_is_emptied(page):
     box = page.get_by_label("new tokens")
     box.fill("99999")
     page.keyboard.press("Tab")
-    expect(page.locator(".al-toast")).to_contain_text("new tokens goes from 1 to 1,024: 1,024 is set.")
+    toasted(page, "new tokens goes from 1 to 1,024: 1,024 is set")
     expect(box).to_have_value("1024")
     box.fill("")
     page.keyboard.press("Tab")
-    expect(page.locator(".al-toast")).to_contain_text("1024 stays")
+    toasted(page, "1024 stays")
     expect(box).to_have_value("1024")
 
 
