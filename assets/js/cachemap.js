@@ -127,7 +127,7 @@ function happened(v, entries) { // one line of a life
 function forgetLife() {
   lifeAsk++; lifeToken = null; lifebox.replaceChildren(); ctoken.hidden = true;
 }
-const beside = () => fingers ? pinlife : attside; // where the life of a cell of the map is told
+const beside = () => fingers || innerWidth <= 900 ? pinlife : attside; // where a map's cell is told of: in sight of it
 async function tellLife(i, home) {
   lifeToken = i; paintCache();
   if (home === cachebox) cdetails.before(lifebox); else if (home) home.append(lifebox);

@@ -206,6 +206,7 @@ canvas.addEventListener("pointerup", e => {
   if (!was || was.moved) return;
   const p = place(e); S.setPin(S.pin && S.pin.row === p.row && S.pin.col === p.col ? null : p);
   if (!fingers) tip(p.row, p.col, e.clientX, e.clientY);
+  else if (S.pin) pincard.scrollIntoView({block: "nearest"}); // the map may reach below the screen
 });
 canvas.addEventListener("pointercancel", e => { touches.delete(e.pointerId); drag = null; });
 canvas.addEventListener("pointerleave", () => { hover = null; maptip.hidden = true; });
