@@ -12,7 +12,7 @@ from lab.errors import LabError
 from . import assets, probes
 from .controller import Lab
 from .opened import OpenRun
-from .sessions import of_model, read_of, session
+from .sessions import of_model, paragraphs, read_of, session
 from .tasks import Task, Told
 
 SLOTS = 6  # the most figures that a diagnostic declares
@@ -33,11 +33,25 @@ def value(lab: Lab, key: str | None, **more: Any) -> dict[str, Any]:
                                         "layers": run.layers(v["letter"])}
                                        for v in run.record.get("variants") or [] if not v.get("error")]
     total = None if run is None else (run.record.get("model") or {}).get("layers")
+    fits = run is None or lab.replayable(run)
     listed = [{"name": d.name, "title": d.title, "paper": d.paper.title, "arxiv": d.paper.arxiv, "year": d.paper.year,
                "help": d.help, "explanation": d.explanation, "model": of_model(d.needs), "captures": "captures" in d.needs,
-               "inputs": [asdict(i) for i in d.inputs]} for d in sorted(registry().values(), key=lambda d: d.title)]
+               "before": before(lab, run, d, fits), "inputs": [asdict(i) for i in d.inputs]}
+              for d in sorted(registry().values(), key=lambda d: d.title)]
     return {"key": key if run is not None else None, "variants": variants, "total": total, "list": listed,
             "kept": kept(run), **more}
+
+
+def before(lab: Lab, run: OpenRun | None, declared: Any, fits: bool) -> list[str]:
+    """What a person should know before Run is pressed: what is read and how long it takes, and what is still missing."""
+    said = [declared.before] if declared.before else []
+    if of_model(declared.needs) and not lab.loaded:
+        said.append("It needs the model, and none is loaded: press Run in Compare once.")
+    elif of_model(declared.needs) and not fits:
+        said.append("Another model is loaded than the one that made this run: load that one in Compare first.")
+    if run is not None and "documents" in declared.needs and paragraphs(run) is None:
+        said.append("This prompt has fewer than three paragraphs before its last part: say below what separates its documents.")
+    return said
 
 
 def kept(run: OpenRun | None) -> dict[str, list[str]]:
@@ -120,7 +134,10 @@ def drawn(declared: Any, about: dict[str, Any], arrays: Any) -> list[Any]:
 
 
 def runner(lab: Lab) -> Callable[[gr.EventData], Iterator[Any]]:
-    """Compute one diagnostic with progress, then fill the figure slots. `show` in the ask: only what is kept."""
+    """Compute one diagnostic with progress, then fill the figure slots. `show` in the ask: only what is kept.
+
+    What is refused or cancelled leaves the figures that were there before.
+    """
     def work(event: gr.EventData) -> Iterator[Any]:
         from lab.inspect.diagnostics import registry
 
@@ -130,9 +147,9 @@ def runner(lab: Lab) -> Callable[[gr.EventData], Iterator[Any]]:
         run, declared = lab.shelf.get(key), registry().get(name)
 
         def end(problem: str) -> list[Any]:
-            return [{**value(lab, key), **told, "problem": problem}, *empty()]
+            return [{**value(lab, key), **told, "problem": problem}, *[gr.skip()] * len(empty())]
         if run is None:
-            yield end(GONE)
+            yield [{**value(lab, key), **told, "problem": GONE}, *empty()]
             return
         try:
             if declared is None:
@@ -157,7 +174,8 @@ def runner(lab: Lab) -> Callable[[gr.EventData], Iterator[Any]]:
             return
         about, arrays = found
         done = {"name": name, "letter": letter, "read": about.get("read"), "layers": about.get("layers"),
-                "given": about.get("given") or {}, "numbers": probes.numbers(arrays)}
+                "given": about.get("given") or {}, "numbers": probes.numbers(declared, arrays),
+                "absent": probes.absent(declared, arrays)}
         yield [{**value(lab, key), **told, "done": done}, *drawn(declared, about, arrays)]
     return work
 

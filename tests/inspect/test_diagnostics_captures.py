@@ -37,7 +37,7 @@ def test_every_diagnostic_is_fully_declared():
     for d in found.values():
         assert d.title and d.paper.arxiv and 20 < len(d.help) < 700 and d.figures
         assert d.explanation.count(". ") == 1 and d.explanation.endswith("."), f"{d.name} needs two sentences"
-        assert all(f.kind in ("matrix", "lines", "bars", "scatter") for f in d.figures)
+        assert all(f.kind in ("matrix", "groups", "lines", "bars", "scatter", "thumbnails") for f in d.figures)
         if d.needs:
             with pytest.raises(LabError, match="needs"):
                 run(d.name, Session())
@@ -134,11 +134,16 @@ def test_flow_is_bounded_and_finds_detours():
     assert rollout.max_flow(crossing, 1, 0) == pytest.approx(1.6)
 
 
-def test_flow_refuses_long_runs():
+def test_flow_of_a_long_run_is_followed_in_a_window_up_to_the_chosen_token():
     with pytest.raises(LabError, match="at most 48"):
         rollout.flow([Capture(torch.zeros(1, 60, 2), torch.zeros(1, 60, 2))], 59)
-    long = run("rollout", Session(captures=[Capture(torch.zeros(1, 60, 2), torch.zeros(1, 60, 2))]))
-    assert np.isnan(long["flow"]).all() and np.isfinite(long["rollout"]).all()
+    captures = [Capture(torch.zeros(1, 60, 2), torch.zeros(1, 60, 2))]
+    long = run("rollout", Session(captures=captures))
+    assert np.isnan(long["flow"][:12]).all() and np.isfinite(long["flow"][12:]).all() and np.isfinite(long["rollout"]).all()
+    np.testing.assert_allclose(long["flow"][12:-1], 0.5 / 60, rtol=1e-5)
+    assert long["flow"][-1] == pytest.approx(0.5 + 0.5 / 60)
+    early = run("rollout", Session(captures=captures, options={"output": 50}))["flow"]
+    assert np.isfinite(early[3:51]).all() and np.isnan(early[:3]).all() and np.isnan(early[51:]).all()
 
 
 def product(layers) -> torch.Tensor:

@@ -131,6 +131,8 @@ def test_strength_by_distance_of_known_heads():
     assert atlas.strength(from_weights([before]))[1] == pytest.approx(1, abs=1e-4)
     even = atlas.strength(from_weights([uniform(t)]))
     assert even.sum() == pytest.approx(1, abs=1e-4)
+    shares, names = atlas.reached(even[None], t)
+    assert names == ["0", "1", "2 to 3", "4 to 7", "8 to 15", "16 or more"] and shares.sum() == pytest.approx(1, abs=1e-4)
     assert even[0] == pytest.approx(np.mean([1 / i for i in range(2, t + 1)]), abs=1e-4)
 
 
@@ -150,7 +152,7 @@ def test_deviation_chooses_its_layer_and_head_or_says_why_not():
     torch.manual_seed(0)
     captures = [Capture(torch.randn(4, 40, 8), torch.randn(2, 40, 8), layer=n) for n in (2, 5)]
     found = run("deviation", Session(captures=captures, options={"layer": 2, "head": 3}))
-    assert found["where"].tolist() == [2, 3] and found["kernel_rms"].shape == (3, 3) and (found["kernel_rms"][:, 0] < 0.01).all()
+    assert (found["shown_layer"], found["shown_head"]) == (2, 3) and found["kernel_rms"].shape == (3, 3) and (found["kernel_rms"][:, 0] < 0.01).all()
     with pytest.raises(LabError, match="Captured layers are 2, 5"):
         run("deviation", Session(captures=captures, options={"layer": 3}))
     with pytest.raises(LabError, match="Heads are numbered 0 to 3"):

@@ -206,7 +206,7 @@ def test_a_diagnostic_runs_and_shows_figures_with_tables(page):
     page.wait_for_selector("#probe0 .js-plotly-plot")
     expect(page.locator(".figbox h4:visible")).to_have_count(5)
     page.locator(".probes .figtable summary").first.click()
-    expect(page.locator(".probes .figtable").first.get_by_text("threshold").first).to_be_visible()
+    expect(page.locator(".probes .figtable").first.get_by_text("over 0.1").first).to_be_visible()
     page.click('[data-key="p-basin"]')
     page.click('[data-key="d-run"]')
     expect(page.locator("#diagnostics .why")).to_contain_text("documents")

@@ -32,9 +32,9 @@ from lab.inspect.diagnostics import (  # noqa: F401  (importing a module declare
     subspace,
     training_drift,
 )
-from lab.inspect.diagnostics.base import Diagnostic, Figure, Paper, Session, declared, run
+from lab.inspect.diagnostics.base import COUNTED, Diagnostic, Figure, Number, Paper, Session, declared, run
 
-__all__ = ["Diagnostic", "Figure", "Paper", "Session", "registry", "run"]
+__all__ = ["COUNTED", "Diagnostic", "Figure", "Number", "Paper", "Session", "registry", "run"]
 
 
 def registry() -> dict[str, Diagnostic]:

@@ -11,7 +11,7 @@ from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnos
 from lab.inspect.heads import grid, sampled_blocks
 from lab.inspect.scores import Progress, weights
 
-DIMENSIONS = 16
+DIMENSIONS, CHOICES = 16, range(4, 13)
 
 
 def features(thumbnails: np.ndarray, dimensions: int = DIMENSIONS) -> np.ndarray:
@@ -68,7 +68,7 @@ def silhouette(x: np.ndarray, labels: np.ndarray) -> float:
     return float(scores.mean())
 
 
-def cluster(x: np.ndarray, choices: range = range(4, 13), seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def cluster(x: np.ndarray, choices: range = CHOICES, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(labels [n] renumbered by size, silhouette of each tried k); the k with the highest silhouette wins."""
     tried = [k for k in choices if k < len(x)]
     if not tried:
@@ -107,6 +107,15 @@ def strength(capture: Capture, rows: int = 256) -> np.ndarray:
     return out / max(1, count)
 
 
+def reached(by_distance: np.ndarray, tokens: int) -> tuple[np.ndarray, list[str]]:
+    """([L, n] shares, n names): distances that fewer than half of ``tokens`` rows reach count to the last that they do."""
+    n = max(1, int(np.searchsorted(EDGES, tokens / 2, side="right")))
+    out = by_distance[:, :n].copy()
+    out[:, -1] += by_distance[:, n:].sum(1)
+    names = [f"{a}" if b - a == 1 else f"{a} to {b - 1}" for a, b in zip(EDGES[: n - 1], EDGES[1:n])]
+    return out, [*names, f"{EDGES[n - 1]} or more"]
+
+
 @diagnostic(
     name="atlas",
     title="Atlas of head patterns",
@@ -116,16 +125,22 @@ def strength(capture: Capture, rows: int = 256) -> np.ndarray:
     needs=("captures",),
     help="Heads fall into a handful of patterns: a diagonal, a stripe at the first token, blocks, "
     "an even spread. Every head's thumbnail is reduced to sixteen numbers and grouped, and "
-    "each group is shown by its most typical members.",
+    "each group is shown by the small maps of its most typical members.",
     explanation="Heads of one colour draw alike on this text, and the exemplars show how. The number of "
     "groups is the one that separates best between 4 and 12, and another text may group heads "
     "differently.",
     figures=(
-        Figure("cluster", "matrix", ("layer", "head"), "Pattern of each head"),
-        Figure("position", "scatter", ("first component", "second component"), "Heads by likeness"),
-        Figure("silhouette", "bars", ("number of groups",), "How well groups separate"),
-        Figure("strength", "matrix", ("layer", "distance"), "Share of attention by distance in each layer"),
-        Figure("importance", "bars", ("pattern",), "Mean importance of the heads of each pattern"),
+        Figure("exemplars", "thumbnails", ("group", "member"), "The most typical heads of each group",
+               "weight, each row over its largest", {"member": ("most typical", "second", "third", "fourth")},
+               cells="thumbnails"),
+        Figure("cluster", "groups", ("layer", "head"), "Group of each head"),
+        Figure("position", "scatter", ("first principal component", "second principal component"), "Heads by likeness",
+               cells="cluster"),
+        Figure("silhouette", "bars", ("number of groups",), "How well groups separate", "mean silhouette, 1 at most",
+               {"number of groups": CHOICES}),
+        Figure("strength", "matrix", ("layer", "distance"), "Attention by distance in each layer", "share of attention"),
+        Figure("importance", "bars", ("group",), "Mean importance of the heads of each group", "mean importance",
+               absent="Compute importance in the head grid above first, then run this again."),
     ),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
@@ -146,12 +161,14 @@ def compute(session: Session, progress: Progress) -> Arrays:
     weigh = np.asarray(session.options.get("importance", np.full((layers, heads), np.nan)), dtype=np.float64)
     if weigh.shape != (layers, heads):
         weigh = np.full((layers, heads), np.nan)
-    by_distance = np.stack([strength(c) for c in session.captures])
-    seen = max(1, int(np.searchsorted(EDGES, session.captures[0].tokens)))
-    progress(1.0)
+    by_distance = []
+    for n, capture in enumerate(session.captures):
+        by_distance.append(strength(capture))
+        progress(0.8 + 0.2 * (n + 1) / len(session.captures))
+    by_distance, distances = reached(np.stack(by_distance), session.captures[0].tokens)
     return {
-        "strength": by_distance[:, :seen],
-        "distances": np.array([f"{a}" if b - a == 1 else f"{a} to {b - 1}" for a, b in zip(EDGES, (*EDGES[1:], 16384))][:seen]),
+        "strength": by_distance,
+        "distances": np.array(distances),
         "importance": np.array([weigh.flatten()[labels == c].mean() for c in range(labels.max() + 1)]),
         "cluster": labels.reshape(layers, heads),
         "position": x[:, :2],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,21 +24,54 @@ class Paper:
     year: int
 
 
+COUNTED = {
+    "layer": (0, "layer"), "head": (0, "query head"), "token": (0, "token, by its position"),
+    "state": (0, "hidden state (0: embedding, n: after n layers)"), "generated token": (0, "generated token, the first is 0"),
+    "direction": (1, "directions taken"), "place": (1, "place in the list"), "document": (1, "document"), "group": (1, "group"),
+}
+"""Axes that may be counted, with their first number and what a reader is told; any other axis has words or values of its own."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """How one array is best drawn.
 
     Attributes:
         array: name of the array in the result.
-        kind: "matrix", "lines" (first axis: one line each when 2-D), "bars" or "scatter" ([n, 2]).
-        axes: name of each axis of the array, in order.
+        kind: "matrix", "groups" (a matrix of group numbers), "lines" (first axis: one line each when 2-D), "bars",
+            "scatter" ([n, 2]) or "thumbnails" ([groups, n] numbers of heads whose small maps are shown).
+        axes: name of each axis of the array, in order: one of ``COUNTED``, or one that has ``words``, or that an array of the
+            result is named like.
         title: one line.
+        unit: what the drawn number is, with its unit; beside the y axis or the colours.
+        words: {axis: words or values along it}, a longer list is cut to the array; or {axis: {name: word}} for the names that
+            an array of the result holds.
+        phrase: how a line is called in the legend, "{}" being its word or number.
+        log: "x" where the values along x are evenly spread in their logarithm.
+        cells: a scatter: the [layers, heads] array whose cells are its points, groups where it holds integers; thumbnails: the
+            [layers, heads, s, s] small maps.
+        absent: what stands in the figure's place when nothing of it was computed: why, and what to do.
     """
 
     array: str
     kind: str
     axes: tuple[str, ...]
     title: str
+    unit: str = ""
+    words: Mapping[str, Sequence[str | float] | Mapping[str, str]] = field(default_factory=dict)
+    phrase: str = "{}"
+    log: str = ""
+    cells: str = ""
+    absent: str = ""
+
+
+@dataclass(frozen=True)
+class Number:
+    """How a single number of the result is told: ``text`` with "{}" where the number stands; a share is told in per cent."""
+
+    array: str
+    text: str
+    share: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,6 +178,8 @@ class Diagnostic:
         compute: the function from session to named arrays.
         inputs: what a person may give first.
         instead: a session field that, when it is there, makes the needs unnecessary.
+        numbers: the single numbers of the result and their words.
+        before: what a person should know before it runs: what it reads of a long run, what it needs, how long it takes.
     """
 
     name: str
@@ -157,6 +192,8 @@ class Diagnostic:
     compute: Callable[[Session, Progress], Arrays]
     inputs: tuple[Input, ...] = ()
     instead: str | None = None
+    numbers: tuple[Number, ...] = ()
+    before: str = ""
 
     def missing(self, session: Session) -> list[str]:
         """Needed session fields that are absent or empty."""
@@ -179,13 +216,16 @@ def diagnostic(
     figures: tuple[Figure, ...],
     inputs: tuple[Input, ...] = (),
     instead: str | None = None,
+    numbers: tuple[Number, ...] = (),
+    before: str = "",
 ):
     """Declare the decorated ``compute(session, progress) -> arrays`` as a diagnostic."""
 
     def register(compute: Callable[[Session, Progress], Arrays]) -> Callable[[Session, Progress], Arrays]:
         if name in _registry:
             raise ValueError(f"two diagnostics are called {name}")
-        _registry[name] = Diagnostic(name, title, paper, needs, help, explanation, figures, compute, inputs, instead)
+        _registry[name] = Diagnostic(name, title, paper, needs, help, explanation, figures, compute, inputs, instead, numbers,
+                                     before)
         return compute
 
     return register
@@ -218,6 +258,11 @@ def run(name: str, session: Session, progress: Progress | None = None) -> Arrays
 def declared() -> dict[str, Diagnostic]:
     """Everything declared so far; ``lab.inspect.diagnostics.registry`` imports them all first."""
     return dict(_registry)
+
+
+def part(progress: Progress, start: float, end: float) -> Progress:
+    """Progress of a part of the work: its 0..1 becomes ``start``..``end`` of the whole. Each call may also stop the work."""
+    return lambda fraction: progress(start + (end - start) * fraction)
 
 
 def _empty(value: object) -> bool:

@@ -9,12 +9,13 @@ import torch
 
 from lab.errors import LabError
 from lab.inspect.capture import Capture
-from lab.inspect.diagnostics.base import Arrays, Figure, Input, Paper, Session, diagnostic
+from lab.inspect.diagnostics.base import Arrays, Figure, Input, Number, Paper, Session, diagnostic
 from lab.inspect.diagnostics.measures import bootstrap
 from lab.inspect.diagnostics.probe import ModelProbe
 from lab.inspect.scores import Progress, row_blocks, weights
 
 PAPER = Paper("Attention Basin: Why Contextual Position Matters in Large Language Models", "2508.05128", 2025)
+SCORE = Number("score", "basin score {} (attention per token: ends minus middle, above 0 for a basin)")
 SHORTEST, LONGEST, MOST_TOKENS = 4, 96, 1024
 """Tokens of a document that are read (all documents are cut to the shortest), and tokens of the whole list."""
 
@@ -62,9 +63,11 @@ def reorder(curve: np.ndarray, relevance: Sequence[float]) -> list[int]:
     "ends over the middle. One run shows place and content mixed: average runs with shuffled "
     "documents before you believe the shape.",
     figures=(
-        Figure("curve", "bars", ("slot",), "Attention per token of each document"),
-        Figure("by_layer", "matrix", ("layer", "slot"), "The same for each layer"),
+        Figure("curve", "bars", ("place",), "Attention per token of each document", "share of attention per token"),
+        Figure("by_layer", "matrix", ("layer", "place"), "The same for each layer", "share per token"),
     ),
+    numbers=(SCORE,),
+    before="Needs at least three paragraphs in the prompt and a question after them.",
     inputs=(
         Input("split", "text", "what separates documents", "Empty: a blank line. The last part is the question.", default=""),
     ),
@@ -149,11 +152,14 @@ def even(lists: Sequence[Sequence[int]], question: Sequence[int]) -> list[list[i
     "document drew wherever it stood, which tells the relevant one. To use it, put what matters most where the curve is "
     "highest.",
     figures=(
-        Figure("curve", "bars", ("slot",), "Attention per token by place, mean over orders"),
-        Figure("content", "bars", ("document",), "Attention per token by document, mean over places"),
-        Figure("by_layer", "matrix", ("layer", "slot"), "By place in each layer"),
-        Figure("interval", "lines", ("end", "slot"), "95 % interval of the mean by place"),
+        Figure("curve", "bars", ("place",), "Attention by place, mean over orders", "share of attention per token"),
+        Figure("content", "bars", ("document",), "Attention by document, mean over places", "share of attention per token"),
+        Figure("by_layer", "matrix", ("layer", "place"), "By place in each layer", "share per token"),
+        Figure("interval", "lines", ("end", "place"), "95 % interval of the mean by place", "share of attention per token",
+               {"end": ("lower end", "upper end")}),
     ),
+    numbers=(SCORE, Number("tokens", "each document was cut to {} tokens")),
+    before="Reads your documents, not the run: the example below is taken when you change nothing.",
     inputs=(
         Input("lists", "documents", "documents", "At least three, one a line or with blank lines between; all are cut to the "
               "shortest.", example=EXAMPLE),

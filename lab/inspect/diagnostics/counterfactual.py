@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lab.inspect.diagnostics.base import OUTPUT, Arrays, Figure, Paper, Session, diagnostic, head_values
+from lab.inspect.diagnostics.base import OUTPUT, Arrays, Figure, Number, Paper, Session, diagnostic, head_values, part
 from lab.inspect.diagnostics.measures import jensen_shannon, total_variation
 from lab.inspect.scores import Progress, weights
 
@@ -38,6 +38,7 @@ def adversary(
     penalty: float = 20.0,
     lr: float = 0.1,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(weights [..., n], JSD from ``a`` in nats [...], TVD of outputs [...]): as different as possible with
     TVD <= epsilon.
@@ -58,7 +59,7 @@ def adversary(
         torch.zeros(starts.shape[:-1]),
         torch.zeros(starts.shape[:-1]),
     )
-    for _ in range(steps):
+    for step in range(steps):
         other = torch.softmax(logits, -1)
         jsd, tvd = jensen_shannon(other, a), total_variation(y(other), before)
         better = (tvd <= epsilon) & (jsd > best_jsd)
@@ -70,6 +71,8 @@ def adversary(
         optimiser.zero_grad()
         (penalty * (tvd - epsilon).clamp(min=0) - jsd).sum().backward()
         optimiser.step()
+        if progress:
+            progress((step + 1) / steps)
     jsd, start = best_jsd.max(0)
     return (
         torch.take_along_dim(best, start[None, ..., None], 0)[0],
@@ -91,14 +94,18 @@ def adversary(
     "weights were not necessary for this head's output, not that the model could have "
     "produced them.",
     figures=(
-        Figure("adversarial", "matrix", ("layer", "head"), "Jensen-Shannon distance of the adversary, nats"),
+        Figure("adversarial", "matrix", ("layer", "head"), "Jensen-Shannon distance of the adversary", "nats, 0.69 at most"),
         Figure(
-            "permuted", "matrix", ("layer", "head"), "Median change of the output when weights are shuffled"
+            "permuted", "matrix", ("layer", "head"), "Median change of the output when weights are shuffled",
+            "total variation, 0 to 1",
         ),
         Figure(
-            "scatter", "scatter", ("largest weight", "median change"), "Peaked rows should react to shuffling"
+            "scatter", "scatter", ("largest weight", "median change"), "Peaked rows should react to shuffling",
+            cells="adversarial",
         ),
     ),
+    numbers=(Number("output", "looked from token {}"),),
+    before=f"Reads one row of every captured head over its {TOKENS} newest entries.",
     inputs=(OUTPUT,),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
@@ -112,6 +119,7 @@ def compute(session: Session, progress: Progress) -> Arrays:
     t = captures[0].check_row(int(session.options.get("output", captures[0].tokens - 1))) + 1
     a0 = max(0, t - TOKENS)
     for n, capture in enumerate(captures):
+        told = part(progress, n / len(captures), (n + 1) / len(captures))
         a = torch.cat([weights(capture, h, (t - 1, t), (a0, t)) for h in range(capture.heads)]).cpu()
         a = a / a.sum(1, keepdim=True).clamp(min=1e-30)
         v = torch.stack([head_values(session, n, h)[a0:t] for h in range(capture.heads)]).cpu()
@@ -119,9 +127,10 @@ def compute(session: Session, progress: Progress) -> Arrays:
             permuted[n, head] = permutation_effect(
                 a[head], readout(v[head]), session.options.get("permutations", 100)
             )
-        _, jsd[n], tvd[n] = adversary(a, readout(v), steps=session.options.get("steps", 200))
+            told((head + 1) / capture.heads / 2)
+        _, jsd[n], tvd[n] = adversary(a, readout(v), steps=session.options.get("steps", 200), progress=part(told, 0.5, 1))
         peak[n] = a.amax(1)
-        progress((n + 1) / len(captures))
+        told(1.0)
     return {
         "adversarial": jsd,
         "adversarial_tvd": tvd,

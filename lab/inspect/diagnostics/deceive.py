@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic
+from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, part
 from lab.inspect.scores import Progress
 
 VOCABULARY, LENGTH, WIDTH = 40, 12, 24
@@ -59,12 +59,14 @@ def sentences(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return words, label
 
 
-def train(penalty: float, steps: int = 250, seed: int = 0) -> tuple[Classifier, Outcome]:
+def train(
+    penalty: float, steps: int = 250, seed: int = 0, progress: Progress | None = None
+) -> tuple[Classifier, Outcome]:
     """Train with loss CE - penalty * mean ln(1 - mass on telling words), and judge on new sentences."""
     model = Classifier(seed)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
     words, label = sentences(512, seed + 1)
-    for _ in range(steps):
+    for step in range(steps):
         logits, a = model(words)
         mass = (a * _telling(words)).sum(1)
         loss = (
@@ -74,6 +76,8 @@ def train(penalty: float, steps: int = 250, seed: int = 0) -> tuple[Classifier, 
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        if progress:
+            progress((step + 1) / steps)
     words, label = sentences(512, seed + 2)
     with torch.no_grad():
         logits, a = model(words)
@@ -104,17 +108,19 @@ def _telling(words: torch.Tensor) -> torch.Tensor:
         Figure(
             "outcomes",
             "matrix",
-            ("penalty", "accuracy, attention mass, accuracy without the words"),
-            "Accuracy, attention on the telling words, accuracy without them",
+            ("penalty", "outcome"),
+            "What a penalty on looking changes",
+            "share, 0 to 1",
+            {"outcome": ("accuracy", "attention on the telling words", "accuracy without them")},
         ),
     ),
+    before="Trains three small classifiers here; it reads nothing of the run.",
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """``options["penalties"]`` (default 0, 0.1, 1)."""
     penalties = session.options.get("penalties", (0.0, 0.1, 1.0))
     rows = []
     for n, penalty in enumerate(penalties):
-        _, o = train(penalty)
+        _, o = train(penalty, progress=part(progress, n / len(penalties), (n + 1) / len(penalties)))
         rows.append((o.accuracy, o.mass, o.ablated))
-        progress((n + 1) / len(penalties))
-    return {"outcomes": np.array(rows), "penalties": np.array(penalties)}
+    return {"outcomes": np.array(rows), "penalty": np.array(penalties)}

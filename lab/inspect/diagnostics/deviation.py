@@ -11,7 +11,7 @@ import torch
 from lab.errors import LabError
 from lab.inspect.capture import Capture
 from lab.inspect.diagnostics import own_kernels
-from lab.inspect.diagnostics.base import Arrays, Figure, Input, Paper, Session, diagnostic, head_values
+from lab.inspect.diagnostics.base import Arrays, Figure, Input, Number, Paper, Session, diagnostic, head_values
 from lab.inspect.diagnostics.measures import wasserstein
 from lab.inspect.scores import Progress
 
@@ -178,13 +178,17 @@ def inputs(
     "to that precision. The lab's kernels keep partial results in float32 and so lie far below that worst case, and the "
     "last figure counts how often each way to attend must walk along the keys.",
     figures=(
-        Figure("rms", "lines", ("precision", "block"), "RMS error by block size"),
-        Figure("wasserstein", "lines", ("precision", "block"), "Wasserstein-1 between outputs and exact outputs"),
-        Figure("relative", "lines", ("precision", "block"), "RMS error over naive bfloat16's"),
-        Figure("kernel_rms", "matrix", ("kernel", "precision"), "The lab's kernels: RMS error over naive bfloat16's"),
-        Figure("kernel_wasserstein", "matrix", ("kernel", "precision"), "The lab's kernels: Wasserstein-1 to exact outputs"),
-        Figure("passes", "bars", ("cascade",), "How often each way walks along the keys"),
+        Figure("rms", "lines", ("precision", "keys per block"), "RMS error by block size", "RMS error", log="x"),
+        Figure("wasserstein", "lines", ("precision", "keys per block"), "Distance of outputs from exact ones", "Wasserstein-1",
+               log="x"),
+        Figure("relative", "lines", ("precision", "keys per block"), "RMS error over naive bfloat16's", "times", log="x"),
+        Figure("kernel_rms", "matrix", ("kernel", "precision"), "The lab's kernels: RMS error over naive bfloat16's", "times"),
+        Figure("kernel_wasserstein", "matrix", ("kernel", "precision"), "The lab's kernels: distance from exact outputs",
+               "Wasserstein-1"),
+        Figure("passes", "bars", ("cascade",), "How often each way walks along the keys", "passes"),
     ),
+    numbers=(Number("shown_layer", "values of layer {},"), Number("shown_head", "query head {}")),
+    before=f"Reads the first {TOKENS} tokens of one head of a captured layer.",
     inputs=(
         Input("layer", "number", "layer", "A captured layer; empty: the middle one.", low=0),
         Input("head", "number", "query head", "Empty: the first one.", low=0),
@@ -222,12 +226,13 @@ def compute(session: Session, progress: Progress) -> Arrays:
         "kernel_wasserstein": errors[:, :, 2],
         "kernels": np.array(names),
         "precisions": np.array(labels),
-        "blocks": np.array(blocks),
+        "keys per block": np.array(blocks),
         "ways": np.array(list(more), dtype=np.str_),
         "ways_errors": np.array([found[name] for name in more]).reshape(-1, 3),
         "passes": np.array([passes(c) for c in CASCADES.values()]),
         "cascades": np.array(list(CASCADES)),
-        "where": np.array([-1 if capture.layer is None else capture.layer, head]),
+        "shown_layer": np.array(-1 if capture.layer is None else capture.layer),
+        "shown_head": np.array(head),
     }
 
 

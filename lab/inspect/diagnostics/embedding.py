@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, to_numpy
+from lab.inspect.diagnostics.base import Arrays, Figure, Number, Paper, Session, diagnostic, to_numpy
 from lab.inspect.scores import Progress
 
 
@@ -28,9 +28,14 @@ def variability(embedding: torch.Tensor, piece: int = 8192) -> torch.Tensor:
     "when the last layer reads it; one model's number says little, it is meant to compare "
     "checkpoints.",
     figures=(
-        Figure("histogram", "bars", ("standard deviation",), "Tokens by the spread of their channels"),
-        Figure("growth", "lines", ("state",), "Variance of the hidden state (median over tokens)"),
+        Figure("histogram", "bars", ("standard deviation",), "Tokens by the spread of their channels", "tokens"),
+        Figure("growth", "lines", ("state",), "Variance of the hidden state", "variance over channels, median token"),
     ),
+    numbers=(
+        Number("tev", "mean standard deviation of a token's channels {}"),
+        Number("tev_spread", "which varies between tokens by {} (standard deviation)"),
+    ),
+    before="Reads the whole embedding, and one forward pass over the run.",
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """TEV, its spread, the histogram with edges, and the median token variance of each hidden state."""

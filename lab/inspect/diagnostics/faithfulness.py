@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lab.errors import LabError
-from lab.inspect.diagnostics.base import MARKED, OUTPUT, Arrays, Figure, Paper, Session, diagnostic, to_numpy
+from lab.inspect.diagnostics.base import MARKED, OUTPUT, Arrays, Figure, Number, Paper, Session, diagnostic, part, to_numpy
 from lab.inspect.diagnostics.measures import kendall, overlap, spearman
 from lab.inspect.scores import Progress, weights
 
@@ -38,23 +38,26 @@ def gradients(probe, ids: torch.Tensor, target: int) -> tuple[np.ndarray, np.nda
 
 
 @torch.no_grad()
-def replaced(probe, ids: torch.Tensor, target: int, kept: torch.Tensor, batch: int = 16) -> np.ndarray:
+def replaced(
+    probe, ids: torch.Tensor, target: int, kept: torch.Tensor, batch: int = 16, progress: Progress | None = None
+) -> np.ndarray:
     """float64 [n] log-probability of the target with tokens replaced by the neutral one where ``kept`` [n,
     T] is False."""
     x = probe.embed(ids[None])
     blank = probe.embed(torch.full_like(ids, probe.neutral_id)[None])
-    out = [
-        target_logprob(probe, torch.where(part[..., None].to(x.device), x, blank), target)
-        for part in kept.split(batch)
-    ]
+    out = []
+    for n, some in enumerate(kept.split(batch)):
+        out.append(target_logprob(probe, torch.where(some[..., None].to(x.device), x, blank), target))
+        if progress:
+            progress(min(1.0, (n + 1) * batch / len(kept)))
     return torch.cat(out).double().cpu().numpy()
 
 
-def leave_one_out(probe, ids: torch.Tensor, target: int) -> np.ndarray:
+def leave_one_out(probe, ids: torch.Tensor, target: int, progress: Progress | None = None) -> np.ndarray:
     """float64 [T] fall of the target's log-probability when each token is replaced by the neutral one."""
     t = len(ids)
     kept = torch.cat([torch.ones(1, t, dtype=torch.bool), ~torch.eye(t, dtype=torch.bool)])
-    p = replaced(probe, ids, target, kept)
+    p = replaced(probe, ids, target, kept, progress=progress)
     return p[0] - p[1:]
 
 
@@ -74,18 +77,16 @@ def shapley(
         kept = torch.zeros(t + 1, t, dtype=torch.bool)
         for step, token in enumerate(order):
             kept[step + 1 :, token] = True
-        p = replaced(probe, ids, target, kept)
-        total[order] += np.diff(p)
-        if progress:
-            progress((n + 1) / permutations)
+        told = part(progress, n / permutations, (n + 1) / permutations) if progress else None
+        total[order] += np.diff(replaced(probe, ids, target, kept, progress=told))
     return total / permutations
 
 
-def attention_importance(captures, row: int) -> dict[str, np.ndarray]:
-    """{"first layer", "last layer", "mean layer"} float32 [row + 1] head-mean attention of one row."""
+def attention_importance(captures, row: int, first: int = 0) -> dict[str, np.ndarray]:
+    """{"first layer", "last layer", "mean layer"} float32 [row + 1 - first] head-mean attention of one row to ``first`` on."""
     per_layer = []
     for c in captures:
-        w = torch.stack([weights(c, h, (row, row + 1), (0, row + 1))[0] for h in range(c.heads)])
+        w = torch.stack([weights(c, h, (row, row + 1), (first, row + 1))[0] for h in range(c.heads)])
         per_layer.append(to_numpy(w.mean(0)))
     return {
         "first layer": per_layer[0],
@@ -137,54 +138,61 @@ def marked_overlap(scores: dict[str, np.ndarray], marked: Sequence[int]) -> tupl
             "matrix",
             ("method", "measure"),
             "Agreement with leaving one out",
+            "1: the same order, 0: none",
         ),
-        Figure("scores", "matrix", ("method", "token"), "Importance of each token, each method scaled to 1"),
-        Figure("overlap", "bars", ("method",), "Share of your highlighted words among the top"),
+        Figure("scores", "matrix", ("method", "token read"), "Importance of each token", "over the method's largest"),
+        Figure("overlap", "bars", ("method",), "Your words among the most important", "share of your words",
+               absent="Type words that matter above to see which methods find them."),
     ),
+    numbers=(
+        Number("explained", "explains why token {} was predicted"),
+        Number("first", "from what stands before it, token {} onwards"),
+        Number("permutations", "Shapley values are means of {} random orders"),
+        Number("chance", "chance alone would find {} of your words", share=True),
+    ),
+    before=f"Reads the {TOKENS} tokens before the explained one, as if the text began there, and replaces them one by one: "
+    "minutes on a processor.",
     inputs=(OUTPUT, MARKED),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """``options``: "output" position whose token is explained (default the last), "permutations" for
-    Shapley."""
+    Shapley. Of a longer context only the last ``TOKENS`` tokens are read, from ``first`` on."""
     captures, probe, ids = session.captures, session.probe, list(session.token_ids)
     output = session.options.get("output", len(ids) - 1)
     if not 2 <= output < len(ids) or output > captures[0].tokens:
         raise LabError(f"Position {output} cannot be explained", f"Choose a token from 2 to {len(ids) - 1}")
-    if output > TOKENS:
-        raise LabError(
-            f"Replacing words one by one is done for at most {TOKENS} tokens, and there are {output} before "
-            f"position {output}",
-            None,
-            "Choose an earlier token or a shorter prompt",
-        )
-    tokens = torch.as_tensor(ids[:output], device=probe.device)
-    target = ids[output]
-    prompt = min(session.prompt_tokens or output, output)
-    whole = attention_importance(captures, output - 1)
+    first = max(0, output - TOKENS)
+    tokens = torch.as_tensor(ids[first:output], device=probe.device)
+    target, length = ids[output], output - first
+    prompt = max(0, min(session.prompt_tokens or output, output) - first)
+    whole = attention_importance(captures, output - 1, first)
     whole["saliency"], whole["input x gradient"] = gradients(probe, tokens, target)
     progress(0.1)
     scores = {}
     for name, s in whole.items():
-        scores[f"{name}, prompt"] = np.where(np.arange(output) < prompt, s, np.nan)
+        scores[f"{name}, prompt"] = np.where(np.arange(length) < prompt, s, np.nan)
         scores[f"{name}, whole"] = s
-    loo = leave_one_out(probe, tokens, target)
-    progress(0.2)
+    loo = leave_one_out(probe, tokens, target, part(progress, 0.1, 0.2))
     scores["mask one"] = loo
-    affordable = max(2, min(PERMUTATIONS, WORK // (output * (output + 1))))
+    affordable = max(2, min(PERMUTATIONS, WORK // (length * (length + 1))))
     permutations = session.options.get("permutations", affordable)
     scores["Shapley"] = shapley(
-        probe, tokens, target, permutations, progress=lambda f: progress(0.2 + 0.8 * f)
+        probe, tokens, target, permutations, progress=part(progress, 0.2, 1)
     )
     stacked = np.stack([np.abs(scores[m]) for m in METHODS])
+    largest = np.nan_to_num(stacked).max(axis=1, keepdims=True)  # a window without prompt tokens has nothing but NaN
     out = {
-        "scores": stacked / np.maximum(np.nanmax(stacked, axis=1, keepdims=True), 1e-30),
+        "scores": stacked / np.maximum(largest, 1e-30),
         "methods": np.array(METHODS),
         "measures": np.array(("Kendall's tau", "Spearman", "top 5")),
         "agreement": agreement({m: scores[m] for m in METHODS}, loo),
         "leave_one_out": loo,
         "permutations": np.array(permutations),
+        "token read": np.arange(first, output),
+        "first": np.array(first),
+        "explained": np.array(output),
     }
-    marked = [m for m in session.marked or () if 0 <= m < output]
+    marked = [m - first for m in session.marked or () if first <= m < output]
     if marked:
         out["overlap"], chance = marked_overlap({m: scores[m] for m in METHODS}, marked)
         out["chance"] = np.array(chance)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lab.errors import LabError
-from lab.inspect.diagnostics.base import Arrays, Figure, Input, Paper, Session, diagnostic
+from lab.inspect.diagnostics.base import Arrays, Figure, Input, Number, Paper, Session, diagnostic
 from lab.inspect.diagnostics.measures import auroc
 from lab.inspect.diagnostics.probe import ModelProbe
 from lab.inspect.diagnostics.shapes import describe, without_first
@@ -177,6 +177,14 @@ Paint the picture that you are going to sell when you travel south.
 This river runs to the lake that lies just behind the hills for a mile."""
 
 
+_PLAIN = {"entropy": "entropy", "effective_rank": "effective rank", "variance": "variance of weights", "kurtosis": "kurtosis",
+          "mean_distance": "mean distance", "focus_1": "attention to the token before"}
+_HIDDEN = {"sink": "sink on token 0", "hidden_variance": "variance of hidden states",
+           "hidden_kurtosis": "kurtosis of hidden states", "tokens": "tokens of a prompt"}
+WORDS = {"metric": {**_PLAIN, **{f"no_sink_{name}": f"{words}, no sink" for name, words in _PLAIN.items()}, **_HIDDEN}}
+"""What a reader calls each metric."""
+
+
 @diagnostic(
     name="groups",
     title="Two sets of prompts",
@@ -195,10 +203,12 @@ This river runs to the lake that lies just behind the hills for a mile."""
     "assumed, and prompts that differ in length or vocabulary will differ in attention for "
     "that reason alone.",
     figures=(
-        Figure("d", "bars", ("metric",), "Cohen's d of each metric"),
-        Figure("q", "bars", ("metric",), "False-discovery rate of each metric"),
-        Figure("means", "lines", ("set", "metric"), "Mean of each metric in each set, over its mean in both"),
+        Figure("d", "bars", ("metric",), "First set minus second, Cohen's d", "standard deviations", WORDS),
+        Figure("q", "bars", ("metric",), "False-discovery rate of each metric", "believe below 0.05", WORDS),
+        Figure("means", "lines", ("set", "metric"), "Mean of each metric in each set", "over the mean in both", WORDS),
     ),
+    numbers=(Number("auroc", "a classifier of held-out prompts tells the sets apart with AUROC {} (0.5 is chance)"),),
+    before="Reads the prompts below, not the run: the examples are taken when you change nothing.",
     inputs=(
         Input("first", "prompts", "first set", example=SELF,
               help="One prompt a line, at least three; with fewer than about fifteen only very large differences show."),

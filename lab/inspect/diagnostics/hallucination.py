@@ -87,11 +87,16 @@ def uncertainty(confidences: np.ndarray) -> float:
     "aggregate attention, higher is less sure. No score is a verdict: compare answers to the "
     "same prompt, and expect it to see contradictions better than wrong facts.",
     figures=(
-        Figure("lookback", "lines", ("token",), "Mean lookback to the prompt"),
-        Figure("lookback_heads", "matrix", ("layer", "head"), "Lookback of each head"),
-        Figure("scores", "bars", ("aggregation",), "Uncertainty of the answer, nats"),
-        Figure("confidence", "lines", ("token",), "Confidence handed on (previous token)"),
+        Figure("lookback", "lines", ("generated token",), "Mean lookback to the prompt",
+               "0: reads itself, 1: reads the prompt"),
+        Figure("lookback_heads", "matrix", ("layer", "head"), "Lookback of each head", "0: itself, 1: the prompt"),
+        Figure("scores", "bars", ("handed on",), "Uncertainty of the answer, by what is handed on", "nats",
+               {"handed on": ("attention to the token before", "mean attention to the prompt",
+                                "largest attention to the prompt", "mean attention to all before", "attention off token 0")}),
+        Figure("confidence", "lines", ("generated token",), "Confidence handed on from the token before",
+               "0: none, 1: certain"),
     ),
+    before="Needs generated tokens; the scores are of the middle third of the captured layers.",
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """Per-token lookback and prompt mass (means over heads and layers), per-head lookback, and u = max over

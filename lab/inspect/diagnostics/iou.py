@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lab.errors import LabError
-from lab.inspect.diagnostics.base import MARKED, OUTPUT, Arrays, Figure, Paper, Session, diagnostic
+from lab.inspect.diagnostics.base import MARKED, OUTPUT, Arrays, Figure, Number, Paper, Session, diagnostic
 from lab.inspect.scores import Progress, weights
 
 
@@ -31,9 +31,11 @@ def attention_iou(a: np.ndarray, b: np.ndarray) -> float:
     explanation="Bright heads attend to the highlighted words when the chosen token is read. Overlap says "
     "where a head looks, not what it does with it, so check a suspect by removing the words.",
     figures=(
-        Figure("overlap", "matrix", ("layer", "head"), "Attention-IoU with the highlighted words"),
-        Figure("mass", "matrix", ("layer", "head"), "Attention on the highlighted words"),
+        Figure("overlap", "matrix", ("layer", "head"), "Attention-IoU with the highlighted words", "0: disjoint, 1: equal"),
+        Figure("mass", "matrix", ("layer", "head"), "Attention on the highlighted words", "share of attention"),
     ),
+    numbers=(Number("row", "read at row {}"),),
+    before="Needs words of the prompt: type some into the field below.",
     inputs=(MARKED, OUTPUT),
 )
 def compute(session: Session, progress: Progress) -> Arrays:

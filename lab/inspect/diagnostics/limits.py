@@ -70,12 +70,17 @@ def softmax_slope(logits: torch.Tensor, temperature: float = 1.0) -> float:
         Figure(
             "distance",
             "lines",
-            ("layer", "share"),
-            "Distance of the other tokens, over its value at the smallest set",
+            ("layer", "share chosen"),
+            "Distance of the other tokens as more are chosen",
+            "relative to the smallest set",
+            phrase="layer {}",
         ),
-        Figure("separated", "lines", ("layer", "share"), "Share of chosen tokens near their sum"),
-        Figure("slope", "lines", ("curve", "temperature"), "Steepest slope of softmax, and its bound"),
+        Figure("separated", "lines", ("layer", "share chosen"), "Chosen tokens near their sum", "share of the chosen",
+               phrase="layer {}"),
+        Figure("slope", "lines", ("curve", "temperature"), "Steepest slope of softmax, and its bound",
+               "norm of the Jacobian", {"curve": ("this row", "bound, 1 / (2 temperature)")}, log="x"),
     ),
+    before=f"Reads the last row of every head over its {TOKENS} newest entries.",
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """Reads the last row of every head over at most its ``TOKENS`` newest entries."""
@@ -91,7 +96,7 @@ def compute(session: Session, progress: Progress) -> Arrays:
                 top = max(1, round(share * len(p)))
                 distance[n, m] += raw_distance(p, x, top) / capture.heads
                 separated[n, m] += separation(p, x, top)[1] / capture.heads
-        progress((n + 1) / len(captures))
+            progress((n * capture.heads + head + 1) / (len(captures) * capture.heads))
     temperatures = np.geomspace(0.1, 10, 17)
     row = logits(captures[-1], 0, (t - 1, t), (a, t))[0]
     row = row[torch.isfinite(row)].topk(min(128, int(torch.isfinite(row).sum()))).values
@@ -99,7 +104,7 @@ def compute(session: Session, progress: Progress) -> Arrays:
     return {
         "distance": distance / np.maximum(distance[:, :1], 1e-30),
         "separated": separated,
-        "shares": np.array(SHARES),
+        "share chosen": np.array(SHARES),
         "slope": slope,
         "temperatures": temperatures,
     }

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lab.inspect.capture import Capture
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic
+from lab.inspect.diagnostics.base import Arrays, Figure, Number, Paper, Session, diagnostic
 from lab.inspect.scores import Progress, logits
 
 FIRST, LAST, TAU = 16, 128, 0.4
@@ -85,11 +85,13 @@ def long_share(log_bulk: np.ndarray, log_near: np.ndarray) -> np.ndarray:
     "are queries that did look far while the estimate called them local: a single needle "
     "hardly moves a mean.",
     figures=(
-        Figure("long", "matrix", ("layer", "head"), "Share of queries that look far"),
-        Figure("long_estimated", "matrix", ("layer", "head"), "The same, estimated from key moments"),
-        Figure("misses", "matrix", ("layer", "head"), "Share of all queries that were missed"),
-        Figure("far_mass", "matrix", ("layer", "head"), "Mean attention on the bulk"),
+        Figure("long", "matrix", ("layer", "head"), "Share of queries that look far", "share of queries"),
+        Figure("long_estimated", "matrix", ("layer", "head"), "The same, estimated from key moments", "share of queries"),
+        Figure("misses", "matrix", ("layer", "head"), "Share of all queries that were missed", "share of queries"),
+        Figure("far_mass", "matrix", ("layer", "head"), "Mean attention on the bulk", "share of attention"),
     ),
+    numbers=(Number("tau", "a query looks far when more than {} of its attention lies on the bulk", share=True),),
+    before=f"The bulk is what lies between the first {FIRST} and the newest {LAST} tokens: a shorter run has none.",
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """Reads up to 64 rows that have a bulk; ``options``: "first", "last", "tau" (share that counts as

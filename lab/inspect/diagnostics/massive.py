@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, to_numpy
+from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, part, to_numpy
 from lab.inspect.diagnostics.probe import ModelProbe
 from lab.inspect.scores import Progress
 
@@ -43,7 +43,11 @@ def replace(
 
 @torch.no_grad()
 def interventions(
-    probe: ModelProbe, ids: torch.Tensor, hidden: Sequence[torch.Tensor], flags: np.ndarray
+    probe: ModelProbe,
+    ids: torch.Tensor,
+    hidden: Sequence[torch.Tensor],
+    flags: np.ndarray,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """float64 [3] perplexity of ``ids`` [T]: as it is, with the first massive activations set to 0, and to their mean.
 
@@ -54,7 +58,10 @@ def interventions(
     spots = [(int(f[1]), int(f[2])) for f in flags if int(f[0]) == state and f[1] < len(ids)]
     channels = torch.tensor([c for _, c in spots], device=ids.device)
     starts = range(0, max(1, len(ids) - PIECE), max(1, (len(ids) - PIECE) // PIECES))
-    pieces = [probe.states(probe.embed(ids[None, a : a + PIECE]))[state][0, 0, channels].float() for a in list(starts)[:PIECES]]
+    tell, pieces = progress or (lambda fraction: None), []
+    for n, a in enumerate(list(starts)[:PIECES]):
+        pieces.append(probe.states(probe.embed(ids[None, a : a + PIECE]))[state][0, 0, channels].float())
+        tell(0.5 * (n + 1) / PIECES)
     mean = torch.stack(pieces).mean(0)
 
     def perplexity(values: torch.Tensor | float | None) -> float:
@@ -64,7 +71,11 @@ def interventions(
         logits = probe.logits(probe.embed(ids[None]), edit=edit)[0, :-1].float()
         return float(torch.nn.functional.cross_entropy(logits, ids[1:]).exp())
 
-    return np.array([perplexity(v) for v in (None, 0.0, mean)])
+    found = []
+    for n, values in enumerate((None, 0.0, mean)):
+        found.append(perplexity(values))
+        tell(0.5 + (n + 1) / 6)
+    return np.array(found)
 
 
 @diagnostic(
@@ -80,10 +91,12 @@ def interventions(
     "the flagged values to zero and to their mean over other stretches of the text: harm by zero and none by the mean says "
     "that the model needs a constant there, not a message.",
     figures=(
-        Figure("top", "lines", ("rank", "state"), "Three largest magnitudes and the median of each hidden state"),
-        Figure("token", "matrix", ("state", "token"), "Largest magnitude of each token, over the median"),
-        Figure("perplexity", "bars", ("intervention",), "Perplexity when the flagged values are replaced"),
+        Figure("top", "lines", ("rank", "state"), "Three largest magnitudes and the median of each hidden state", "magnitude"),
+        Figure("token", "matrix", ("state", "token"), "Largest magnitude of each token", "times the state's median"),
+        Figure("perplexity", "bars", ("intervention",), "Perplexity when the flagged values are replaced", "perplexity",
+               absent="No value between the first and the last layer was above both thresholds, so none was replaced."),
     ),
+    before=f"One forward pass over the run; the replaced values are tried on its first {TOKENS} tokens.",
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """Flags, the three largest magnitudes and the median per state, each token's largest ratio, and the interventions.
@@ -103,7 +116,7 @@ def compute(session: Session, progress: Progress) -> Arrays:
     if session.probe is not None and session.token_ids is not None and len(inside):
         ids = torch.as_tensor(list(session.token_ids)[:TOKENS], device=session.probe.device)
         if len(ids) > 2:
-            perplexity = interventions(session.probe, ids, session.hidden, inside)
+            perplexity = interventions(session.probe, ids, session.hidden, inside, part(progress, 0.6, 1))
     progress(1.0)
     return {
         "flags": flags,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lab.errors import LabError
-from lab.inspect.diagnostics.base import Arrays, Figure, Input, Paper, Session, diagnostic
+from lab.inspect.diagnostics.base import Arrays, Figure, Input, Number, Paper, Session, diagnostic
 from lab.inspect.diagnostics.probe import ModelProbe
 from lab.inspect.scores import Progress
 
@@ -49,11 +49,15 @@ def spread(probe: ModelProbe, ids: torch.Tensor, token: int, see_first: bool = T
             "lines",
             "lines",
             ("token 0", "state"),
-            "Mean relative change of later tokens: token 0 visible, hidden",
+            "Mean relative change of later tokens",
+            "size of the change over the state's",
+            {"token 0": ("token 0 visible", "token 0 hidden")},
         ),
-        Figure("visible", "matrix", ("state", "token"), "Relative change with token 0 visible"),
-        Figure("hidden", "matrix", ("state", "token"), "Relative change with token 0 hidden"),
+        Figure("visible", "matrix", ("state", "token"), "Relative change with token 0 visible", "change over the state's size"),
+        Figure("hidden", "matrix", ("state", "token"), "Relative change with token 0 hidden", "change over the state's size"),
     ),
+    numbers=(Number("token", "token {} was changed"),),
+    before=f"Feeds the first {TOKENS} tokens four times; where nothing changed the maps are blank.",
     inputs=(Input("token", "number", "token that is changed", "One of the first 256; empty: token 8.", low=1, high=254),),
 )
 def compute(session: Session, progress: Progress) -> Arrays:

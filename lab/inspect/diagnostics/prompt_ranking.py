@@ -12,6 +12,7 @@ from lab.inspect.diagnostics.measures import overlap, spearman
 from lab.inspect.scores import Progress, weights
 
 WINDOW, KERNEL, LAYERS, RATE = 32, 7, 4, 0.3  # those of the technique `claa`
+BOTH = {"ranking": ("this layer alone", f"best of {LAYERS} layers")}
 
 
 def pooled(scores: np.ndarray, kernel: int) -> np.ndarray:
@@ -52,10 +53,12 @@ def answer_ranking(captures: list[Capture], prompt: int, progress: Progress) -> 
     explanation="Where a layer's curve is low, cutting the prompt there by its ranking alone loses what the answer needs, and "
     "the combined ranking should stay above the dips. The oracle is one answer to one prompt, and attention is not proof of use.",
     figures=(
-        Figure("overlap", "lines", ("ranking", "layer"), "Share of the oracle's top tokens found: alone, combined"),
-        Figure("rank_correlation", "lines", ("ranking", "layer"), "Spearman correlation with the oracle: alone, combined"),
-        Figure("scores", "lines", ("ranking", "token"), "Scores by position: combined before the last layer, oracle"),
+        Figure("overlap", "lines", ("ranking", "layer"), "The oracle's top tokens that a ranking finds", "share found", BOTH),
+        Figure("rank_correlation", "lines", ("ranking", "layer"), "Agreement with the oracle", "Spearman correlation", BOTH),
+        Figure("scores", "lines", ("score", "token"), "Scores by position", "over the largest",
+               {"score": ("combined, before the last layer", "oracle: what the answer read")}),
     ),
+    before="Needs generated tokens after a prompt of at least 8.",
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """``options["ranking"]``: {"window", "kernel", "layers", "rate"} other than the technique's. Tokens of the window itself,

@@ -10,7 +10,7 @@ import torch
 
 from lab.errors import LabError
 from lab.inspect.capture import Capture
-from lab.inspect.diagnostics.base import OUTPUT, Arrays, Figure, Paper, Session, diagnostic, to_numpy
+from lab.inspect.diagnostics.base import OUTPUT, Arrays, Figure, Number, Paper, Session, diagnostic, part, to_numpy
 from lab.inspect.rollout import mean_weights, rollout_rows
 from lab.inspect.scores import Progress
 
@@ -28,20 +28,28 @@ def uniform_rollout(layers: int, rows: Sequence[int], t: int) -> torch.Tensor:
     return x.float()
 
 
-def flow(captures: Sequence[Capture], output: int) -> np.ndarray:
-    """float64 [output + 1] maximum flow from ``output`` in the last layer to each input token.
+def flow(
+    captures: Sequence[Capture], output: int, first: int = 0, progress: Progress | None = None
+) -> np.ndarray:
+    """float64 [output + 1 - first] maximum flow from ``output`` in the last layer to each input token from ``first`` on.
 
-    Edges between layers carry half the head-mean attention plus half the identity.
+    Edges between layers carry half the head-mean attention plus half the identity; what rows read before ``first`` has no edge.
     """
     t = captures[0].check_row(output) + 1
-    if t > FLOW_TOKENS:
+    if t - first > FLOW_TOKENS:
         raise LabError(
-            f"Attention flow is computed for at most {FLOW_TOKENS} tokens, and position {output} has {t}",
+            f"Attention flow is computed for at most {FLOW_TOKENS} tokens, and position {output} has {t - first}",
             None,
             "Choose an earlier token or a shorter prompt",
         )
-    layers = [(to_numpy(mean_weights(c, (0, t))).astype(np.float64) + np.eye(t)) / 2 for c in captures]
-    return np.array([max_flow(layers, output, j) for j in range(t)])
+    n = t - first
+    layers = [(to_numpy(mean_weights(c, (first, t))[:, first:]).astype(np.float64) + np.eye(n)) / 2 for c in captures]
+    found = []
+    for j in range(n):
+        found.append(max_flow(layers, n - 1, j))
+        if progress:
+            progress((j + 1) / n)
+    return np.array(found)
 
 
 def max_flow(layers: list[np.ndarray], output: int, source: int) -> float:
@@ -95,29 +103,33 @@ def max_flow(layers: list[np.ndarray], output: int, source: int) -> float:
     help="Each layer mixes tokens, so a late layer's attention does not point at words any more. "
     "Rollout multiplies the layers together, with half of every step kept by the residual "
     "stream, and says which input tokens an output position is made of. Flow instead asks how "
-    "much could be carried there at most.",
+    "much could be carried there at most, among the nearest tokens.",
     explanation="A bar is the share of an input token in the chosen position after all layers; the lift "
     "divides it by what evenly spread attention would give, because early tokens always win "
     "otherwise. It follows attention weights only, so a token that is read but has a tiny "
     "value vector still looks important.",
     figures=(
-        Figure("lift", "bars", ("token",), "Rollout against even attention"),
-        Figure("rollout", "bars", ("token",), "Rollout of the chosen token"),
-        Figure("flow", "bars", ("token",), "Maximum flow (short runs)"),
+        Figure("lift", "bars", ("token",), "Rollout against even attention", "times even attention"),
+        Figure("rollout", "bars", ("token",), "Rollout of the chosen token", "share of the token"),
+        Figure("flow", "bars", ("token",), f"Maximum flow, within the last {FLOW_TOKENS} tokens", "flow, at most 1",
+               absent=f"This result is older than flow within a window of {FLOW_TOKENS} tokens. Press Run to compute it."),
     ),
+    numbers=(Number("output", "looked from token {}"),),
+    before=f"Flow is followed among the {FLOW_TOKENS} tokens up to the chosen one, as its cost grows "
+    "with the square of their number; what they read from earlier tokens is left out there.",
     inputs=(OUTPUT,),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
-    """``options["output"]`` chooses the position (default: the last). ``flow`` is NaN beyond
-    ``FLOW_TOKENS``."""
+    """``options["output"]`` chooses the position (default: the last). ``flow`` is NaN outside the ``FLOW_TOKENS`` tokens up to
+    it."""
     captures = session.captures
     t = captures[0].tokens
     output = captures[0].check_row(session.options.get("output", t - 1))
-    rolled = to_numpy(rollout_rows(captures, [output], progress)[0])
+    rolled = to_numpy(rollout_rows(captures, [output], part(progress, 0, 0.4))[0])
     even = to_numpy(uniform_rollout(len(captures), [output], t)[0])
     carried = np.full(t, np.nan)
-    if output < FLOW_TOKENS:
-        carried[: output + 1] = flow(captures, output)
+    first = max(0, output + 1 - FLOW_TOKENS)
+    carried[first : output + 1] = flow(captures, output, first, part(progress, 0.4, 1))
     with np.errstate(invalid="ignore", divide="ignore"):
         lift = np.where(np.arange(t) <= output, rolled / even, np.nan)
     return {"rollout": rolled, "lift": lift, "flow": carried, "output": np.array(output)}

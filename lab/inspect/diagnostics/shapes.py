@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lab.inspect.capture import Capture
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic
+from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, part
 from lab.inspect.diagnostics.measures import effective_rank
 from lab.inspect.scores import Progress, log_weights
 
@@ -100,10 +100,10 @@ def shapes(
             for name, value in describe(a, capture.tokens - a.shape[0]).items():
                 out[name][layer, head] = value
             total, squares = total + a, squares + a**2
+            if progress:
+                progress((layer * capture.heads + head + 1) / (len(captures) * capture.heads))
         spread = (squares / capture.heads - (total / capture.heads) ** 2).clamp(min=0).sqrt()
         diversity[layer] = float(spread.mean())
-        if progress:
-            progress((layer + 1) / len(captures))
     return out | {"diversity": diversity}
 
 
@@ -139,19 +139,20 @@ def output_shapes(outputs: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
     "every row. Both versions are given, with and without token 0, because the sink dominates "
     "every one of these numbers.",
     figures=(
-        Figure("entropy", "matrix", ("layer", "head"), "Entropy of a row, nats"),
-        Figure("effective_rank", "matrix", ("layer", "head"), "Effective rank"),
-        Figure("variance", "matrix", ("layer", "head"), "Variance of a row's weights"),
-        Figure("kurtosis", "matrix", ("layer", "head"), "Excess kurtosis of a row's weights"),
-        Figure("no_sink_effective_rank", "matrix", ("layer", "head"), "Effective rank without token 0"),
+        Figure("entropy", "matrix", ("layer", "head"), "Entropy of a row", "nats"),
+        Figure("effective_rank", "matrix", ("layer", "head"), "Effective rank", "different rows"),
+        Figure("variance", "matrix", ("layer", "head"), "Variance of a row's weights", "variance"),
+        Figure("kurtosis", "matrix", ("layer", "head"), "Excess kurtosis of a row's weights", "0: as a bell curve"),
+        Figure("no_sink_effective_rank", "matrix", ("layer", "head"), "Effective rank without token 0", "different rows"),
     ),
+    before=f"Reads the last {LIMIT} rows.",
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """All scalars with and without token 0 (prefix ``no_sink_``), and the attention outputs' where they are
     known."""
     limit = session.options.get("limit", LIMIT)
-    out = shapes(session.captures, limit, progress=lambda f: progress(f / 2))
-    bare = shapes(session.captures, limit, drop_first=True, progress=lambda f: progress(0.5 + f / 2))
+    out = shapes(session.captures, limit, progress=part(progress, 0, 0.5))
+    bare = shapes(session.captures, limit, drop_first=True, progress=part(progress, 0.5, 1))
     out |= {f"no_sink_{name}": value for name, value in bare.items()}
     if session.attention_out:
         out |= output_shapes(session.attention_out)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lab.errors import LabError
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic
+from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, part
 from lab.inspect.diagnostics.probe import ModelProbe
 from lab.inspect.diagnostics.sinks import THRESHOLDS
 from lab.inspect.scores import Progress
@@ -35,13 +35,17 @@ def texts(ids: Sequence[int], vocabulary: int, kind: str, count: int = TEXTS, se
     return torch.tensor([list(ids[a + shift : a + shift + t]) for a in starts])
 
 
-def rates(probe: ModelProbe, inputs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def rates(
+    probe: ModelProbe, inputs: torch.Tensor, progress: Progress | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(share of heads whose token 0 receives more than each threshold, mean received weight of the first 16 tokens)."""
     share, curve = [], []
-    for one in inputs:
+    for n, one in enumerate(inputs):
         alpha = received(probe.attention(one.to(probe.device)))
         share.append([float((alpha[..., 0] > e).float().mean()) for e in THRESHOLDS])
         curve.append(alpha.mean((0, 1))[:16].cpu().numpy())
+        if progress:
+            progress((n + 1) / len(inputs))
     return np.mean(share, axis=0), np.mean(curve, axis=0)
 
 
@@ -56,9 +60,11 @@ def rates(probe: ModelProbe, inputs: torch.Tensor) -> tuple[np.ndarray, np.ndarr
     explanation="If random tokens have as many sinks as text, the place makes the sink and not the word. With one token "
     "repeated all keys carry the same content, and a model whose sink comes from content spreads its attention there.",
     figures=(
-        Figure("rates", "lines", ("input", "threshold"), "Share of heads with a sink on the first token, by threshold"),
-        Figure("received", "lines", ("input", "token"), "Mean weight that each of the first tokens receives"),
+        Figure("rates", "lines", ("input", "threshold"), "Heads with a sink on the first token", "share of heads"),
+        Figure("received", "lines", ("input", "token"), "Weight that each of the first tokens receives",
+               "mean share of attention"),
     ),
+    before=f"Feeds {len(KINDS)} kinds of {TEXTS} texts of {TOKENS} tokens.",
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """``TEXTS`` inputs of ``TOKENS`` tokens of each kind, fewer where the run is short."""
@@ -68,8 +74,7 @@ def compute(session: Session, progress: Progress) -> Arrays:
     found = []
     vocabulary = probe.model.get_input_embeddings().weight.shape[0]
     for n, kind in enumerate(KINDS):
-        found.append(rates(probe, texts(ids, vocabulary, kind)))
-        progress((n + 1) / len(KINDS))
+        found.append(rates(probe, texts(ids, vocabulary, kind), part(progress, n / len(KINDS), (n + 1) / len(KINDS))))
     return {
         "rates": np.stack([share for share, _ in found]),
         "received": np.stack([curve for _, curve in found]),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lab.inspect.capture import Capture
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, to_numpy
+from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, part, to_numpy
 from lab.inspect.scores import Progress, logits, row_blocks, weights
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.8)
@@ -16,13 +16,15 @@ MIN_ROWS = 32
 """Columns seen by fewer rows than this have no reliable mean."""
 
 
-def received(capture: Capture) -> torch.Tensor:
+def received(capture: Capture, progress: Progress | None = None) -> torch.Tensor:
     """float32 [Hq, T] mean weight each token gets from the rows at or after it."""
     t = capture.tokens
     out = torch.zeros(capture.heads, t, device=capture.q.device)
     for head in range(capture.heads):
         for rows in row_blocks(capture):
             out[head, : rows[1]] += weights(capture, head, rows, (0, rows[1])).sum(0)
+            if progress:
+                progress((head + rows[1] / t) / capture.heads)
     return out / torch.arange(t, 0, -1, device=out.device)
 
 
@@ -39,7 +41,7 @@ def stable_sinks(alpha: np.ndarray, threshold: float = 0.1, min_rows: int = MIN_
     return np.argwhere((alpha > threshold) & enough).astype(np.int32)
 
 
-def drift(capture: Capture, parts: int = 16) -> np.ndarray:
+def drift(capture: Capture, parts: int = 16, progress: Progress | None = None) -> np.ndarray:
     """int32 [Hq, parts] the token that receives most in each of consecutive groups of rows: a sink that
     moves shows."""
     t = capture.tokens
@@ -51,6 +53,8 @@ def drift(capture: Capture, parts: int = 16) -> np.ndarray:
             for rows in row_blocks(capture, (int(a), int(b))):
                 mass[: rows[1]] += weights(capture, head, rows, (0, rows[1])).sum(0)
             out[head, n] = int(mass.argmax())
+        if progress:
+            progress((head + 1) / capture.heads)
     return out
 
 
@@ -93,21 +97,24 @@ def advantage(capture: Capture, rows: int = 64) -> tuple[np.ndarray, np.ndarray]
     "with a high rate are secondary sinks. A sink takes weight, not meaning: its value vector "
     "is usually small, so dropping it hurts by changing the normalisation.",
     figures=(
-        Figure("rate", "lines", ("threshold", "token"), "Share of heads that park attention on a token"),
-        Figure("first_token", "matrix", ("layer", "head"), "Mean weight on token 0"),
-        Figure("dwell", "matrix", ("layer", "head"), "How often the strongest token stays the same"),
-        Figure("bias", "matrix", ("layer", "head"), "Token 0's logit over the mean of the others, nats"),
-        Figure("bias_spread", "matrix", ("layer", "head"), "How much that varies from row to row (a bias would not)"),
+        Figure("rate", "lines", ("threshold", "token"), "Heads that park more than a share of attention on a token",
+               "share of heads", phrase="over {}"),
+        Figure("first_token", "matrix", ("layer", "head"), "Mean weight on token 0", "share of attention"),
+        Figure("dwell", "matrix", ("layer", "head"), "How often the strongest token stays the same", "share of steps"),
+        Figure("bias", "matrix", ("layer", "head"), "Token 0's logit over the mean of the others", "nats"),
+        Figure("bias_spread", "matrix", ("layer", "head"), "How much that varies from row to row (a bias would not)",
+               "nats, standard deviation"),
     ),
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """Received weights of all captured layers, rates at four thresholds, stable sinks and their drift."""
     alpha, where, bias = [], [], []
     for n, capture in enumerate(session.captures):
-        alpha.append(to_numpy(received(capture)))
-        where.append(drift(capture))
+        told = part(progress, n / len(session.captures), (n + 1) / len(session.captures))
+        alpha.append(to_numpy(received(capture, part(told, 0, 0.5))))
+        where.append(drift(capture, progress=part(told, 0.5, 0.9)))
         bias.append(advantage(capture))
-        progress((n + 1) / len(session.captures))
+        told(1.0)
     alpha, where = np.stack(alpha), np.stack(where)
     return {
         "received": alpha,

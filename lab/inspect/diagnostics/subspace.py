@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic
+from lab.inspect.diagnostics.base import Arrays, Figure, Number, Paper, Session, diagnostic, part
 from lab.inspect.scores import Progress
 
 SHARE = 0.99
@@ -26,12 +26,16 @@ def rank_at(shares: np.ndarray, share: float = SHARE) -> int:
     return int(np.searchsorted(np.cumsum(shares), share - 1e-12) + 1)
 
 
-def relative_ranks(outputs: Sequence[torch.Tensor], share: float = SHARE) -> np.ndarray:
+def relative_ranks(
+    outputs: Sequence[torch.Tensor], share: float = SHARE, progress: Progress | None = None
+) -> np.ndarray:
     """float32 [L] ``rank_at`` over the largest rank these rows could have, min(n - 1, D)."""
     out = []
-    for x in outputs:
+    for n, x in enumerate(outputs):
         x = x[torch.isfinite(x).all(1)]
         out.append(rank_at(spectrum(x), share) / max(1, min(x.shape[0] - 1, x.shape[1])))
+        if progress:
+            progress((n + 1) / len(outputs))
     return np.array(out, dtype=np.float32)
 
 
@@ -51,22 +55,30 @@ def relative_ranks(outputs: Sequence[torch.Tensor], share: float = SHARE) -> np.
             "ranks",
             "lines",
             ("part", "layer"),
-            "Directions for 99 % of variance: attention, MLP, residual stream",
+            "Directions that hold 99 % of the variance",
+            "share of the largest rank possible",
+            {"part": ("attention output", "MLP output", "residual stream")},
         ),
-        Figure(
-            "spectrum", "lines", ("layer", "direction"), "Variance left after so many directions (attention)"
-        ),
+        Figure("spectrum", "lines", ("layer", "direction"), "Variance of attention outputs left after so many directions",
+               "share of the variance", phrase="layer {}"),
     ),
+    numbers=(
+        Number("below_mlp", "attention uses fewer directions than the MLP in {} of the layers", share=True),
+        Number("tokens_per_channel", "{} tokens per channel were read (ten make a property of the model)"),
+    ),
+    before="One forward pass over the run's tokens; token 0 is left out.",
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """Token 0 is left out: its massive activation would be most of the variance."""
     parts = []
     streams = (session.attention_out, session.mlp_out, list(session.hidden)[1:])
     for n, outputs in enumerate(streams):
-        parts.append(relative_ranks([x[1:] for x in outputs]))
-        progress((n + 1) / len(streams))
+        parts.append(relative_ranks([x[1:] for x in outputs], progress=part(progress, n / 4, (n + 1) / 4)))
     length = min(len(p) for p in parts)
-    spectra = [spectrum(x[1:]) for x in session.attention_out]
+    spectra = []
+    for n, x in enumerate(session.attention_out):
+        spectra.append(spectrum(x[1:]))
+        progress(0.75 + 0.25 * (n + 1) / len(session.attention_out))
     left = np.stack([1 - np.cumsum(s) for s in spectra]).clip(min=0)
     ranks = np.stack([p[:length] for p in parts])
     tokens, channels = session.attention_out[0].shape

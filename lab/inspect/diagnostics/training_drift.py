@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic
+from lab.inspect.diagnostics.base import Arrays, Figure, Paper, Session, diagnostic, part
 from lab.inspect.diagnostics.deviation import naive, tiled
 from lab.inspect.diagnostics.measures import wasserstein
 from lab.inspect.scores import Progress
@@ -42,14 +42,15 @@ class Recall(torch.nn.Module):
 
 
 def train(
-    attend: Callable, dtype: torch.dtype, steps: int, seed: int = 0, data_seed: int = 0
+    attend: Callable, dtype: torch.dtype, steps: int, seed: int = 0, data_seed: int = 0,
+    progress: Progress | None = None,
 ) -> tuple[np.ndarray, float]:
     """(all weights flat, last loss) after ``steps`` of Adam on random sequences."""
     model = Recall(seed)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
     g = torch.Generator().manual_seed(data_seed)
     value = 0.0
-    for _ in range(steps):
+    for step in range(steps):
         words = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=g)
         loss = (
             sum(torch.nn.functional.cross_entropy(model(w, attend, dtype)[1:], w[:-1]) for w in words) / BATCH
@@ -58,6 +59,8 @@ def train(
         loss.backward()
         optimiser.step()
         value = loss.item()
+        if progress:
+            progress((step + 1) / steps)
     return torch.cat([p.detach().flatten() for p in model.parameters()]).numpy(), value
 
 
@@ -75,9 +78,10 @@ def train(
     "one-head model trained for seconds says which effect is larger, not how large it is in "
     "a real training run.",
     figures=(
-        Figure("wasserstein", "bars", ("pair",), "Wasserstein-1 between the trained weights"),
-        Figure("difference", "bars", ("pair",), "Mean absolute difference, weight by weight"),
+        Figure("wasserstein", "bars", ("pair",), "Wasserstein-1 between the trained weights", "in units of a weight"),
+        Figure("difference", "bars", ("pair",), "Mean absolute difference, weight by weight", "in units of a weight"),
     ),
+    before="Trains four small models here; it reads nothing of the run.",
 )
 def compute(session: Session, progress: Progress) -> Arrays:
     """``options``: "steps" (default 120), "block" keys per tile (default 8)."""
@@ -94,8 +98,7 @@ def compute(session: Session, progress: Progress) -> Arrays:
         "seed": (naive, torch.bfloat16, 1),
     }
     for n, (name, (attend, dtype, seed)) in enumerate(ways.items()):
-        runs[name] = train(attend, dtype, steps, seed)
-        progress((n + 1) / len(ways))
+        runs[name] = train(attend, dtype, steps, seed, progress=part(progress, n / len(ways), (n + 1) / len(ways)))
     base = runs["naive"][0]
     others = [runs[name][0] for name in ("tiled", "exact", "seed")]
     return {
