@@ -31,7 +31,7 @@ POLICIES = (
     "expected_attention", "keydiff", "knorm", "random_score", "arkv_score", "adakv+snapkv", "adakv+h2o", "global_top+snapkv", "h2o+cam", "h2o+d2o_merge",
     "h2o+d2o_merge(multiplicity=true)", "arkv", "int_codes", "int_codes(bits=4)", "int_codes(bits=2)", "kivi", "snapkv+kivi",
     "zerotuning", "head_pruning(heads=1)", "rotated", "fp8", "kvquant", "think",
-    "dwb", "dwb(interval=1)",
+    "dwb", "dwb(interval=1)", "quest", "quest(budget=1024)", "block_topk",
 )
 
 
@@ -47,6 +47,8 @@ def why(session: Session) -> str:
         doing.append("scores every entry and drops one")
     if policy.reducer is not None:
         doing.append("merges what leaves")
+    if policy.choosers:
+        doing.append("chooses what to read and fetches it")
     if policy.tiered:
         doing.append("sets the bits of single entries")
     if layer.step is not None:
