@@ -221,13 +221,16 @@ def _thumbnails(out: go.Figure, members: np.ndarray, maps: np.ndarray, layers: l
     return out.update_yaxes(autorange="reversed", tickvals=middle, ticktext=marks, showgrid=False)
 
 
-def _bars(out: go.Figure, x: list[Any], y: list[Any]) -> bool:
-    """Upright, or lying where the names are long; True when they lie."""
-    lying = any(isinstance(n, str) and len(n) > 14 for n in x)
-    along = {"x": y, "y": x, "orientation": "h"} if lying else {"x": x, "y": y}
+def lies(x: list[Any]) -> bool:
+    """True where names are so long that they are read only beside the y axis."""
+    return any(isinstance(n, str) and len(n) > 14 for n in x)
+
+
+def _bars(out: go.Figure, x: list[Any], y: list[Any]) -> None:
+    """Upright, or lying where the names are long."""
+    along = {"x": y, "y": x, "orientation": "h"} if lies(x) else {"x": x, "y": y}
     out.add_bar(**along, marker={"color": SERIES[0], "line": {"width": 0}}, showlegend=False)
     out.update_layout(bargap=0.05 if len(x) > 60 else 0.2)
-    return lying
 
 
 def _lines(out: go.Figure, figure: Any, values: np.ndarray, x: list[Any], names: list[Any]) -> None:
@@ -238,7 +241,8 @@ def _lines(out: go.Figure, figure: Any, values: np.ndarray, x: list[Any], names:
         look = {"color": shades[n], "width": 1.2} if many else {
             "color": SERIES[n % len(SERIES)], "dash": DASHES[n // len(SERIES) % len(DASHES)], "width": 2}
         name = figure.phrase.format(text(names[n])) if len(names) else figure.title
-        out.add_scatter(x=x, y=line, mode="lines+markers" if len(x) < 40 and not many else "lines", name=esc(name), line=look,
+        along = {"x": line, "y": x} if lies(x) else {"x": x, "y": line}
+        out.add_scatter(**along, mode="lines+markers" if len(x) < 40 and not many else "lines", name=esc(name), line=look,
                         showlegend=len(values) > 1 and not many)
     if many:
         out.add_scatter(x=[None], y=[None], mode="markers", showlegend=False, hoverinfo="skip", marker={
@@ -267,11 +271,13 @@ def draw(figure: Any, arrays: dict[str, np.ndarray], layers: list[int]) -> go.Fi
     if figure.kind == "bars":
         there = np.flatnonzero(np.isfinite(grid[0]))  # a window of a long run is drawn as wide as the window
         x, grid = x[there[0] : there[-1] + 1], grid[:, there[0] : there[-1] + 1]
-        if _bars(out, x, _none(grid)[0]):
-            layout(out, unit, "", 110 + 24 * len(x)).update_yaxes(autorange="reversed")
-            return out.update_xaxes(type="log") if log else out.update_xaxes(rangemode="tozero")
+        _bars(out, x, _none(grid)[0])
     else:
         _lines(out, figure, grid, x, labels(figure, axes[0], len(grid), arrays, layers) if values.ndim > 1 else [])
+    if lies(x):
+        layout(out, unit, "", 110 + 24 * len(x)).update_yaxes(autorange="reversed", rangemode="normal")
+        begin = "tozero" if figure.kind == "bars" and not log else "normal"
+        return out.update_xaxes(type="log" if log else "-", rangemode=begin)
     layout(out, heading(axes[-1]), folded(unit), 280 if figure.kind == "bars" else 320)
     if figure.kind != "bars" or log:
         out.update_yaxes(rangemode="normal")

@@ -26,7 +26,7 @@ class Paper:
 
 COUNTED = {
     "layer": (0, "layer"), "head": (0, "query head"), "token": (0, "token, by its position"),
-    "state": (0, "hidden state (0: embedding, n: after n layers)"), "generated token": (0, "generated token, the first is 0"),
+    "state": (0, "hidden state, 0 the embedding"), "generated token": (0, "generated token, the first is 0"),
     "direction": (1, "directions taken"), "place": (1, "place in the list"), "document": (1, "document"), "group": (1, "group"),
 }
 """Axes that may be counted, with their first number and what a reader is told; any other axis has words or values of its own."""
