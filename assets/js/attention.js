@@ -2,7 +2,7 @@
    prompt, fork}], sel}. State `S`, and what the pieces (map, panels, cachemap, grid, tokens, attention_shell) tell each other. */
 const LOST = "The server did not answer. Reload the page.";
 const S = {
-  key: null, letter: null, minus: null, limit: null, fork: null, layer: null, over: null, head: 0, pool: "max", log: true,
+  value: {}, key: null, letter: null, minus: null, limit: null, fork: null, layer: null, over: null, head: 0, pool: "max", log: true,
   pin: null, cursor: null, want: null, shown: null, got: null, rev: null, waiting: null, row: 0, now: null, tokens: [],
   seen: null, tried: new Set(), failed: new Set(),
   ask: () => ({key: S.key, letter: S.letter, minus: S.minus, layer: S.layer, over: S.over, head: S.head}),

@@ -88,7 +88,7 @@ function newest() { // the generated rows over the newest tokens; drag or arrow 
 }
 function drawTools() {
   const focus = tools.contains(document.activeElement) ? document.activeElement.dataset.key : null, v = S.now;
-  const all = props.value.variants;
+  const all = S.value.variants;
   const pairs = all.slice(1).map(x => [`${x.letter}-${all[0].letter}`, `${x.letter} − ${all[0].letter}`,
     `${x.title} minus ${all[0].title}: blue where ${x.letter} looks more, orange where ${all[0].letter} does`]);
   const button = (name, text, more) => h("button", {type: "button", "data-key": name, ...more}, text);
@@ -143,10 +143,10 @@ function outOfRange(what, asked, most) {
   toast(`${what} ${asked} does not exist: this model has ${what.toLowerCase()}s 0 to ${most}. ${what} ${most} is shown.`);
 }
 async function load() {
-  const mine = ++loading, all = props.value.variants || [], v = all.find(x => x.letter === S.letter) || all[0];
+  const mine = ++loading, all = S.value.variants || [], v = all.find(x => x.letter === S.letter) || all[0];
   const other = S.minus ? all.find(x => x.letter === S.minus && x !== v) : null;
   S.minus = other ? other.letter : null; const limit = other ? Math.min(v.tokens, other.tokens) : v.tokens;
-  const same = S.now && S.now.letter === v.letter && S.seen === props.value.key && S.limit === limit;
+  const same = S.now && S.now.letter === v.letter && S.seen === S.key && S.limit === limit;
   const forks = other ? [v.fork, other.fork].filter(x => x !== null) : [];
   S.limit = limit; S.fork = forks.length ? Math.min(...forks) : null;
   if (S.layer >= v.layers_total) outOfRange("Layer", S.layer, v.layers_total - 1);
@@ -158,7 +158,7 @@ async function load() {
     const a = await server.tokens({key: S.key, letter: S.letter}).catch(() => ({error: LOST}));
     if (mine !== loading) return;
     if (a.error) { drawTools(); return S.trouble(a); }
-    S.tokens = a.tokens.slice(0, S.limit); S.seen = props.value.key; stripFrom = stripTo = 0; strip.replaceChildren();
+    S.tokens = a.tokens.slice(0, S.limit); S.seen = S.key; stripFrom = stripTo = 0; strip.replaceChildren();
     const keep = S.pin; S.pin = S.cursor = null; tellPin();
     S.row = Math.min(keep ? keep.row : limit - 1, limit - 1); V = {r: 0, c: 0, span: limit};
     promptnote.textContent = ` · ${fmt.int(v.prompt)} prompt + ${fmt.int(v.tokens - v.prompt)} generated`;
@@ -174,6 +174,7 @@ async function load() {
 function start() {
   const value = props.value || {}, compare = () => document.querySelector('[role=tab][data-tab-id="compare"]');
   if (value.replayed && S.key !== null && S.key !== value.key) return; // another run was opened while this one was replayed
+  S.value = value;
   if (!value.key || !(value.variants || []).length) {
     swap(element, h("div", {class: "empty"}, h("p", {}, "No run is open. Make one in Compare, or open one from Runs."),
       h("button", {type: "button", onclick: () => { const t = compare(); if (t) t.click(); }}, "Go to Compare"))); return;

@@ -67,7 +67,8 @@ async function play() {
   if (last()) slider.value = 0; else slider.value = Number(slider.value) + 1;
   if (still.matches) { pause(); return askCache(); }
   for (playWord(); playing === mine;) {
-    await askCache(); await new Promise(done => setTimeout(done, Math.max(80, Math.min(400, 12000 / stops.length))));
+    await askCache(); if (playing !== mine) return;
+    await new Promise(done => setTimeout(done, Math.max(80, Math.min(400, 12000 / stops.length))));
     if (playing !== mine) return;
     if (last() || !cmap.offsetParent) pause(); else slider.value = Number(slider.value) + 1;
   }

@@ -60,9 +60,9 @@ const download = file => {
 };
 const toast = (text, action, onaction) => {
   document.querySelectorAll(".al-toast").forEach(t => t.remove());
-  const box = h("div", {class: "al-toast", role: "status"}, h("span", {}, text),
+  const box = h("div", {class: "al-toast", role: "status", onclick: () => box.remove()}, h("span", {}, text),
     action ? h("button", {type: "button", onclick: () => { box.remove(); onaction(); }}, action) : null);
-  document.body.append(box); setTimeout(() => box.remove(), action ? 30000 : Math.max(4000, 60 * text.length));
+  document.body.append(box); setTimeout(() => box.remove(), action ? 30000 : Math.max(4000, Math.min(20000, 60 * text.length)));
 };
 const within = (text, min, max, whole, before, name) => { // a typed number, brought into its range with a word about it
   const typed = text.trim() === "" ? NaN : Number(text), n = whole ? Math.round(typed) : typed;

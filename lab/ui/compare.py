@@ -23,7 +23,7 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 DEFAULT = {"mode": "greedy", "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": 0, "max_new_tokens": 64,
            "timing": "interleaved", "samples": 1, "chat": False, "truncate": False, "preset": ""}
 EXAMPLE = "Recorded example: press Run to make your own."
-BEFORE = "Below are the results of the run before. Press Run for what is set above."
+BEFORE = "Press Run for what is set above: anything below was made with other settings."
 
 
 @dataclass

@@ -256,8 +256,10 @@ class Lab:
             return any(other != visitor for other in self._jobs)
 
     def leave(self, visitor: str) -> None:
-        """A visitor waits no longer: the queue did not take them."""
-        self._waiting.discard(visitor)
+        """A visitor waits no longer: the queue holds none of their presses."""
+        with self._jobs_lock:
+            self._waiting.discard(visitor)
+            self._given_up.pop(visitor, None)
 
     def passes(self, visitor: str) -> bool:
         """True for a press whose visitor left the queue before its turn came: nothing is to be done."""

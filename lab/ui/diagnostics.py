@@ -78,7 +78,7 @@ def known(run: OpenRun, letter: str, declared: Any, given: dict[str, str] | None
         return found
     about = found[0]
     same = about.get("given") == given and set(about.get("layers") or []) >= set(run.layers(letter))
-    return found if same else None
+    return found if same and probes.whole(declared, found[1], list(about.get("layers") or [])) else None
 
 
 def _task(lab: Lab, run: OpenRun, letter: str, declared: Any, given: dict[str, str]) -> Task:
@@ -112,9 +112,10 @@ def stopper(lab: Lab) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def stop(ask: dict[str, Any]) -> dict[str, Any]:
         run = lab.shelf.get(str((ask or {}).get("key")))
         task = run.tasks.get("diagnostic") if run is not None else None
-        if task is not None:
+        going = task is not None and task.running
+        if going:
             task.cancel()
-        return {"stopped": task is not None}
+        return {"stopped": going}
     return stop
 
 

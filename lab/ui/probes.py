@@ -83,6 +83,15 @@ def drawable(figure: Any, arrays: dict[str, np.ndarray]) -> bool:
     return found is not None and found.size > 0 and bool(np.isfinite(np.asarray(found, dtype=np.float64)).any())
 
 
+def whole(declared: Any, arrays: dict[str, np.ndarray], layers: list[int]) -> bool:
+    """False for a result of an older lab that lacks a figure, or what stands along one of its axes."""
+    if absent(declared, arrays):
+        return False
+    shapes = [(f, np.asarray(arrays[f.array]).shape) for f in declared.figures if drawable(f, arrays)]
+    return all(along(f, axis, size, arrays, layers) is not None for f, shape in shapes if len(shape) == len(f.axes)
+               for axis, size in zip(f.axes, shape, strict=True))
+
+
 def absent(declared: Any, arrays: dict[str, np.ndarray]) -> list[list[str]]:
     """[title, why] of the figures that a result holds nothing for."""
     return [[f.title, f.absent] for f in declared.figures if f.absent and not drawable(f, arrays)]

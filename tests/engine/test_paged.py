@@ -58,6 +58,16 @@ def test_other_models(architecture, captured):
     assert got[1] == want[1] and (got[0] - want[0]).abs().max() < 2e-5 * want[0].abs().max()
 
 
+@pytest.mark.parametrize("spec", ["quest(budget=0.2,page=4,dense_layers=0)", "block_topk(budget=0.2,page=4,sinks=4,local=8)"])
+def test_summaries_grow_and_go_on_telling_what_is_looked_at(spec):
+    """More new rows than the summaries had room for."""
+    model, more = tiny_models.llama(), tiny_models.tokens(90, seed=10).tolist()
+    ours, theirs = started(model, spec), started(model, spec, ordinary=True)
+    got, want = fed(ours, ours.step, more), fed(theirs, theirs.step, more)
+    assert all(isinstance(x.in_place, Paged) for x in ours.cache.lab_layers)
+    assert got[1] == want[1] and (got[0] - want[0]).abs().max() < 2e-5 * want[0].abs().max()
+
+
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("spec,chosen", [
     ("quest(budget=72,page=8,dense_layers=0)", range(81, 101)),  # 9 pages of 72 tokens and the newest, once there are 11

@@ -171,6 +171,9 @@ def test_who_leaves_the_queue_may_press_run_again_at_once(lab):
     job = lab.begin("v")
     assert job and not job.stopped and not other.stopped
     assert lab.unqueue("v") is False and lab.stop("v") and job.stopped
+    lab.end("v"), lab.wait("v"), lab.unqueue("v")
+    lab.leave("v")  # the queue let go of that press: the next one is not passed over
+    assert not lab.passes("v")
 
 
 def test_a_column_that_could_not_run_is_told_in_the_status_line():

@@ -177,7 +177,9 @@ def test_costs_say_what_a_step_reads_and_whether_choosing_pays(record):
 def test_a_code_that_codes_nothing_yet_is_told(record):
     variant = {**record["variants"][1], "finish": "length", "techniques": [{"name": "kivi", "params": {"bits": 2}}],
                "layers": [{"layer": 0, "kv_bytes": 1, "bits": {"16": 9, "8": 0, "4": 0, "2": 0, "0": 5}}]}
-    assert "nothing is coded yet" in columns.note(variant)
+    assert "nothing is coded so far" in columns.note(variant)
     coded = {**variant, "layers": [{"layer": 0, "kv_bytes": 1, "bits": {"16": 9, "8": 0, "4": 0, "2": 1, "0": 5}}]}
     assert "coded" not in columns.note(coded)
+    older = {**variant, "techniques": [{"name": "kvquant", "params": {"bits": 3}}]}  # three bits were not counted then
+    assert "coded" not in columns.note(older)
     assert "coded" not in columns.note({**variant, "techniques": [{"name": "h2o", "params": {"budget": 0.5}}]})

@@ -223,7 +223,15 @@ def test_what_is_needed_is_said_before_it_runs():
     lab.shelf.put(run, "recorded")
     told = {d["name"]: " ".join(d["before"]) for d in diagnostics.value(lab, "recorded")["list"]}
     assert "128 tokens" in told["faithfulness"] and "below" in told["basin"] and "words of the prompt" in told["iou"]
-    assert ("none is loaded" in told["mixing"]) != lab.loaded and "none is loaded" not in told["sinks"]
+    assert "none is loaded" not in told["mixing"] and "none is loaded" not in told["sinks"]
+
+    class Bare(fixture.FakeLab):
+        loaded = False
+
+    bare = Bare(step_s=0)
+    bare.shelf.put(run, "recorded")
+    said = {d["name"]: " ".join(d["before"]) for d in diagnostics.value(bare, "recorded")["list"]}
+    assert "none is loaded" in said["mixing"] and "none is loaded" not in said["sinks"]
     run.record["prompt"]["tokens"] = ["One.\n\n", "Two.\n\n", "Three.\n\n", "Why?"]
     assert "fewer than three" in told["basin"]
     again = {d["name"]: " ".join(d["before"]) for d in diagnostics.value(lab, "recorded")["list"]}

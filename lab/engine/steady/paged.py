@@ -123,7 +123,7 @@ class Paged(Growing):
         paging, rows = self.paging, q.reshape(self.lanes, self.groups, -1)
         middle = paging.candidates(n)
         tables = [x[:, : paging.pages(n) if paging.whole else middle] for x in self.tables]
-        self.looked = sum(x.numel() * x.element_size() for x in tables)
+        self.looked = sum(x[:, :1].numel() * x.element_size() for x in tables) * (paging.pages(n) if paging.whole else middle)
         if paging.kind == "bounds":
             low, high = tables
             scores = torch.bmm(rows.clamp_min(0), high.mT).baddbmm_(rows.clamp_max(0), low.mT).amax(1)

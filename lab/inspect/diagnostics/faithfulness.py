@@ -109,12 +109,15 @@ def agreement(scores: dict[str, np.ndarray], reference: np.ndarray, k: int = 5) 
 
 
 def marked_overlap(scores: dict[str, np.ndarray], marked: Sequence[int]) -> tuple[np.ndarray, float]:
-    """(share of the marked tokens among each method's top |marked|, the level chance would give)."""
+    """(share of the marked tokens among each method's top |marked|, NaN where a method says nothing, the level chance would give)."""
     t = len(next(iter(scores.values())))
     truth = np.zeros(t)
     truth[list(marked)] = 1
     hits = []
     for s in scores.values():
+        if not np.isfinite(s).any():  # a method of the prompt, none of which is in the window
+            hits.append(np.nan)
+            continue
         top = np.argsort(-np.nan_to_num(np.abs(s), nan=-1.0), kind="stable")[: len(set(marked))]
         hits.append(truth[top].mean())
     return np.array(hits), len(set(marked)) / t

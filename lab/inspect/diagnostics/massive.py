@@ -94,7 +94,8 @@ def interventions(
         Figure("top", "lines", ("rank", "state"), "Three largest magnitudes and the median of each hidden state", "magnitude"),
         Figure("token", "matrix", ("state", "token"), "Largest magnitude of each token", "times the state's median"),
         Figure("perplexity", "bars", ("intervention",), "Perplexity when the flagged values are replaced", "perplexity",
-               absent="No value between the first and the last layer was above both thresholds, so none was replaced."),
+               absent="No value between the first and the last layer was above both thresholds among the first "
+               f"{TOKENS} tokens, so none was replaced."),
     ),
     before=f"One forward pass over the run; the replaced values are tried on its first {TOKENS} tokens.",
 )

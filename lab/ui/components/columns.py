@@ -49,15 +49,17 @@ def note(variant: dict[str, Any]) -> str:
     if ending and fork is not None:
         parts.append(f"first differs at token {fork + 1}")
     if ending and uncoded(variant):
-        parts.append("nothing is coded yet: every entry kept is among the newest, which stay exact")
+        parts.append("nothing is coded so far: every entry kept is exact")
     return (f'<p class="ending">{esc(" · ".join(p for p in parts if p))}</p>' if ending else "") + others(variant)
 
 
 def uncoded(variant: dict[str, Any]) -> bool:
     """True where a code was asked for and the cache holds no coded entry."""
-    asked = any((t.get("params") or {}).get("bits") for t in variant.get("techniques") or [])
-    layers = variant.get("layers") or []
-    return bool(asked and layers) and not any(n for row in layers for b, n in (row.get("bits") or {}).items() if b not in ("16", "0"))
+    asked = {str(bits) for t in variant.get("techniques") or [] if (bits := (t.get("params") or {}).get("bits"))}
+    rows = [row.get("bits") or {} for row in variant.get("layers") or []]
+    if not asked or not rows or any(not asked <= row.keys() for row in rows):  # older runs did not count every width
+        return False
+    return not any(n for row in rows for b, n in row.items() if b not in ("16", "0"))
 
 
 def others(variant: dict[str, Any]) -> str:
