@@ -44,18 +44,28 @@ def fed(session: Session, step, ids) -> tuple[torch.Tensor, list]:
     return torch.stack(rows), figures
 
 
+def alike(got: tuple[torch.Tensor, list], want: tuple[torch.Tensor, list]) -> bool:
+    """What `fed` gave, of two bodies: the same figures, and logits equal up to rounding."""
+    return got[1] == want[1] and bool((got[0] - want[0]).abs().max() < 2e-5 * want[0].abs().max())
+
+
+def stepping(session: Session, captured: bool):
+    """The session's own step, or the body that a graph captures, run as it is."""
+    if not captured:
+        return session.step
+    with torch.inference_mode():
+        return GraphedDecode(session.model, session.cache, 1, STEPS, capture=False).step
+
+
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma", "olmo2", "phi3", "gpt2", "granite", "qwen3_moe"])
 def test_other_models(architecture, captured):
     model = tiny_models.build(architecture)
     ours, theirs = started(model, QUEST), started(model, QUEST, ordinary=True)
-    step = ours.step
-    if captured:
-        with torch.inference_mode():
-            step = GraphedDecode(model, ours.cache, 1, STEPS, capture=False).step
+    step = stepping(ours, captured)
     got, want = fed(ours, step, IDS[PROMPT:]), fed(theirs, theirs.step, IDS[PROMPT:])
     assert [type(x.in_place) for x in ours.cache.lab_layers] == [Growing, Paged, Paged]
-    assert got[1] == want[1] and (got[0] - want[0]).abs().max() < 2e-5 * want[0].abs().max()
+    assert alike(got, want)
 
 
 @pytest.mark.parametrize("spec", ["quest(budget=0.2,page=4,dense_layers=0)", "block_topk(budget=0.2,page=4,sinks=4,local=8)"])
@@ -65,7 +75,7 @@ def test_summaries_grow_and_go_on_telling_what_is_looked_at(spec):
     ours, theirs = started(model, spec), started(model, spec, ordinary=True)
     got, want = fed(ours, ours.step, more), fed(theirs, theirs.step, more)
     assert all(isinstance(x.in_place, Paged) for x in ours.cache.lab_layers)
-    assert got[1] == want[1] and (got[0] - want[0]).abs().max() < 2e-5 * want[0].abs().max()
+    assert alike(got, want)
 
 
 @pytest.mark.parametrize("captured", [False, True])
@@ -77,10 +87,7 @@ def test_choosing_begins_where_there_is_a_choice(spec, chosen, captured):
     """Everything is read, and nothing looked at for it, until more pages are stored than would be read."""
     model = tiny_models.llama()
     session = started(model, spec)
-    step = session.step
-    if captured:
-        with torch.inference_mode():
-            step = GraphedDecode(model, session.cache, 1, STEPS, capture=False).step
+    step = stepping(session, captured)
     _, figures = fed(session, step, IDS[PROMPT:])
     for entries, (_, fraction, layers) in enumerate(figures, PROMPT + 1):
         assert {probe > 0 for _, probe, _ in layers} == {fraction < 1} == {entries in chosen}, entries
@@ -91,10 +98,7 @@ def test_choosing_begins_where_there_is_a_choice(spec, chosen, captured):
 def test_summaries_stay_those_of_the_stored_keys(captured):
     model = tiny_models.llama()
     session = started(model, QUEST)
-    step = session.step
-    if captured:
-        with torch.inference_mode():
-            step = GraphedDecode(model, session.cache, 1, STEPS, capture=False).step
+    step = stepping(session, captured)
     for at in range(PROMPT, PROMPT + STEPS):
         fed(session, step, IDS[at : at + 1])
         layer = session.cache.lab_layers[2]
