@@ -122,6 +122,13 @@ class Lean:
         )
         step.project(self.h, layer.enter.weight, layer.enter.eps, layer.qkv.weight, layer.qkv.bias, target, self.impl)
 
+    def _give(self, own: Seen, at: Place) -> None:
+        """The model's own query, key and value in place of the short step's: where a stack chooses what to read, a rounding of
+        the query may choose another page, and attention would differ though nothing is wrong with it."""
+        self.q.copy_(own.q.view_as(self.q))
+        for rows, x in ((at.k, own.k), (at.v, own.v)):
+            rows.index_copy_(0, at.slot, x.reshape(len(at.slot), -1))
+
     def _attended(self, layer: _Layer, store: "LabLayer") -> None:
         out = self.read(store, self.q, layer.scale)
         step.add_product(out.reshape(self.h.shape[0], -1), layer.out.weight, layer.out.bias, self.h, self.impl)
@@ -150,6 +157,7 @@ class Lean:
             found.append((f"queries of layer {i}", _off(self.q, own.q)))
             found.append((f"keys of layer {i}", _off(at.k[at.slot], own.k)))
             found.append((f"values of layer {i}", _off(at.v[at.slot], own.v)))
+            self._give(own, at)
             self.h.zero_()
             self._attended(layer, store)
             found.append((f"attention of layer {i}", _off(self.h, attention)))

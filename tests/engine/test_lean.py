@@ -6,8 +6,10 @@ import pytest
 import tiny_models
 import torch
 
+from lab.engine import lean
 from lab.engine.graph import GraphedDecode
 from lab.engine.session import Session
+from lab.engine.steady import step as steady_step
 from lab.models.fuse import fuse
 
 SHAPES = {
@@ -107,6 +109,30 @@ def test_a_part_that_differs_is_found():
         model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: 1.5 * output)
     _, graph, _ = graphed(model)
     assert graph.lean is None and "mlp of layer 1" in graph.own
+
+
+@pytest.mark.parametrize("spec", ["dense", "quest(budget=0.3,page=4,dense_layers=0)"])
+def test_attention_is_compared_on_the_models_own_queries(spec, monkeypatch):
+    """A rounding of the query may choose another page: every layer's attention is checked on the very query, key and value."""
+    model, asked = build("llama"), []
+    stored, project = steady_step.Step.stored, lean.Lean._project
+
+    def rounded(self, layer, store):
+        project(self, layer, store)
+        self.q *= 1 + 1e-3
+
+    def noted(self, q, call):
+        rows = [x.rows.fields["x"].index_select(0, self.slot) for x in (self.store.exact_k, self.store.exact_v)]
+        asked.append((q.clone(), *rows))
+        return stored(self, q, call)
+
+    monkeypatch.setattr(steady_step.Step, "stored", noted)
+    monkeypatch.setattr(lean.Lean, "_project", rounded)
+    _, graph, _ = graphed(model, spec)
+    assert graph.own is None and len(asked) == 2 * len(graph.lean.layers)
+    half = len(graph.lean.layers)
+    for own, ours in zip(asked[:half], asked[half:]):
+        assert all(torch.equal(a, b) for a, b in zip(own, ours))
 
 
 @pytest.mark.gpu
