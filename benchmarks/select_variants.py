@@ -47,7 +47,7 @@ def main() -> None:
         return select.best_pages(q, low, high, t.length, COUNT, way="scores")
 
     def cut(c):
-        return lambda t, low, high: best.best_pages(rows, low, high, t.length, COUNT, 16, True, c)
+        return lambda t, low, high: best.best_pages(rows, low, high, t.length, COUNT, 16, 1, c)
 
     def read(pages, t, early):
         return decode.attend(q, [select.read_pages(t, pages)], DIM**-0.5, early=early)
@@ -56,7 +56,7 @@ def main() -> None:
         return lambda t, low, high: read(pick(t, low, high), t, early)
 
     def joined(c, share=64):
-        return lambda t, low, high: best.attend(q, t, low, high, COUNT, DIM**-0.5, 16, True, c, share)
+        return lambda t, low, high: best.attend(q, t, low, high, COUNT, DIM**-0.5, 16, 1, c, share)
 
     cuts = best.variants(KV, n // 16)
     ways = {"scores, pages, read (before)": (two, steps(two, False))}  # name: (selection alone or None, whole step)

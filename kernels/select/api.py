@@ -21,18 +21,34 @@ def page_summaries(tier: TierView, page: int = 16, kind: str = "bounds", impl: s
         raise ValueError(f"page summaries are built from exact keys, not from {tier.bits}-bit codes.")
     if choose(impl, tier.k) == "torch":
         return reference.page_summaries(tier.k, tier.start, tier.length, tier.capacity, page, kind)
+    pages = -(-tier.capacity // page)
+    low = torch.empty(tier.lanes, pages, tier.dim, dtype=tier.k.dtype, device=tier.k.device)
+    high = torch.empty_like(low) if kind == "bounds" else None
+    _summarise(tier.k, tier.start, tier.length, low, high, page, pages)
+    return low, high
+
+
+def _summarise(k, start, length, low, high, page: int, programs: int = 0) -> None:
+    """Launch the summaries of `programs` pages of every lane, or of each lane's newest page."""
     import triton
 
     from kernels.select.triton_pages import summary_kernel
 
-    pages = triton.cdiv(tier.capacity, page)
-    low = torch.empty(tier.lanes, pages, tier.dim, dtype=tier.k.dtype, device=tier.k.device)
-    high = torch.empty_like(low) if kind == "bounds" else None
-    home(summary_kernel)[(pages, tier.lanes)](
-        tier.k, tier.start, tier.length, low, low if high is None else high, pages, PAGE=page, D=tier.dim,
-        DP=max(16, triton.next_power_of_2(tier.dim)), MEAN=high is None, num_warps=1,
+    lanes, pages, dim = low.shape
+    home(summary_kernel)[(programs or 1, lanes)](
+        k, start, length, low, low if high is None else high, pages, PAGE=page, PP=triton.next_power_of_2(page), D=dim,
+        DP=max(16, triton.next_power_of_2(dim)), MEAN=high is None, NEWEST=programs == 0, num_warps=1,
     )
-    return low, high
+
+
+def grow_means(
+    mean: torch.Tensor, k: torch.Tensor, start: torch.Tensor, length: torch.Tensor, page: int = 16, impl: str = "auto",
+) -> None:
+    """The mean [lanes,P,d] of every lane's newest page, anew and in place, its newest entry counted: arguments as `grow_bounds`."""
+    if choose(impl, k) == "torch":
+        reference.grow_means(mean, k, start, length, page)
+    else:
+        _summarise(k, start, length, mean, None, page)
 
 
 def grow_bounds(
@@ -80,15 +96,16 @@ def page_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, l
     return out
 
 
-def top_pages(scores: torch.Tensor, length: torch.Tensor, count: int, page: int = 16, always_last: bool = True,
+def top_pages(scores: torch.Tensor, length: torch.Tensor, count: int, page: int = 16, last: int = 1,
               impl: str = "auto", want: torch.Tensor | None = None) -> torch.Tensor:
     """The `count` best pages of each lane, ascending, int32 [lanes,count], -1 where a lane has fewer.
 
-    always_last keeps the newest page whatever its score. Deterministic: ties go to the lower page (R4). want int32 [1], on the
-    device: the number of pages where it is below `count`, so that a captured graph may read more of them later.
+    last: the pages of so many newest entries are always among them, whatever their scores; `count` has room for those.
+    Deterministic: ties go to the lower page (R4). want int32 [1], on the device: the number of pages where it is below `count`, so
+    that a captured graph may read more of them later.
     """
     if choose(impl, scores) == "torch":
-        return reference.top_pages(scores, length, page, count, always_last, want)
+        return reference.top_pages(scores, length, page, count, last, want)
     import triton
 
     from kernels.select.triton_pages import top_kernel
@@ -100,8 +117,8 @@ def top_pages(scores: torch.Tensor, length: torch.Tensor, count: int, page: int 
     def launch(source: torch.Tensor, target: torch.Tensor, parts: int, padded: int, given: int) -> None:
         limited = want is not None and target is out
         home(top_kernel)[(lanes, parts)](
-            scores, length, source, target, want if limited else length, pages, count, given, PAGE=page, PP=padded,
-            LAST=always_last, GIVEN=given > 0, WANT=limited, num_warps=4 if padded <= 1024 else 8 if padded <= 8192 else 16,
+            scores, length, source, target, want if limited else length, pages, count, given, last, PAGE=page, PP=padded,
+            GIVEN=given > 0, WANT=limited, num_warps=4 if padded <= 1024 else 8 if padded <= 8192 else 16,
         )
 
     slice_ = max(512, triton.next_power_of_2(4 * count))
@@ -118,7 +135,7 @@ def top_pages(scores: torch.Tensor, length: torch.Tensor, count: int, page: int 
 
 def best_pages(
     q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, length: torch.Tensor, count: int, page: int = 16,
-    always_last: bool = True, impl: str = "auto", way: str = "auto", want: torch.Tensor | None = None,
+    last: int = 1, impl: str = "auto", way: str = "auto", want: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`top_pages` of `page_scores` in one call, int32 [lanes,count]: the same pages, and no scores in memory.
 
@@ -133,23 +150,25 @@ def best_pages(
 
         cut = best.slices(lanes, pages, dim, low.element_size())
         if best.fits(cut, pages, count):
-            return best.best_pages(q.reshape(lanes, -1, dim), low, high, length, count, page, always_last, cut, want=want)
+            return best.best_pages(q.reshape(lanes, -1, dim), low, high, length, count, page, last, cut, want=want)
         if way == "slices":
             raise ValueError(f"{count} pages of each slice of {cut.pages} among {pages} do not fit one program; use way='auto'.")
-    return top_pages(page_scores(q, low, high, length, page, impl), length, count, page, always_last, impl, want)
+    return top_pages(page_scores(q, low, high, length, page, impl), length, count, page, last, impl, want)
 
 
 def attend_best(
     q: torch.Tensor, tier: TierView, low: torch.Tensor, high: torch.Tensor | None, count: int, scale: float, *, page: int = 16,
-    always_last: bool = True, impl: str = "auto", way: str = "auto", want: torch.Tensor | None = None,
+    last: int = 1, impl: str = "auto", way: str = "auto", want: torch.Tensor | None = None,
     softcap: float | None = None, sink: torch.Tensor | None = None, gate: torch.Tensor | None = None,
+    front: TierView | None = None,
 ) -> Decoded:
     """Attention of q [B,Hq,d] to the `count` best pages of every lane of `tier`: `best_pages`, `read_pages` and decode in one.
 
     way: "joined" chooses the pages inside the launch that reads them (16-bit tiers without bias or rotation, in q's dtype, no
     softcap, pages of 1 to 64 entries, a power of two); "steps" takes the three calls; "auto" joins where it can and few enough
     pages are left to choose from, as every program of a joined launch repeats the last round.
-    want as for `top_pages`; softcap, sink and gate as for `kernels.decode.attend`.
+    front: entries of the same k and v that are read besides, at least one a lane. last and want as for `top_pages`; softcap, sink
+    and gate as for `kernels.decode.attend`.
     """
     if way not in ("auto", "joined", "steps"):
         raise ValueError(f"unknown way {way!r}; expected 'auto', 'joined' or 'steps'.")
@@ -160,11 +179,11 @@ def attend_best(
 
         cut = best.slices(*low.shape, low.element_size())
         if best.fits(cut, low.shape[1], count, best.MOST if way == "joined" else best.REPEATED):
-            return best.attend(q, tier, low, high, count, scale, page, always_last, cut, want=want, sink=sink, gate=gate)
+            return best.attend(q, tier, low, high, count, scale, page, last, cut, want=want, sink=sink, gate=gate, front=front)
     if way == "joined":
         raise ValueError("way='joined' takes Triton, a plain 16-bit tier of the query's dtype and pages up to 64; use 'auto'.")
-    pages = best_pages(q, low, high, tier.length, count, page, always_last, impl, want=want)
-    reading = [read_pages(tier, pages, page)]
+    pages = best_pages(q, low, high, tier.length, count, page, last, impl, want=want)
+    reading = [read_pages(tier, pages, page)] + ([] if front is None else [front])
     return attend(q, reading, scale, softcap=softcap, sink=sink, impl=impl, early=True, gate=gate)
 
 

@@ -54,7 +54,7 @@ def fits(c: Slices, pages: int, count: int, most: int = MOST) -> bool:
     return triton.next_power_of_2(max(parts * keep, count)) <= most
 
 
-def _slices(q, low, high, length, count, page, always_last, c, scores=None) -> tuple[torch.Tensor, dict, int]:
+def _slices(q, low, high, length, count, page, last, c, scores=None) -> tuple[torch.Tensor, dict, int]:
     """Launch the first round: the slices' best (keys, pages) [2, lanes, parts, keep], the second's constants, and the overlap."""
     lanes, pages, dim = low.shape
     group = q.shape[1]
@@ -64,12 +64,12 @@ def _slices(q, low, high, length, count, page, always_last, c, scores=None) -> t
     padded = max(16, triton.next_power_of_2(max(parts * keep, count)))
     home(slice_kernel)[(parts, lanes)](
         q.contiguous(), low, low if high is None else high, length, found[0], found[1], length if scores is None else scores,
-        pages, parts, keep, PAGE=page, G=group, NQ=max(8, triton.next_power_of_2(group)), D=dim,
+        pages, parts, keep, last, PAGE=page, G=group, NQ=max(8, triton.next_power_of_2(group)), D=dim,
         DP=max(16, triton.next_power_of_2(dim)), BP=c.tile, TILES=c.tiles, BOUNDS=3 if c.pages <= 512 else 2,
-        STAGES=1 if interpreting() else c.stages, MEAN=high is None, LAST=always_last, SCORES=scores is not None, PDL=overlap,
+        STAGES=1 if interpreting() else c.stages, MEAN=high is None, SCORES=scores is not None, PDL=overlap,
         num_warps=c.warps, num_stages=c.stages,
     )
-    second = dict(PAGE=page, SLICE=c.pages, PP=padded, BOUNDS=3 if padded <= 512 else 2, LAST=always_last, PDL=overlap > 0,
+    second = dict(PAGE=page, SLICE=c.pages, PP=padded, BOUNDS=3 if padded <= 512 else 2, PDL=overlap > 0,
                   num_warps=c.last_warps * max(1, padded // 2048))
     if overlap:
         second["launch_pdl"] = True
@@ -78,21 +78,21 @@ def _slices(q, low, high, length, count, page, always_last, c, scores=None) -> t
 
 def best_pages(
     q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, length: torch.Tensor, count: int, page: int,
-    always_last: bool, c: Slices, scores: torch.Tensor | None = None, want: torch.Tensor | None = None,
+    last: int, c: Slices, scores: torch.Tensor | None = None, want: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The Triton path of `kernels.select.best_pages`; rows q [lanes,G,d]. scores float32 [lanes,P] is filled when given."""
-    found, second, _ = _slices(q, low, high, length, count, page, always_last, c, scores)
+    found, second, _ = _slices(q, low, high, length, count, page, last, c, scores)
     lanes, parts, keep = found.shape[1:]
     out = torch.empty(lanes, count, dtype=torch.int32, device=q.device)
     home(last_kernel)[(lanes,)](
-        length, found[0], found[1], length if want is None else want, out, parts, keep, count, WANT=want is not None, **second)
+        length, found[0], found[1], length if want is None else want, out, parts, keep, count, last, WANT=want is not None, **second)
     return out
 
 
 def attend(
     q: torch.Tensor, tier: TierView, low: torch.Tensor, high: torch.Tensor | None, count: int, scale: float, page: int,
-    always_last: bool, c: Slices, share: int = 64, want: torch.Tensor | None = None, sink: torch.Tensor | None = None,
-    gate: torch.Tensor | None = None,
+    last: int, c: Slices, share: int = 64, want: torch.Tensor | None = None, sink: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None, front: TierView | None = None,
 ) -> Decoded:
     """The Triton path of `kernels.select.attend_best`, q [B,Hq,d]; share: entries that one program reads."""
     batch, heads, dim = q.shape
@@ -100,15 +100,17 @@ def attend(
     rows = batch * heads
     group = rows // lanes
     q = q.contiguous()
-    found, second, overlap = _slices(q.view(lanes, group, dim), low, high, tier.length, count, page, always_last, c)
+    found, second, overlap = _slices(q.view(lanes, group, dim), low, high, tier.length, count, page, last, c)
     parts, keep = found.shape[2:]
     pages = max(1, share // page)
-    splits = triton.cdiv(count, pages)
+    ahead = 0 if front is None else triton.cdiv(front.capacity, pages * page)
+    splits = ahead + triton.cdiv(count, pages)
+    before = tier if front is None else front
     part = torch.empty(splits, rows, dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
     home(read_kernel)[(splits, lanes)](
-        q, tier.k, tier.v, tier.start, tier.length, found[0], found[1], tier.length if want is None else want, part, part_lse,
-        scale, parts, keep, count, WANT=want is not None, G=group, NQ=max(8, triton.next_power_of_2(group)), D=dim,
+        q, tier.k, tier.v, tier.start, tier.length, found[0], found[1], tier.length if want is None else want, before.start,
+        before.length, part, part_lse, scale, parts, keep, count, last, WANT=want is not None, FRONT=ahead, G=group, NQ=max(8, triton.next_power_of_2(group)), D=dim,
         DP=max(16, triton.next_power_of_2(dim)), PAGES=pages, **second,
     )
     out = torch.empty_like(q)

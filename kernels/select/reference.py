@@ -41,6 +41,17 @@ def grow_bounds(
         rows.index_copy_(0, at, torch.where(begun, join(rows.index_select(0, at), x), x))
 
 
+def grow_means(mean: torch.Tensor, k: torch.Tensor, start: torch.Tensor, length: torch.Tensor, page: int) -> None:
+    """The mean of the newest page of each lane, of length[lane] >= 1 entries, anew: mean [lanes,P,d], in place."""
+    lanes, pages, dim = mean.shape
+    newest = (length.long() - 1) // page
+    i = newest[:, None] * page + torch.arange(page, device=k.device)
+    alive = (i < length[:, None]).unsqueeze(-1)
+    x = k.index_select(0, (start.long()[:, None] + i).clamp_max(k.shape[0] - 1).flatten()).view(lanes, page, dim).float()
+    found = torch.where(alive, x, 0.0).sum(1) / alive.sum(1)
+    mean.view(lanes * pages, dim).index_copy_(0, torch.arange(lanes, device=k.device) * pages + newest, found.to(mean.dtype))
+
+
 def page_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, dtype=torch.float64) -> torch.Tensor:
     """q [lanes,G,d] -> [lanes,P]: Quest's bound, maximum over the group; with high None the mean logit of the centroid."""
     x, a = q.to(dtype), low.to(dtype)
@@ -50,7 +61,7 @@ def page_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, d
 
 
 def top_pages(
-    scores: torch.Tensor, length: torch.Tensor, page: int, count: int, always_last: bool, want: torch.Tensor | None = None
+    scores: torch.Tensor, length: torch.Tensor, page: int, count: int, last: int, want: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The `count` best pages of each lane, ascending, int32 [lanes,count]; ties go to the lower page; -1 where a lane has
     fewer pages. want int [1]: how many of the `count` it shall be."""
@@ -59,8 +70,9 @@ def top_pages(
     i = torch.arange(pages, device=scores.device)
     s = scores.float().clamp_max(torch.finfo(torch.float32).max)  # endless scores stay behind a page that must be kept
     s = s.masked_fill(i >= n[:, None], -torch.inf)
-    if always_last:
-        s = torch.where(i == n[:, None] - 1, torch.inf, s)
+    if last:
+        newest = (length.long() - last).clamp_min(0) // page
+        s = torch.where((i >= newest[:, None]) & (i < n[:, None]), torch.inf, s)
     order = torch.sort(s, dim=1, descending=True, stable=True).indices[:, :count]
     most = n[:, None] if want is None else n[:, None].minimum(want)
     order = torch.where(torch.arange(order.shape[1], device=s.device) < most, order, pages)

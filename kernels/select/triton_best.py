@@ -54,12 +54,19 @@ def _best(key, real, want, BOUNDS: tl.constexpr):
 
 
 @triton.jit
+def _pages(n, last, PAGE: tl.constexpr):
+    """(pages that n entries fill, the first of those that hold the newest `last`: from there on all are read)."""
+    have = tl.cdiv(n, PAGE)
+    return have, tl.where(last > 0, tl.maximum(n - last, 0) // PAGE, have)
+
+
+@triton.jit
 def slice_kernel(
-    q_ptr, low_ptr, high_ptr, len_ptr, key_ptr, page_ptr, score_ptr, pages, parts, keep_count,
+    q_ptr, low_ptr, high_ptr, len_ptr, key_ptr, page_ptr, score_ptr, pages, parts, keep_count, last,
     PAGE: tl.constexpr, G: tl.constexpr, NQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BP: tl.constexpr,  # pages of one tile
     TILES: tl.constexpr,  # tiles of a slice
-    BOUNDS: tl.constexpr, STAGES: tl.constexpr, MEAN: tl.constexpr, LAST: tl.constexpr,
+    BOUNDS: tl.constexpr, STAGES: tl.constexpr, MEAN: tl.constexpr,
     SCORES: tl.constexpr,  # also write the scores
     PDL: tl.constexpr,  # let the next launch start: 1 at once, 2 after the last tile
 ):
@@ -69,7 +76,7 @@ def slice_kernel(
         gdc_launch_dependents()
     part = tl.program_id(0)
     lane = tl.program_id(1).to(tl.int64)
-    have = tl.cdiv(tl.load(len_ptr + lane).to(tl.int32), PAGE)
+    have, newest = _pages(tl.load(len_ptr + lane).to(tl.int32), last, PAGE)
     first = part * (BP * TILES)
     count = tl.minimum(have - first, BP * TILES)
     g = tl.arange(0, NQ)
@@ -114,24 +121,20 @@ def slice_kernel(
         return
     real = p < have
     key = _keys(s)
-    want = tl.minimum(keep_count, count)
-    if LAST:
-        newest = p == have - 1
-        want -= ((first <= have - 1) & (have - 1 < first + BP * TILES)).to(tl.int32)
-        keep = newest | _best(key, real & (p != have - 1), want, BOUNDS)
-    else:
-        keep = _best(key, real, want, BOUNDS)
+    always = real & (p >= newest)
+    want = tl.minimum(keep_count, count) - tl.maximum(first + count - tl.maximum(newest, first), 0)
+    keep = always | _best(key, real & (p < newest), tl.maximum(want, 0), BOUNDS)
     at = (lane * parts + part) * keep_count + tl.cumsum(keep.to(tl.int32), 0) - 1
     tl.store(key_ptr + at, key, mask=keep)
     tl.store(page_ptr + at, p, mask=keep)
 
 
 @triton.jit
-def _finalists(len_ptr, key_ptr, page_ptr, want_ptr, lane, parts, keep_count, count, PAGE: tl.constexpr, SLICE: tl.constexpr,
-               PP: tl.constexpr, BOUNDS: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr):
+def _finalists(len_ptr, key_ptr, page_ptr, want_ptr, lane, parts, keep_count, count, last, PAGE: tl.constexpr,
+               SLICE: tl.constexpr, PP: tl.constexpr, BOUNDS: tl.constexpr, WANT: tl.constexpr):
     """The slices' best pages [PP] of a lane, which of them are among its best `count` (with WANT: or the number at want_ptr,
     where that is less), and how many those are."""
-    have = tl.cdiv(tl.load(len_ptr + lane).to(tl.int32), PAGE)
+    have, newest = _pages(tl.load(len_ptr + lane).to(tl.int32), last, PAGE)
     i = tl.arange(0, PP)
     part = i // keep_count
     real = (part < parts) & (i - part * keep_count < tl.minimum(keep_count, have - part * SLICE))
@@ -140,18 +143,14 @@ def _finalists(len_ptr, key_ptr, page_ptr, want_ptr, lane, parts, keep_count, co
     total = tl.minimum(count, have)
     if WANT:
         total = tl.minimum(total, tl.load(want_ptr))
-    if LAST:
-        keep = (real & (p == have - 1)) | _best(key, real & (p != have - 1), tl.maximum(total - 1, 0), BOUNDS)
-    else:
-        keep = _best(key, real, total, BOUNDS)
+    keep = (real & (p >= newest)) | _best(key, real & (p < newest), tl.maximum(total - (have - newest), 0), BOUNDS)
     return p, keep, total
 
 
 @triton.jit
 def last_kernel(
-    len_ptr, key_ptr, page_ptr, want_ptr, out_ptr, parts, keep_count, count,
-    PAGE: tl.constexpr, SLICE: tl.constexpr, PP: tl.constexpr, BOUNDS: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr,
-    PDL: tl.constexpr,
+    len_ptr, key_ptr, page_ptr, want_ptr, out_ptr, parts, keep_count, count, last,
+    PAGE: tl.constexpr, SLICE: tl.constexpr, PP: tl.constexpr, BOUNDS: tl.constexpr, WANT: tl.constexpr, PDL: tl.constexpr,
 ):
     """The best `count` among the slices' best of one lane, ascending, -1 where there are fewer: out [lanes, count]."""
     if PDL:
@@ -161,7 +160,7 @@ def last_kernel(
     if PDL:
         gdc_wait()
     p, keep, total = _finalists(
-        len_ptr, key_ptr, page_ptr, want_ptr, lane, parts, keep_count, count, PAGE, SLICE, PP, BOUNDS, LAST, WANT)
+        len_ptr, key_ptr, page_ptr, want_ptr, lane, parts, keep_count, count, last, PAGE, SLICE, PP, BOUNDS, WANT)
     out = out_ptr + lane * count
     tl.store(out + tl.cumsum(keep.to(tl.int32), 0) - 1, p, mask=keep)
     tl.store(out + total + i, tl.full([PP], -1, tl.int32), mask=total + i < count)
@@ -169,13 +168,16 @@ def last_kernel(
 
 @triton.jit
 def read_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, len_ptr, key_ptr, page_ptr, want_ptr, o_ptr, lse_ptr, scale, parts, keep_count, count,
-    PAGE: tl.constexpr, SLICE: tl.constexpr, PP: tl.constexpr, BOUNDS: tl.constexpr, LAST: tl.constexpr, WANT: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, start_ptr, len_ptr, key_ptr, page_ptr, want_ptr, front_ptr, front_len_ptr, o_ptr, lse_ptr, scale,
+    parts, keep_count, count, last,
+    PAGE: tl.constexpr, SLICE: tl.constexpr, PP: tl.constexpr, BOUNDS: tl.constexpr, WANT: tl.constexpr,
+    FRONT: tl.constexpr,  # programs that read what lies in front of the pages, the first of each lane
     G: tl.constexpr, NQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     PAGES: tl.constexpr,  # pages of a program
     PDL: tl.constexpr,
 ):
-    """The last round and the reading in one: every program of a lane finds the lane's best pages and attends to PAGES of them.
+    """The last round and the reading in one: every program of a lane finds the lane's best pages and attends to PAGES of them,
+    or to as many entries of those in front (front_len of them from front on), which are always read.
 
     o_ptr [programs, lanes*G, D] float32 and lse_ptr base 2, as `kernels.decode.triton_merge` joins them. The slice kernel is
     launched in full order behind whatever wrote q, k and v, so only its own results have to be waited for.
@@ -194,25 +196,32 @@ def read_kernel(
         gdc_wait()
     row = (c * tl.num_programs(1) + lane) * G + g
     p, keep, total = _finalists(
-        len_ptr, key_ptr, page_ptr, want_ptr, lane, parts, keep_count, count, PAGE, SLICE, PP, BOUNDS, LAST, WANT)
-    if c * PAGES >= total:
+        len_ptr, key_ptr, page_ptr, want_ptr, lane, parts, keep_count, count, last, PAGE, SLICE, PP, BOUNDS, WANT)
+    share = c - FRONT  # below 0 for those in front, whose pages are then none
+    if share * PAGES >= total:
         tl.store(lse_ptr + row, tl.full([NQ], float("-inf"), tl.float32), mask=live)
         return
     # the pages at places c*PAGES .. of the ascending list, without writing the list
     place = tl.cumsum(keep.to(tl.int32), 0) - 1
     s = tl.arange(0, PAGES)
-    mine = keep[:, None] & (place[:, None] == c * PAGES + s[None, :])
+    mine = keep[:, None] & (place[:, None] == share * PAGES + s[None, :])
     chosen = tl.sum(tl.where(mine, p[:, None] + 1, 0), 0) - 1
     i = tl.arange(0, PAGES * PAGE)
     page = tl.sum(tl.where((i // PAGE)[:, None] == s[None, :], chosen[None, :], 0), 1)
     at = page * PAGE + i % PAGE
     ok = (page >= 0) & (at < n)
-    at = (first + tl.minimum(tl.maximum(at, 0), n - 1)) * D
+    at = first + tl.minimum(tl.maximum(at, 0), n - 1)
+    if FRONT:
+        ahead = c * (PAGES * PAGE) + i
+        many = tl.load(front_len_ptr + lane).to(tl.int32)
+        ok = tl.where(c < FRONT, ahead < many, ok)
+        at = tl.where(c < FRONT, tl.load(front_ptr + lane).to(tl.int64) + tl.minimum(ahead, many - 1), at)
+    at *= D
     k = tl.load(k_ptr + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
     v = tl.load(v_ptr + at[None, :] + d[:, None], mask=(d < D)[:, None], other=0.0)
     x = tl.dot(k, q.to(k.dtype), input_precision="ieee") * (scale * 1.4426950408889634)
     x = tl.where(ok[:, None], x, float("-inf"))
-    m = tl.max(x, 0)  # a program has at least one entry: the first page of its share
+    m = tl.max(x, 0)  # a program has at least one entry: the first of its share
     w = tl.exp2(x - m[None, :])
     z = tl.sum(w, 0)
     o = tl.dot(v, w.to(v.dtype), input_precision="ieee") * (1.0 / z)[None, :]

@@ -7,16 +7,23 @@ import triton.language as tl
 @triton.jit
 def summary_kernel(
     k_ptr, start_ptr, len_ptr, low_ptr, high_ptr, pages,
-    PAGE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MEAN: tl.constexpr,
+    PAGE: tl.constexpr,
+    PP: tl.constexpr,  # PAGE up to a power of two
+    D: tl.constexpr, DP: tl.constexpr, MEAN: tl.constexpr,
+    NEWEST: tl.constexpr,  # the page of the lane's last entry instead of page program_id(0)
 ):
     """One page of one lane: k [slots,D] -> low, high [lanes,pages,D] (or the centroid in low)."""
-    p = tl.program_id(0)
     lane = tl.program_id(1).to(tl.int64)
     n = tl.load(len_ptr + lane).to(tl.int32)
+    if NEWEST:
+        p = tl.maximum(n - 1, 0) // PAGE
+    else:
+        p = tl.program_id(0)
     d = tl.arange(0, DP)
-    i = p * PAGE + tl.arange(0, PAGE)
+    within = tl.arange(0, PP)
+    i = p * PAGE + within
     slot = tl.load(start_ptr + lane).to(tl.int64) + i
-    alive = (i < n)[:, None]
+    alive = ((within < PAGE) & (i < n))[:, None]
     x = tl.load(k_ptr + slot[:, None] * D + d[None, :], mask=alive & (d < D)[None, :], other=0.0).to(tl.float32)
     out = (lane * pages + p) * D + d
     some = p * PAGE < n
@@ -63,11 +70,12 @@ def score_kernel(
 
 @triton.jit
 def top_kernel(
-    score_ptr, len_ptr, list_ptr, out_ptr, want_ptr, pages, count, given,
-    PAGE: tl.constexpr, PP: tl.constexpr, LAST: tl.constexpr, GIVEN: tl.constexpr,
+    score_ptr, len_ptr, list_ptr, out_ptr, want_ptr, pages, count, given, last,
+    PAGE: tl.constexpr, PP: tl.constexpr, GIVEN: tl.constexpr,
     WANT: tl.constexpr,  # the number at want_ptr of them, at most count
 ):
-    """The best `count` of PP candidates of one lane in ascending order, -1 where there are fewer.
+    """The best `count` of PP candidates of one lane in ascending order, -1 where there are fewer; pages of the lane's `last`
+    entries come first.
 
     Candidates are the pages PP*program .. of the lane, or with GIVEN the pages named in list_ptr [lanes, given]. The
     count-th largest score is found two bits at a time on an order-preserving integer image of the floats: 16 counting
@@ -75,7 +83,8 @@ def top_kernel(
     the lower page.
     """
     lane = tl.program_id(0).to(tl.int64)
-    have = tl.cdiv(tl.load(len_ptr + lane).to(tl.int32), PAGE)
+    n = tl.load(len_ptr + lane).to(tl.int32)
+    have = tl.cdiv(n, PAGE)
     i = tl.arange(0, PP)
     if GIVEN:
         p = tl.load(list_ptr + lane * given + i, mask=i < given, other=-1)
@@ -85,15 +94,14 @@ def top_kernel(
     s = tl.load(score_ptr + lane * pages + p, mask=real, other=float("-inf"))
     bits = (s + 0.0).to(tl.int32, bitcast=True)  # -0 becomes +0
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    if LAST:
-        key = tl.where(p == have - 1, 0x7FFFFFFF, key)
+    key = tl.where(p >= tl.where(last > 0, tl.maximum(n - last, 0) // PAGE, have), 0x7FFFFFFF, key)
     key = tl.where(real, key, -0x80000000)
     want = tl.minimum(count, tl.sum(real.to(tl.int32), 0))
     if WANT:
         want = tl.minimum(want, tl.load(want_ptr))
     bound = tl.full([1], -0x80000000, tl.int32)
-    for n in tl.static_range(16):
-        step = tl.full([1], 1, tl.int32) << (30 - 2 * n)
+    for b in tl.static_range(16):
+        step = tl.full([1], 1, tl.int32) << (30 - 2 * b)
         n1 = (key >= bound + step).to(tl.int64)
         n2 = (key >= bound + step * 2).to(tl.int64)
         n3 = (key >= bound + step * 3).to(tl.int64)

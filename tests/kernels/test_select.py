@@ -1,5 +1,7 @@
 """Page summaries, scores, selection, and decode over the selected pages."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_caches import BEST, CUDA, DEVICE, error, make_tier
@@ -18,14 +20,14 @@ def world(dim=64, group=3, dtype=torch.float16):
 
 
 @pytest.mark.parametrize("kind", ["bounds", "mean"])
-@pytest.mark.parametrize("dim", [64, 96])
-def test_scores_match_torch(kind, dim):
+@pytest.mark.parametrize("dim,page", [(64, 16), (96, 16), (64, 7)])
+def test_scores_match_torch(kind, dim, page):
     tier, q = world(dim)
-    low, high = select.page_summaries(tier, 16, kind, impl="triton")
-    low2, high2 = select.page_summaries(tier, 16, kind, impl="torch")
+    low, high = select.page_summaries(tier, page, kind, impl="triton")
+    low2, high2 = select.page_summaries(tier, page, kind, impl="torch")
     assert error(low, low2) < 1e-3 and (high is None or error(high, high2) < 1e-6)
-    got = select.page_scores(q, low, high, tier.length, impl="triton")
-    want = select.page_scores(q, low, high, tier.length, impl="torch")
+    got = select.page_scores(q, low, high, tier.length, page, impl="triton")
+    want = select.page_scores(q, low, high, tier.length, page, impl="torch")
     alive = torch.isfinite(want)
     assert torch.equal(alive, torch.isfinite(got)) and error(got[alive], want[alive]) < 2e-3
 
@@ -42,15 +44,14 @@ def test_bounds_are_never_below_a_logit():
             assert logits[page * 16 : page * 16 + 16].max() <= scores[lane, page] + 1e-3
 
 
-@pytest.mark.parametrize("count", [1, 3, 64])
-@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("count,last", [(1, 1), (1, 0), (3, 1), (3, 0), (64, 1), (64, 0), (7, 40), (64, 700)])
 def test_top_pages_with_ties(count, last):
     generator = torch.Generator().manual_seed(count)
     scores = torch.randint(-3, 3, (4, 40), generator=generator).float().to(DEVICE)
     scores[0, 5] = -0.0
-    length = torch.tensor([640, 1, 0, 300], dtype=torch.int32, device=DEVICE)
-    got = select.top_pages(scores, length, count, always_last=last, impl="triton")
-    assert torch.equal(got, select.top_pages(scores, length, count, always_last=last, impl="torch"))
+    length = torch.tensor([640, 1, 0, 301], dtype=torch.int32, device=DEVICE)
+    got = select.top_pages(scores, length, count, last=last, impl="triton")
+    assert torch.equal(got, select.top_pages(scores, length, count, last=last, impl="torch"))
 
 
 def test_top_pages_in_two_rounds():
@@ -126,8 +127,8 @@ def test_reading_selected_pages(bits):
 
 
 @pytest.mark.parametrize("dim,group,count,last,kind", [
-    (64, 1, 3, True, "bounds"), (80, 4, 7, False, "bounds"), (96, 3, 20, True, "mean"), (128, 8, 16, True, "bounds"),
-    (256, 2, 1, True, "bounds"), (64, 5, 1, False, "mean"), (128, 4, 200, True, "bounds")])
+    (64, 1, 3, 1, "bounds"), (80, 4, 7, 0, "bounds"), (96, 3, 20, 64, "mean"), (128, 8, 16, 1, "bounds"),
+    (256, 2, 1, 1, "bounds"), (64, 5, 1, 0, "mean"), (128, 4, 200, 1, "bounds"), (64, 3, 50, 700, "mean")])
 def test_best_pages_of_slices(dim, group, count, last, kind):
     """Every slice's best and then the best of those, over ragged and empty lanes, with equal scores among them."""
     pytest.importorskip("triton")
@@ -145,7 +146,7 @@ def test_best_pages_of_slices(dim, group, count, last, kind):
     for cut in (best.Slices(16, 2, 1), best.Slices(32, 1, 2), best.slices(*low.shape, low.element_size())):
         scores = torch.empty(low.shape[:2], device=DEVICE)
         got = best.best_pages(rows, low, high, tier.length, count, 16, last, cut, scores)
-        assert torch.equal(got, select.top_pages(scores, tier.length, count, always_last=last, impl="torch"))
+        assert torch.equal(got, select.top_pages(scores, tier.length, count, last=last, impl="torch"))
         want = select.page_scores(q, low, high, tier.length, impl="torch")
         seen = torch.isfinite(want)
         assert torch.equal(seen, torch.isfinite(scores)) and error(scores[seen], want[seen]) < 2e-3
@@ -159,9 +160,9 @@ def test_best_pages_with_endless_and_equal_scores():
     low[2] = torch.randn(70, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     length = torch.tensor([1120, 1100, 50], dtype=torch.int32, device=DEVICE)
     q = torch.ones(1, 6, 64, device=DEVICE, dtype=torch.float16)
-    for last in (True, False):
-        got = select.best_pages(q, low, None, length, 5, always_last=last, impl="triton", way="slices")
-        want = select.best_pages(q, low, None, length, 5, always_last=last, impl="torch")
+    for last in (1, 0):
+        got = select.best_pages(q, low, None, length, 5, last=last, impl="triton", way="slices")
+        want = select.best_pages(q, low, None, length, 5, last=last, impl="torch")
         assert torch.equal(got, want)
     with pytest.raises(ValueError, match="unknown way"):
         select.best_pages(q, low, None, length, 5, way="sorted")
@@ -176,15 +177,47 @@ def test_attend_best_is_its_three_steps(dim, group, count, page, dtype):
     tier = make_tier(16, lengths, dim, dtype=dtype, device=DEVICE, generator=generator, spare=5)
     q = torch.randn(1, len(lengths) * group, dim, generator=generator).to(DEVICE, dtype)
     low, high = select.page_summaries(tier, page, impl=BEST)
-    for last in (True, False):
+    for last in (50, 1, 0):
         pages = select.best_pages(q, low, high, tier.length, count, page, last, impl="triton")
         want = decode_reference.attend(q, [select.read_pages(tier, pages, page)], dim**-0.5)
-        got = select.attend_best(q, tier, low, high, count, dim**-0.5, page=page, always_last=last, impl="triton", way="joined")
+        got = select.attend_best(q, tier, low, high, count, dim**-0.5, page=page, last=last, impl="triton", way="joined")
         assert error(got.out, want[0]) < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
         seen = torch.isfinite(want[1])
         assert torch.equal(torch.isfinite(got.lse), seen) and (got.lse.double() - want[1])[seen].abs().max() < 5e-3
-    steps = select.attend_best(q, tier, low, high, count, dim**-0.5, page=page, always_last=False, impl="triton", way="steps")
+    steps = select.attend_best(q, tier, low, high, count, dim**-0.5, page=page, last=0, impl="triton", way="steps")
     assert error(got.out, steps.out) < (8e-3 if dtype == torch.bfloat16 else 2e-3)
+
+
+@pytest.mark.parametrize("page,first,last,want", [(16, 4, 64, None), (16, 100, 40, 7), (7, 4, 20, 6), (1, 1, 9, None)])
+def test_entries_in_front_are_always_read(page, first, last, want):
+    """What block top-k reads: entries before the first page, the best pages by their means, and the pages of the newest entries."""
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(page)
+    whole = make_tier(16, [700, 701, first, first + 5], 64, device=DEVICE, generator=generator, spare=5)
+    q = torch.randn(1, 12, 64, generator=generator).to(DEVICE, torch.float16)
+    tier = replace(whole, start=whole.start + first, length=whole.length - first, capacity=701 - first)
+    front = replace(whole, length=torch.full_like(whole.length, first), capacity=first)
+    mean, _ = select.page_summaries(tier, page, "mean", impl="torch")
+    number = None if want is None else torch.tensor([want], dtype=torch.int32, device=DEVICE)
+    pages = select.best_pages(q, mean, None, tier.length, 12, page, last, impl="torch", want=number)
+    out = decode_reference.attend(q, [select.read_pages(tier, pages, page), front], 0.125)[0]
+    for impl, way in [("torch", "auto"), ("triton", "steps")] + ([] if page == 7 else [("triton", "joined")]):
+        got = select.attend_best(
+            q, tier, mean, None, 12, 0.125, page=page, last=last, impl=impl, way=way, want=number, front=front)
+        assert error(got.out, out) < 2e-3
+
+
+@pytest.mark.parametrize("impl", ["torch", BEST])
+@pytest.mark.parametrize("dim,page", [(64, 16), (80, 7)])
+def test_the_newest_pages_mean_is_made_anew(dim, page, impl):
+    generator = torch.Generator().manual_seed(page)
+    tier = make_tier(16, [40, 1, 19, 32, 14], dim, device=DEVICE, generator=generator, spare=5)
+    want, _ = select.page_summaries(tier, page, "mean", impl="torch")
+    mean, newest = torch.full_like(want, 9e3), (tier.length.long() - 1) // page
+    select.grow_means(mean, tier.k, tier.start, tier.length, page, impl=impl)
+    for lane, p in enumerate(newest.tolist()):
+        assert error(mean[lane, p], want[lane, p]) < 1e-3
+        assert (mean[lane, :p] == 9e3).all() and (mean[lane, p + 1 :] == 9e3).all()
 
 
 def test_attend_best_of_other_tiers_takes_the_steps():
