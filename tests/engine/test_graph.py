@@ -22,14 +22,16 @@ GRAPHABLE = ["dense", "snapkv(budget=0.5,window=8)", "snapkv(budget=0.5,window=8
              "head_pruning(heads=1)", "zerotuning(gamma=2)"]
 CHOOSING = ["quest(budget=0.2,page=4,dense_layers=1)", "quest(budget=72,page=8,dense_layers=0)",
             "quest(budget=0.93,page=4,dense_layers=0)", "quest(budget=0.2,page=16,dense_layers=0)+head_pruning(heads=1)",
-            "snapkv(budget=0.5,window=8)+adakv+quest(budget=0.2,page=4,dense_layers=0)"]
+            "snapkv(budget=0.5,window=8)+adakv+quest(budget=0.2,page=4,dense_layers=0)",
+            "block_topk(budget=0.1,page=4,local=10)", "block_topk(budget=20,page=8,sinks=0,local=1)",
+            "block_topk(budget=0.2,page=7,sinks=5,local=9)+head_pruning(heads=1)"]
 CHANGING = ["streaming_llm(budget=20)", "streaming_llm(budget=20,renumber=false)", "h2o(budget=20)", "h2o(budget=20,norm=true)",
             "tova(budget=20)", "keydiff(budget=20,window=4)", "streaming_llm(budget=20)+zerotuning(gamma=3)",
             "h2o(budget=20)+pyramidkv(window=8)"]
 CODING = ["int_codes", "int_codes(bits=4)", "int_codes(bits=2)", "snapkv(budget=0.5,window=8)+int_codes(bits=4)",
           "int_codes+zerotuning(gamma=3)", "kivi(group=16,residual=16)", "kivi(group=32,residual=32,bits=4)",
           "snapkv(budget=0.7,window=8)+kivi(group=16,residual=32)", "kivi(group=16,residual=16)+head_pruning(heads=1)", "h2o(budget=20)+int_codes(bits=4)"]
-OTHERS = ["quest+int_codes", "block_topk(budget=0.1,page=4,local=10)", "quest(dense_layers=0)+zerotuning(gamma=2)",
+OTHERS = ["quest+int_codes", "block_topk(mode=random)", "snapkv(budget=0.5,window=8)+adakv+block_topk(budget=0.1,page=4)", "quest(dense_layers=0)+zerotuning(gamma=2)",
           "moh", "fp8", "h2o(budget=20)+kivi(group=16,residual=16)", "h2o(budget=20)+cam", "int_codes(sinks=2)",
           "rotated(mode=quarot,bits=4)", "rotated(bits=8,value_bits=8)", "snapkv(budget=0.5,window=8)+rotated(mode=quarot)"]
 STEPS = 30

@@ -6,13 +6,15 @@ The newest page is always read, so a step's own row enters the summaries after i
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from kernels import cpu_attention as core
 from kernels import select
 from kernels.decode import TierView
 from lab.engine.steady.exact import Growing, int32
-from lab.engine.steady.plan import Unfit
+from lab.engine.steady.plan import FILLING, Unfit
 from lab.engine.steady.step import SPARE
 
 
@@ -22,8 +24,10 @@ class Paged(Growing):
     changes = True
 
     def __init__(self, policy, store, clock=None) -> None:
-        super().__init__(policy, store, clock)
         self.paging = paging = policy.paging(store.index)
+        if clock is not None and min(store.counts) <= paging.first:
+            raise Unfit(FILLING)
+        super().__init__(policy, store, clock)
         if self.bias is not None:
             raise Unfit("the stack edits single entries and chooses what to read")
         self.tables: list[torch.Tensor] | None = None
@@ -37,16 +41,30 @@ class Paged(Growing):
             return
         if self.common is not None:
             raise Unfit("the stack chooses what to read, and no kernel chooses from what samples share")
-        if paging.kind != "bounds" or paging.first or paging.last > 1:
-            raise Unfit("the stack chooses what to read, in a way without a kernel")
-        self._build(store.longest + clock.room)
-        self.most = paging.count(store.longest + clock.room) + 1
-        self.want = int32([paging.count(store.longest + 1) + 1], store.device)
+        if (paging.first or paging.last > 1) and not store.exact_k.rows.level:
+            raise Unfit("the stack chooses what to read, and its heads keep different numbers of entries")
+        longest = store.longest + clock.room
+        self._build(longest)
+        self.front = self._part_front()
+        self.most = paging.count(longest) - -(paging.last + paging.page - 1) // paging.page
+        self.asked = paging.wanted(store.longest + 1)
+        self.want = int32([self.asked], store.device)
 
     @property
     def held(self) -> int:
         """Entries of a lane, of the longest where they differ, the row of this step not counted."""
         return self.ahead + self.store.exact_k.rows.longest
+
+    def _part_front(self) -> TierView | None:
+        """Under a graph: the entries in front by themselves, so that pages begin where the kernels' tier begins."""
+        first, tier = self.paging.first, self.tiers[0]
+        if not first:
+            return None
+        front = replace(tier, start=tier.start.clone(), length=int32([first] * self.lanes, self.store.device), capacity=first)
+        tier.start += first
+        tier.length -= first
+        tier.capacity -= first
+        return front
 
     # -- summaries ---------------------------------------------------------------------------------------------------
     def _build(self, entries: int) -> None:
@@ -70,8 +88,8 @@ class Paged(Growing):
         """The newest row enters the summary of its page."""
         paging = self.paging
         if self.clock is not None:
-            tier = self.tiers[0]
-            select.grow_bounds(*self.tables, tier.k, tier.start, tier.length, paging.page)
+            tier, grow = self.tiers[0], select.grow_bounds if paging.kind == "bounds" else select.grow_means
+            grow(*self.tables, tier.k, tier.start, tier.length, paging.page)
             return
         if self.tables is None:
             return
@@ -103,9 +121,10 @@ class Paged(Growing):
     def read(self, q, call):
         paging = self.paging
         if self.clock is not None:
+            low, high = self.tables if paging.kind == "bounds" else (self.tables[0], None)
             found = select.attend_best(
-                q[:, :, 0].contiguous(), self.tiers[0], *self.tables, self.most, call.scale, page=paging.page, want=self.want,
-                softcap=call.softcap, sink=call.sink, gate=self.gate,
+                q[:, :, 0].contiguous(), self.tiers[0], low, high, self.most, call.scale, page=paging.page, last=paging.last,
+                want=self.want, front=self.front, softcap=call.softcap, sink=call.sink, gate=self.gate,
             )
             return found.out.unsqueeze(1), None
         n = self.held + 1
@@ -166,8 +185,9 @@ class Paged(Growing):
         super().count()
         store, paging, n = self.store, self.paging, self.held
         if self.clock is not None:
-            wanted = paging.count(n + 1) + 1
-            if wanted != paging.count(n) + 1:
+            wanted = paging.wanted(n + 1)
+            if wanted != self.asked:
+                self.asked = wanted
                 self.want.fill_(wanted)
             self._counted(n)
         if not self.sparse:
@@ -184,7 +204,8 @@ class Paged(Growing):
         self.sparse = paging.candidates(n) > count
         whole = [paging.candidates(held) for held in self.store.counts]
         self.fetched = sum(held - max(0, have - count) * paging.page for held, have in zip(self.store.counts, whole))
-        self.looked = sum(x[:, :1].numel() * x.element_size() for x in self.tables) * paging.pages(n)
+        pages = paging.pages(n) if paging.whole else paging.candidates(n)
+        self.looked = sum(x[:, :1].numel() * x.element_size() for x in self.tables) * pages
 
     @property
     def spare_bytes(self) -> int:
@@ -200,8 +221,8 @@ class Paged(Growing):
 
     def changed(self) -> list[torch.Tensor]:
         """The summaries of the pages that new rows come to."""
-        page = self.paging.page
-        return [x[lane, n // page] for x in self.tables for lane, n in enumerate(self.store.counts)]
+        first, page = self.paging.first, self.paging.page
+        return [x[lane, (n - first) // page] for x in self.tables for lane, n in enumerate(self.store.counts)]
 
 
 def _runs(x: torch.Tensor, places: torch.Tensor, length: int) -> torch.Tensor:
