@@ -11,6 +11,8 @@ import torch
 
 from kernels import codes
 
+CPU = torch.device("cpu")
+
 # Lloyd-Max levels of a standard normal variable, positive half (Max 1960)
 _NORMAL = {
     1: (0.7979,),
@@ -21,10 +23,11 @@ _NORMAL = {
 
 
 @cache
-def normal_levels(bits: int) -> torch.Tensor:
-    """The 2**bits Lloyd-Max levels of N(0, 1), ascending, float32; bits 1 to 4."""
+def normal_levels(bits: int, device: torch.device = CPU) -> torch.Tensor:
+    """The 2**bits Lloyd-Max levels of N(0, 1), ascending, float32; bits 1 to 4. On a device always the same tensor, so that nothing
+    is copied to it while a graph is captured."""
     half = torch.tensor(_NORMAL[bits])
-    return torch.cat([-half.flip(0), half])
+    return torch.cat([-half.flip(0), half]).to(device)
 
 
 def nearest(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -69,7 +72,7 @@ def rotation(d: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7919 * seed + d)
     if d & (d - 1):
         q, r = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
-        return (q * r.diagonal().sign()).float()
+        return (q * r.diagonal().sign()).float().contiguous()
     h = torch.ones(1, 1)
     while h.shape[0] < d:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
@@ -84,6 +87,6 @@ def turn(d: int, seed: int, device: torch.device) -> torch.Tensor:
 
 
 @cache
-def projection(d: int, seed: int) -> torch.Tensor:
+def projection(d: int, seed: int, device: torch.device = CPU) -> torch.Tensor:
     """Gaussian [d, d] whose signs measure a residual without bias (QJL, arXiv 2406.03482)."""
-    return torch.randn(d, d, generator=torch.Generator().manual_seed(104_729 * seed + d))
+    return torch.randn(d, d, generator=torch.Generator().manual_seed(104_729 * seed + d)).to(device)

@@ -163,6 +163,32 @@ def table(
     return out[0].view(*x.shape[:-1], -1), None if out[1] is None else out[1].view(*x.shape[:-1], 1)
 
 
+def from_table(
+    packed: torch.Tensor, norm: torch.Tensor, levels: torch.Tensor, bits: int, turn: torch.Tensor, impl: str = "auto"
+) -> torch.Tensor:
+    """Inverse of `table` by norm and under a rotation: bytes [...,d*bits/8], norm [...,1] -> float32 [...,d], turned back.
+
+    levels float32 [2**bits] and turn float32 [d,d] lie where the codes do.
+    """
+    dim = turn.shape[0]
+    if choose(impl, packed) == "torch":
+        return norm.float() * (levels[grid.unpack(packed, bits).int()] / math.sqrt(dim) @ turn)
+    import triton
+
+    from kernels.encode.triton_table import from_table_kernel
+
+    coded, lengths = (x.reshape(-1, x.shape[-1]).contiguous() for x in (packed, norm))
+    n = coded.shape[0]
+    out = torch.empty(n, dim, dtype=torch.float32, device=packed.device)
+    if n:
+        wide = 32 if dim >= 32 else 16
+        home(from_table_kernel)[(triton.cdiv(n, 16), triton.cdiv(dim, wide))](
+            coded, lengths, levels, turn.contiguous(), out, n, 1 / math.sqrt(dim), D=dim, BN=wide, BK=wide, BITS=bits, BR=16,
+            num_warps=4,
+        )
+    return out.view(*packed.shape[:-1], dim)
+
+
 def _table_torch(x, levels, bits, low, high, turn, by_norm) -> tuple[torch.Tensor, torch.Tensor | None]:
     wide, norm = x.float(), None
     y = wide if turn is None else wide @ turn.to(x.device, torch.float32).mT

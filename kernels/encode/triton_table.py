@@ -1,4 +1,4 @@
-"""Triton kernel of codes by table: normalise, turn, find the nearest level, pack, in one launch."""
+"""Triton kernels of codes by table: normalise, turn, find the nearest level, pack, in one launch; and back in one."""
 
 import triton
 import triton.language as tl
@@ -89,3 +89,35 @@ def table_kernel(
     else:
         _stream(x_ptr, r, ok, at, edge_ptr, low_ptr, high_ptr, lane, turn_ptr, norm, root, code_ptr,
                 D, BK, BITS, BITS, 0, D * BITS // 8, P1, BR, MODE, TURN)
+
+
+@triton.jit
+def from_table_kernel(
+    code_ptr, norm_ptr, level_ptr, turn_ptr, out_ptr, rows, unit,
+    D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, BR: tl.constexpr,
+):
+    """code [rows, D*BITS/8] uint8 to out float32 [rows,D]: levels times norm times `unit`, multiplied by turn [D,D].
+
+    BR rows and BN channels a program, from BK channels at a time: exact products run outside the tensor cores, so tiles are small.
+    """
+    W: tl.constexpr = D * BITS // 8
+    r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
+    ok = r < rows
+    d = tl.program_id(1) * BN + tl.arange(0, BN)
+    y = tl.zeros([BR, BN], tl.float32)
+    row = code_ptr + r[:, None] * W
+    for c in tl.static_range((D + BK - 1) // BK):
+        k = c * BK + tl.arange(0, BK)
+        inside = ok[:, None] & (k < D)[None, :]
+        if BITS == 3:  # two bits in one stream, the high bit in another
+            low = tl.load(row + (k % (D // 4))[None, :], mask=inside, other=0).to(tl.int32) >> (2 * (k // (D // 4)))[None, :]
+            high = tl.load(row + (D // 4 + k % (D // 8))[None, :], mask=inside, other=0).to(tl.int32) >> (k // (D // 8))[None, :]
+            code = (low & 3) | ((high & 1) << 2)
+        else:
+            byte = tl.load(row + (k % W)[None, :], mask=inside, other=0).to(tl.int32)
+            code = (byte >> (BITS * (k // W))[None, :]) & ((1 << BITS) - 1)
+        x = tl.where(inside, tl.load(level_ptr + code), 0.0)
+        turn = tl.load(turn_ptr + k[:, None] * D + d[None, :], mask=(k < D)[:, None] & (d < D)[None, :], other=0.0)
+        y = tl.dot(x, turn, y, input_precision="ieee")
+    norm = tl.load(norm_ptr + r, mask=ok, other=0.0).to(tl.float32) * unit
+    tl.store(out_ptr + r[:, None] * D + d[None, :], y * norm[:, None], mask=ok[:, None] & (d < D)[None, :])

@@ -61,15 +61,16 @@ class NormalRotated:
         d = x.shape[-1]
         if not self.signs:
             packed, norm = encode.table(
-                x, levels.normal_levels(self.bits), self.bits, turn=levels.turn(d, self.seed, x.device), by_norm=True
+                x, levels.normal_levels(self.bits, x.device), self.bits, turn=levels.turn(d, self.seed, x.device), by_norm=True
             )
             return {"codes": packed, "norm": norm}, {}
         norm = x.float().norm(dim=-1, keepdim=True).half()
         y = turned(x, self.seed) / norm.float().clamp_min(1e-12) * math.sqrt(d)
         width = self.bits - 1
-        picked = levels.nearest(y, levels.normal_levels(width))
-        rest = (y - levels.normal_levels(width).to(y.device)[picked.long()]) / math.sqrt(d)
-        up = (rest @ levels.projection(d, self.seed).to(y.device).mT >= 0).to(torch.uint8)
+        table = levels.normal_levels(width, y.device)
+        picked = levels.nearest(y, table)
+        rest = (y - table[picked.long()]) / math.sqrt(d)
+        up = (rest @ levels.projection(d, self.seed, y.device).mT >= 0).to(torch.uint8)
         rows = {"codes": levels.pack(picked, width), "norm": norm}
         return rows | {"signs": levels.pack(up, 1), "rest": rest.norm(dim=-1, keepdim=True).half()}, {}
 
@@ -77,14 +78,18 @@ class NormalRotated:
         """The rotated unit vectors as stored, float32 [B,Hk,N,d]."""
         picked = levels.unpack(rows["codes"], self.bits - self.signs)
         d = picked.shape[-1]
-        y = levels.normal_levels(self.bits - self.signs).to(picked.device)[picked.int()] / math.sqrt(d)
+        y = levels.normal_levels(self.bits - self.signs, picked.device)[picked.int()] / math.sqrt(d)
         if self.signs:
             up = levels.unpack(rows["signs"], 1).float() * 2 - 1
             step = math.sqrt(math.pi / 2) / d * rows["rest"].float()
-            y = y + step * (up @ levels.projection(d, self.seed).to(y.device))
+            y = y + step * (up @ levels.projection(d, self.seed, y.device))
         return y
 
     def decode(self, rows: Fields, blocks: Fields, pos: torch.Tensor | None) -> torch.Tensor:
+        if not self.signs:
+            codes, norm = rows["codes"], rows["norm"]
+            turn = levels.turn(codes.shape[-1] * 8 // self.bits, self.seed, codes.device)
+            return encode.from_table(codes, norm, levels.normal_levels(self.bits, codes.device), self.bits, turn)
         y = self.unit(rows)
         return rows["norm"].float() * (y @ levels.turn(y.shape[-1], self.seed, y.device))
 

@@ -68,6 +68,16 @@ def unlike(got: torch.Tensor, want: torch.Tensor, y: torch.Tensor, table: torch.
     assert ((a == b) | near).all() and (a == b).double().mean() > 0.98
 
 
+@pytest.mark.parametrize("bits,dim", [(1, 64), (2, 80), (3, 64), (4, 128), (4, 24), (3, 256)])
+def test_numbers_of_a_turned_table(bits, dim):
+    x, table, turn = numbers(3, 37, dim, seed=bits), levels.normal_levels(bits, torch.device(DEVICE)), levels.turn(dim, 3, torch.device(DEVICE))
+    packed, norm = encode.table(x, table, bits, turn=turn, by_norm=True, impl="torch")
+    want = (table.double()[levels.unpack(packed, bits).int()] / dim**0.5 @ turn.double()) * norm.double()
+    for impl in ("torch", "triton"):
+        assert error(encode.from_table(packed, norm, table, bits, turn, impl=impl), want) < 1e-6
+    assert error(want, x) < {1: 0.7, 2: 0.4, 3: 0.22, 4: 0.12}[bits]
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_table_of_given_numbers(bits):
     """Nothing is rounded on the way, so codes are those of float64 and of torch, ties included."""

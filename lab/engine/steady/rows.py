@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from kernels import encode
 from kernels.decode import TierView
 from lab.engine.steady.exact import Evicting, int32
-from lab.engine.steady.plan import Unfit
 from lab.engine.steady.step import SPARE, Step
 
 AFFINE = {"codes", "scale", "zero"}  # what the decode and encode kernels read
@@ -30,18 +31,23 @@ class _Coded:
         self.wide()
 
     def views(self, held: int, capacity: int) -> None:
-        """The tiers as the kernel reads them: `held` coded rows per lane, and the newest row."""
+        """The tiers as the kernel reads them: `held` coded rows per lane, and the newest row.
+
+        Where the kernel does not know the code, or turned vectors, every step decodes all rows into a tier that lives as long as
+        the layer attends (`by_kernel`).
+        """
         store, device = self.store, self.store.device
         k, v = self.coded_k.rows.fields, self.coded_v.rows.fields
-        if set(k) != AFFINE or set(v) != AFFINE or self.coded_k.bits != self.coded_v.bits or k["codes"].shape != v["codes"].shape:
-            raise Unfit("the stack codes entries while decoding, in a code without a kernel")
-        if any(getattr(c.codec, "turn", None) is not None for c in (self.coded_k, self.coded_v)):
-            raise Unfit("the stack codes turned entries while decoding, and a captured step turns nothing")
-        starts = int32(self.coded_k.rows.starts, device)
-        coded = TierView(
-            self.coded_k.bits, k["codes"], v["codes"], starts, int32([held] * self.lanes, device), capacity, k_scale=k["scale"],
-            k_zero=k["zero"], v_scale=v["scale"], v_zero=v["zero"],
-        )
+        known = set(k) == set(v) == AFFINE and self.coded_k.bits == self.coded_v.bits and k["codes"].shape == v["codes"].shape
+        self.known = known and not any(hasattr(c.codec, "turn") for c in (self.coded_k, self.coded_v))
+        starts, length = int32(self.coded_k.rows.starts, device), int32([held] * self.lanes, device)
+        if self.known:
+            coded = TierView(
+                self.coded_k.bits, k["codes"], v["codes"], starts, length, capacity, k_scale=k["scale"], k_zero=k["zero"],
+                v_scale=v["scale"], v_zero=v["zero"],
+            )
+        else:
+            coded = TierView(16, k["codes"], v["codes"], starts, length, capacity)
         if self.common is None:
             coded.bias = self.bias_of(coded)
         one = int32([1] * self.lanes, device)
@@ -50,6 +56,13 @@ class _Coded:
         if self.common is not None:
             self.tiers.append(self.common_tier())
         self.slot = lanes
+
+    def by_kernel(self, q, call, want_mass):
+        if self.known:
+            return super().by_kernel(q, call, want_mass)
+        sides = (self.coded_k, self.fields_k), (self.coded_v, self.fields_v)
+        k, v = (c.codec.decode(fields, {}, None).to(self.store.dtype).flatten(0, 2) for c, fields in sides)
+        return super().by_kernel(q, call, want_mass, [replace(self.tiers[0], k=k, v=v), *self.tiers[1:]])
 
     def write(self, handle) -> None:
         store = self.store
@@ -104,12 +117,12 @@ class _Coded:
         """Code the newest row of each lane into rows place int64 [lanes] of its `capacity`, or flat rows without one."""
         exact = [self.store.exact_k.rows.fields["x"], self.store.exact_v.rows.fields["x"]]
         held = [self.coded_k.rows.fields, self.coded_v.rows.fields]
-        if place.is_cuda:
+        if place.is_cuda and self.known:
             group = exact[0].shape[-1] // held[0]["scale"].shape[-1]
             outs = [(fields["codes"], fields["scale"], fields["zero"]) for fields in held]
             encode.encode_sides(exact, self.coded_k.bits, group, outs, place, stride=capacity)
             return
-        flat = place + torch.arange(self.lanes) * capacity
+        flat = place + torch.arange(self.lanes, device=place.device) * capacity
         for fields, found in zip(held, self.encoded()):
             for name, x in found.items():
                 fields[name].index_copy_(0, flat, x)

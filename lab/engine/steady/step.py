@@ -141,10 +141,12 @@ class Step:
         """[B,Hk,G,d] as the model wants it: [B,1,Hq,d]."""
         return out.reshape(self.batch, 1, self.heads * self.groups, out.shape[-1])
 
-    def by_kernel(self, q: torch.Tensor, call, want_mass: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def by_kernel(
+        self, q: torch.Tensor, call, want_mass: bool, tiers: list[TierView] | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """All tiers in one launch: (out [B,1,Hq,d], mass per tier)."""
         got = decode.attend(
-            q[:, :, 0].contiguous(), self.tiers, call.scale, softcap=call.softcap, sink=call.sink, want_mass=want_mass,
+            q[:, :, 0].contiguous(), tiers or self.tiers, call.scale, softcap=call.softcap, sink=call.sink, want_mass=want_mass,
             gate=self.gate, early=getattr(call, "early", False),
         )
         return got.out.unsqueeze(1), got.mass
