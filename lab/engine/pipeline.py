@@ -84,16 +84,16 @@ def _dense_row(handle: Handle, q: torch.Tensor, call: Call) -> torch.Tensor | No
     if n >= k.caps[0] or k.fields["x"].shape != v.fields["x"].shape:
         return None
     keys, values = k.whole("x"), v.whole("x")
-    keys[:, :, n : n + 1] = handle.k
-    values[:, :, n : n + 1] = handle.v
+    keys.narrow(2, n, 1).copy_(handle.k)
+    values.narrow(2, n, 1).copy_(handle.v)
     store.appended()
     handle.fresh = False
-    rows = q.reshape(batch, store.heads, -1, q.shape[-1])
-    if store.common is not None:
+    rows, keys, values = q.view(batch, store.heads, -1, q.shape[-1]), keys.narrow(2, 0, n + 1), values.narrow(2, 0, n + 1)
+    if store.common is None:
+        out = core.plain(rows, keys, values, call.scale)[0]
+    else:
         store.last_read += sum(store.common.exact[0].rows.lens) * batch
-        out, _ = attend.samples_row(rows, store.common.exact, keys[:, :, : n + 1], values[:, :, : n + 1], call.scale)
-        return out.reshape(batch, 1, q.shape[1], -1)
-    out, _ = core.plain(rows, keys[:, :, : n + 1], values[:, :, : n + 1], call.scale)
+        out = attend.samples_row(rows, store.common.exact, keys, values, call.scale)[0]
     return out.reshape(batch, 1, q.shape[1], -1)
 
 

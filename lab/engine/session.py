@@ -159,6 +159,10 @@ class Session:
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
+            short = getattr(self.model, "lab_short", None) if ids.shape[1] == 1 else None
+            logits = None if short is None else short(ids, self.cache)
+            if logits is not None:
+                return logits
             out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
             return out.logits[:, -1].float()
 

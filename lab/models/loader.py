@@ -27,6 +27,7 @@ from lab.models.places import Located, Progress, nothing, part
 from lab.models.quick import quicken
 from lab.models.quiet import quiet
 from lab.models.record import Record, machine
+from lab.models.short import shorten
 from lab.models.sources import locate
 
 
@@ -87,6 +88,8 @@ def load(
             elif chosen.device.type == "cuda" and chosen.device_map is None:
                 fuse(model)
             _own_memory(model)
+            if chosen.weights is not None:
+                shorten(model)
         except Exception as error:
             if not out_of_memory(error):
                 raise

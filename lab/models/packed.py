@@ -51,6 +51,10 @@ class PackedLinear(nn.Module):
         out = self.store.product(x)
         return out if self.bias is None else out.add_(self.bias)
 
+    def rows_of(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`rows` for callers that need no derivative, without a module's attribute look-ups."""
+        return self.store.product if self.bias is None else self.rows
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, mode={self.store.mode}"
 

@@ -63,9 +63,9 @@ class QuickAttention:
             return self.original(
                 hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
                 past_key_values=past_key_values, **kwargs)
-        q, k, v = self.qkv(hidden_states, position_embeddings)
+        q, k, v = self.qkv(hidden_states.view(hidden_states.shape[0], -1), position_embeddings)
         handle, _ = layer.update(k, v)
-        out = run(layer.policy, handle, q, Call(self.scale, None, self.window))
+        out = run(layer.policy, handle, q, self.call())
         return self.output(out.reshape(hidden_states.shape[0], 1, -1)), None
 
     def _layer(self, hidden, positions, mask, cache) -> LabLayer | None:
@@ -78,29 +78,45 @@ class QuickAttention:
         layer = cache.layers[self.index]
         return layer if isinstance(layer, LabLayer) else None
 
+    def call(self) -> Call:
+        """What the pipeline is told of this block."""
+        return Call(self.scale, None, self.window)
+
     def qkv(self, hidden: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Rotated q [B,Hq,1,d] and k, and v [B,Hk,1,d], of hidden [B,1,D]."""
-        rows = self.linear.rows(hidden.view(hidden.shape[0], -1)).view(hidden.shape[0], -1, self.width)
-        cos, signed = self.turns.of(positions)
-        plain = rows[:, : self.turned]
-        turned = torch.addcmul(plain * cos, plain.roll(self.width // 2, -1), signed)
+        """Rotated q [B,Hq,1,d] and k, and v [B,Hk,1,d], of hidden [B,D]."""
+        return self.split(self.linear.rows(hidden), positions)
+
+    def split(self, rows: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The same of the product [B,(Hq+2Hk)*d]."""
+        if rows.shape[0] == 1:
+            rows = rows.view(-1, self.width)
+            turned = torch.mm(rows[: self.turned], self.turns.matrix(positions)[0])
+            return (turned[: self.queries].view(1, -1, 1, self.width), turned[self.queries :].view(1, -1, 1, self.width),
+                    rows[self.turned :].view(1, -1, 1, self.width))
+        rows = rows.view(rows.shape[0], -1, self.width)
+        turned = rows[:, : self.turned] @ self.turns.matrix(positions)
         return turned[:, : self.queries].unsqueeze(2), turned[:, self.queries :].unsqueeze(2), rows[:, self.turned :].unsqueeze(2)
 
 
 class Turns:
-    """The sine with the sign that turning by halves gives it, made once per step for all layers."""
+    """The rotary embedding of one position as one matrix, made once per step for all layers.
+
+    A head's rotation is x cos + rotated(x) sin: linear in x, so a product with a [d, d] matrix of d cosines and d sines does it
+    in one call; the other products are with zeros.
+    """
 
     def __init__(self) -> None:
         self._sin: torch.Tensor | None = None
-        self._signed: torch.Tensor | None = None
+        self._matrix: torch.Tensor | None = None
 
-    def of(self, positions: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and signed sin [B or 1, 1, d] of one row's position embeddings."""
+    def matrix(self, positions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """[B or 1, d, d] for position embeddings (cos, sin) [B or 1, 1, d] of one row: heads @ matrix are the turned heads."""
         cos, sin = positions
         if sin is not self._sin:
             half = sin.shape[-1] // 2
-            self._sin, self._signed = sin, torch.cat([-sin[..., :half], sin[..., half:]], -1)
-        return cos, self._signed
+            signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+            self._sin, self._matrix = sin, (torch.diag_embed(cos) + torch.diag_embed(signed).roll(-half, -2))[:, 0]
+        return self._matrix
 
 
 class QuickMLP:
@@ -116,8 +132,12 @@ class QuickMLP:
         if x.shape[1] != 1 or torch.is_grad_enabled() or any(m._forward_hooks or m._forward_pre_hooks for m in self.watched):
             return self.original(x)
         rows = self.linear.rows(x.view(x.shape[0], -1))
-        both = self.act(rows[:, : self.middle]).mul_(rows[:, self.middle :])
-        return self.down(both.unsqueeze(1))
+        return self.down(self.gated(rows).unsqueeze(1))
+
+    def gated(self, rows: torch.Tensor) -> torch.Tensor:
+        """act(gate) * up [B,I] of their product [B,2I]."""
+        gate, up = rows.split(self.middle, -1)
+        return self.act(gate).mul_(up)
 
 
 @torch.no_grad()
@@ -220,7 +240,7 @@ def _same_attention(module: nn.Module, seen: Seen, turns: Turns) -> QuickAttenti
     if odd or hidden is None or options.get("scaling") is None or positions[0].shape[-1] != module.head_dim:
         return None
     quick = QuickAttention(module, turns, options)
-    mine = quick.qkv(hidden, positions)
+    mine = quick.qkv(hidden.view(hidden.shape[0], -1), positions)
     if any(a.shape != b.shape or not _close(a, b) for a, b in zip(mine, seen.qkv)):
         return None
     out = quick.output(seen.inside.reshape(hidden.shape[0], 1, -1))

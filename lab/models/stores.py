@@ -80,15 +80,18 @@ class FloatStore(Store):
             slabs -= 1
         # [slabs, K, N/slabs]: transposed in memory where that reads faster, else the rows as they are. Copied either
         # way: what safetensors hands out is mapped from the file, and dies with it when somebody rewrites that file.
+        self.count = slabs
         slab = weight.detach().float().reshape(slabs, self.rows // slabs, self.columns).transpose(1, 2)
         wide = self.rows > self.columns
         self.slabs = (slab.clone(memory_format=torch.contiguous_format) if wide
                       else slab.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2))
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        if self.slabs.shape[0] == 1:
+        if x.shape[0] == 1:
+            return torch.bmm(x.expand(self.count, -1, -1), self.slabs).view(1, -1)
+        if self.count == 1:
             return x @ self.slabs[0]
-        out = torch.bmm(x.expand(self.slabs.shape[0], *x.shape), self.slabs)
+        out = torch.bmm(x.expand(self.count, -1, -1), self.slabs)
         return out.transpose(0, 1).reshape(x.shape[0], self.rows)
 
     def dense(self) -> torch.Tensor:
