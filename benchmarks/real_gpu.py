@@ -59,7 +59,7 @@ def main() -> None:
         ids = loaded.tokenizer(prose[: 12 * args.long])["input_ids"]
         for count, groups in ((args.prompt, SHORT), (args.long, LONG if (device, dtype) == ("cuda:0", "auto") else ())):
             text = loaded.tokenizer.decode(ids[:count])
-            asked = [(specs, 1) for specs in (groups if device != "cpu" else SHORT[:2])]
+            asked = [(specs, 1) for specs in (groups if device != "cpu" or not groups else SHORT[:2])]
             if count == args.prompt and device in ("cuda:0", "cpu") and dtype == "float32":
                 asked.append((SHARED, 4))  # four continuations of one prompt
             for specs, samples in asked:
@@ -67,14 +67,14 @@ def main() -> None:
                     v["spec"] += f", {samples} samples" if samples > 1 else ""
                     row = {"device": device, "dtype": loaded.facts.dtype, "prompt": count, "spec": v["spec"], "error": v["error"], **{k: v[k] for k in SHOWN}}
                     rows.append(row)
-                    texts.setdefault(f"{device} {dtype}", {})[v["spec"]] = tuple(v["token_ids"]), v["kv_bytes"]
+                    texts.setdefault(f"{device} {dtype}", {})[count, v["spec"]] = tuple(v["token_ids"]), v["kv_bytes"]
                     numbers = "  ".join(f"{k} {row[k]:.4g}" if isinstance(row[k], float) else f"{k} {row[k]}" for k in SHOWN)
                     print(f"{count:5d} {v['spec']:30s} {v['error'] or numbers}", flush=True)
         del loaded
     cpu = texts["cpu float32"]
     for name, found in texts.items():
-        same = {spec: sum(a == b for a, b in zip(found[spec][0], ids)) for spec, (ids, _) in cpu.items() if spec in found}
-        size = {spec: found[spec][1] for spec, (_, held) in cpu.items() if spec in found and found[spec][1] != held}
+        same = {spec: sum(a == b for a, b in zip(found[n, spec][0], ids)) for (n, spec), (ids, _) in cpu.items() if (n, spec) in found}
+        size = {spec: found[n, spec][1] for (n, spec), (_, held) in cpu.items() if (n, spec) in found and found[n, spec][1] != held}
         print(f"{name}: of {args.tokens} tokens as on the CPU: {same}; other KV bytes: {size or 'none'}", flush=True)
         rows.append({"device": name, "tokens_as_on_the_cpu": same})
     print("written to", write("real_gpu", {"prompt": args.prompt, "tokens": args.tokens, "rows": rows}))
