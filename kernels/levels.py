@@ -30,6 +30,13 @@ def normal_levels(bits: int, device: torch.device = CPU) -> torch.Tensor:
     return torch.cat([-half.flip(0), half]).to(device)
 
 
+@cache
+def normal_edges(bits: int, device: torch.device = CPU) -> torch.Tensor:
+    """The middles between neighbouring `normal_levels`."""
+    found = normal_levels(bits, device)
+    return (found[1:] + found[:-1]) / 2
+
+
 def nearest(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """uint8 index of the level (ascending, [n]) nearest to each number of x."""
     edges = (levels[1:] + levels[:-1]) / 2

@@ -101,7 +101,7 @@ MANY = 2048
 def table(
     x: torch.Tensor, levels: torch.Tensor, bits: int, *, low: torch.Tensor | None = None, high: torch.Tensor | None = None,
     turn: torch.Tensor | None = None, by_norm: bool = False, out: tuple[torch.Tensor, torch.Tensor | None] | None = None,
-    slots: torch.Tensor | None = None, impl: str = "auto",
+    slots: torch.Tensor | None = None, impl: str = "auto", edges: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The nearest of 2**bits ascending `levels` to every number of x [...,d]: (bytes [...,d*bits/8] uint8, norm or None).
 
@@ -111,6 +111,7 @@ def table(
     low, high  or numbers are brought to [-1, 1] from ranges [...,1] of each vector or, for x [...,H,T,d], [H,1,d] of each channel
              (KVQuant, arXiv 2401.18079).
     out      with slots int [n]: vector i is written to slots[i] of (bytes [slots,.], norm [slots,1] or None), -1: nowhere.
+    edges    the middles between levels, where they lie at hand on x's device.
     bits 1, 2, 3, 4 or 8, packed as `kernels.levels.pack`. ValueError where d does not fill whole bytes.
     """
     dim = x.shape[-1]
@@ -132,7 +133,8 @@ def table(
 
     rows = x.reshape(-1, dim).contiguous()
     n, device = rows.shape[0], x.device
-    edges = ((levels[1:] + levels[:-1]) / 2).float().to(device)
+    if edges is None:
+        edges = ((levels[1:] + levels[:-1]) / 2).float().to(device)
     mode, span, lanes = "norm" if by_norm else "given", 1, 1
     if low is not None:
         if low.shape[-1] == 1:
@@ -164,22 +166,23 @@ def table(
 
 
 def from_table(
-    packed: torch.Tensor, norm: torch.Tensor, levels: torch.Tensor, bits: int, turn: torch.Tensor, impl: str = "auto"
+    packed: torch.Tensor, norm: torch.Tensor, levels: torch.Tensor, bits: int, turn: torch.Tensor,
+    dtype: torch.dtype = torch.float32, impl: str = "auto",
 ) -> torch.Tensor:
-    """Inverse of `table` by norm and under a rotation: bytes [...,d*bits/8], norm [...,1] -> float32 [...,d], turned back.
+    """Inverse of `table` by norm and under a rotation: bytes [...,d*bits/8], norm [...,1] -> [...,d] of dtype, turned back.
 
     levels float32 [2**bits] and turn float32 [d,d] lie where the codes do.
     """
     dim = turn.shape[0]
     if choose(impl, packed) == "torch":
-        return norm.float() * (levels[grid.unpack(packed, bits).int()] / math.sqrt(dim) @ turn)
+        return (norm.float() * (levels[grid.unpack(packed, bits).int()] / math.sqrt(dim) @ turn)).to(dtype)
     import triton
 
     from kernels.encode.triton_table import from_table_kernel
 
     coded, lengths = (x.reshape(-1, x.shape[-1]).contiguous() for x in (packed, norm))
     n = coded.shape[0]
-    out = torch.empty(n, dim, dtype=torch.float32, device=packed.device)
+    out = torch.empty(n, dim, dtype=dtype, device=packed.device)
     if n:
         wide = 32 if dim >= 32 else 16
         home(from_table_kernel)[(triton.cdiv(n, 16), triton.cdiv(dim, wide))](

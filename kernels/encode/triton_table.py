@@ -96,7 +96,7 @@ def from_table_kernel(
     code_ptr, norm_ptr, level_ptr, turn_ptr, out_ptr, rows, unit,
     D: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, BR: tl.constexpr,
 ):
-    """code [rows, D*BITS/8] uint8 to out float32 [rows,D]: levels times norm times `unit`, multiplied by turn [D,D].
+    """code [rows, D*BITS/8] uint8 to out [rows,D]: levels times norm times `unit`, multiplied by turn [D,D].
 
     BR rows and BN channels a program, from BK channels at a time: exact products run outside the tensor cores, so tiles are small.
     """
@@ -120,4 +120,5 @@ def from_table_kernel(
         turn = tl.load(turn_ptr + k[:, None] * D + d[None, :], mask=(k < D)[:, None] & (d < D)[None, :], other=0.0)
         y = tl.dot(x, turn, y, input_precision="ieee")
     norm = tl.load(norm_ptr + r, mask=ok, other=0.0).to(tl.float32) * unit
-    tl.store(out_ptr + r[:, None] * D + d[None, :], y * norm[:, None], mask=ok[:, None] & (d < D)[None, :])
+    y = (y * norm[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + r[:, None] * D + d[None, :], y, mask=ok[:, None] & (d < D)[None, :])

@@ -36,6 +36,11 @@ class AffineRotated:
     def encode(self, x: torch.Tensor, pos: torch.Tensor) -> tuple[Fields, Fields]:
         return self.inner.encode(turned(x, self.seed), pos)
 
+    def encode_into(self, x: torch.Tensor, rows: Fields, slots: torch.Tensor) -> None:
+        """Code x [n,d] into flat rows slots int64 [n] of stored fields."""
+        out = rows["codes"], rows["scale"], rows["zero"]
+        encode.encode_sides([turned(x, self.seed)], self.bits, x.shape[-1] // out[1].shape[-1], [out], slots)
+
     def decode(self, rows: Fields, blocks: Fields, pos: torch.Tensor | None) -> torch.Tensor:
         y = self.inner.decode(rows, blocks, pos)
         return y @ levels.turn(y.shape[-1], self.seed, y.device)
@@ -60,9 +65,7 @@ class NormalRotated:
     def encode(self, x: torch.Tensor, pos: torch.Tensor) -> tuple[Fields, Fields]:
         d = x.shape[-1]
         if not self.signs:
-            packed, norm = encode.table(
-                x, levels.normal_levels(self.bits, x.device), self.bits, turn=levels.turn(d, self.seed, x.device), by_norm=True
-            )
+            packed, norm = self._table(x)
             return {"codes": packed, "norm": norm}, {}
         norm = x.float().norm(dim=-1, keepdim=True).half()
         y = turned(x, self.seed) / norm.float().clamp_min(1e-12) * math.sqrt(d)
@@ -73,6 +76,21 @@ class NormalRotated:
         up = (rest @ levels.projection(d, self.seed, y.device).mT >= 0).to(torch.uint8)
         rows = {"codes": levels.pack(picked, width), "norm": norm}
         return rows | {"signs": levels.pack(up, 1), "rest": rest.norm(dim=-1, keepdim=True).half()}, {}
+
+    def encode_into(self, x: torch.Tensor, rows: Fields, slots: torch.Tensor) -> None:
+        """Code x [n,d] into flat rows slots int64 [n] of stored fields: one launch, but for signs."""
+        if not self.signs:
+            self._table(x, (rows["codes"], rows["norm"]), slots)
+            return
+        for name, found in self.encode(x, None)[0].items():
+            rows[name].index_copy_(0, slots, found)
+
+    def _table(self, x: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None, slots: torch.Tensor | None = None):
+        device = x.device
+        return encode.table(
+            x, levels.normal_levels(self.bits, device), self.bits, turn=levels.turn(x.shape[-1], self.seed, device), by_norm=True,
+            out=out, slots=slots, edges=levels.normal_edges(self.bits, device),
+        )
 
     def unit(self, rows: Fields) -> torch.Tensor:
         """The rotated unit vectors as stored, float32 [B,Hk,N,d]."""
@@ -86,12 +104,16 @@ class NormalRotated:
         return y
 
     def decode(self, rows: Fields, blocks: Fields, pos: torch.Tensor | None) -> torch.Tensor:
+        return self.decode_as(torch.float32, rows)
+
+    def decode_as(self, dtype: torch.dtype, rows: Fields) -> torch.Tensor:
+        """`decode` in one launch, but for signs."""
         if not self.signs:
             codes, norm = rows["codes"], rows["norm"]
             turn = levels.turn(codes.shape[-1] * 8 // self.bits, self.seed, codes.device)
-            return encode.from_table(codes, norm, levels.normal_levels(self.bits, codes.device), self.bits, turn)
+            return encode.from_table(codes, norm, levels.normal_levels(self.bits, codes.device), self.bits, turn, dtype)
         y = self.unit(rows)
-        return rows["norm"].float() * (y @ levels.turn(y.shape[-1], self.seed, y.device))
+        return (rows["norm"].float() * (y @ levels.turn(y.shape[-1], self.seed, y.device))).to(dtype)
 
     def logits(self, q: torch.Tensor, rows: Fields, blocks: Fields, whole: bool) -> torch.Tensor:
         """(Rq).y times the norm: keys are never turned back."""

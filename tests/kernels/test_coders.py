@@ -78,6 +78,20 @@ def test_numbers_of_a_turned_table(bits, dim):
     assert error(want, x) < {1: 0.7, 2: 0.4, 3: 0.22, 4: 0.12}[bits]
 
 
+@pytest.mark.parametrize("codec", [
+    NormalRotated(4, 1), NormalRotated(3, 1), NormalRotated(4, 1, signs=True), AffineRotated(4, 32, 1), AffineRotated(8, 64, 2)])
+def test_rotated_rows_coded_in_place(codec):
+    """The row of a captured step: into its slot what `encode` gives, and back in another dtype."""
+    x, slots = numbers(3, 64, seed=11), torch.tensor([7, 0, 4], device=DEVICE)
+    found, _ = codec.encode(x[None, None], None)
+    held = {name: torch.full((9, *f.shape[3:]), 7, dtype=f.dtype, device=DEVICE) for name, f in found.items()}
+    codec.encode_into(x, held, slots)
+    for name, f in found.items():
+        assert torch.equal(held[name][slots], f[0, 0]) and (held[name][[1, 2, 3, 5, 6, 8]] == 7).all()
+    if hasattr(codec, "decode_as"):
+        assert torch.equal(codec.decode_as(torch.float16, found), codec.decode(found, {}, None).half())
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_table_of_given_numbers(bits):
     """Nothing is rounded on the way, so codes are those of float64 and of torch, ties included."""

@@ -60,9 +60,16 @@ class _Coded:
     def by_kernel(self, q, call, want_mass):
         if self.known:
             return super().by_kernel(q, call, want_mass)
-        sides = (self.coded_k, self.fields_k), (self.coded_v, self.fields_v)
-        k, v = (c.codec.decode(fields, {}, None).to(self.store.dtype).flatten(0, 2) for c, fields in sides)
+        k, v = (
+            self._decoded(c.codec, fields).flatten(0, 2)
+            for c, fields in ((self.coded_k, self.fields_k), (self.coded_v, self.fields_v))
+        )
         return super().by_kernel(q, call, want_mass, [replace(self.tiers[0], k=k, v=v), *self.tiers[1:]])
+
+    def _decoded(self, codec, fields: dict) -> torch.Tensor:
+        """All rows of one side in the cache's dtype, [B,Hk,capacity,d]."""
+        quick = getattr(codec, "decode_as", None)
+        return codec.decode(fields, {}, None).to(self.store.dtype) if quick is None else quick(self.store.dtype, fields)
 
     def write(self, handle) -> None:
         store = self.store
@@ -122,7 +129,12 @@ class _Coded:
             outs = [(fields["codes"], fields["scale"], fields["zero"]) for fields in held]
             encode.encode_sides(exact, self.coded_k.bits, group, outs, place, stride=capacity)
             return
-        flat = place + torch.arange(self.lanes, device=place.device) * capacity
+        flat = place + torch.arange(self.lanes, device=place.device) * capacity if capacity else place
+        codecs = [self.coded_k.codec, self.coded_v.codec]
+        if place.is_cuda and all(hasattr(codec, "encode_into") for codec in codecs):
+            for codec, x, fields in zip(codecs, exact, held):
+                codec.encode_into(x, fields, flat)
+            return
         for fields, found in zip(held, self.encoded()):
             for name, x in found.items():
                 fields[name].index_copy_(0, flat, x)
