@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from lab.engine.common import Common, Segment, Stacked
 from lab.engine.history import History
 from lab.engine.ragged import Ragged
-from lab.engine.segments import Codec, Coded, Exact
+from lab.engine.segments import Codec, Coded, Exact, drop
 from lab.engine.sharing import Shares
 from lab.engine.tap import Tap
 from lab.errors import LabError
@@ -351,12 +351,16 @@ class LabLayer(Shares, CacheLayerMixin):
 
     def drop_one(self, slot: torch.Tensor, row: int, lanes: list[int] | None = None) -> None:
         """Drop entry slot int64 [B, Hk] of every lane, or of `lanes` only: O(row) when all rows are exact."""
+        coded = bool(self.coded_rows("key") or self.coded_rows("value"))
+        if coded and self.common is None:
+            self._drop_in_order(slot, row, lanes)
+            return
         which = torch.ones(self.batch * self.heads, 1, dtype=torch.bool, device=self.device)
         if lanes is not None:
             which = ~which
             which[lanes] = True
         which = which.view(self.batch, self.heads, 1)
-        if self.coded_rows("key") or self.coded_rows("value"):
+        if coded:
             mask = torch.ones(self.batch, self.heads, self.longest, dtype=torch.bool, device=self.device)
             self.keep(mask.scatter_(2, slot.unsqueeze(-1), ~which), row)
             return
@@ -365,6 +369,16 @@ class LabLayer(Shares, CacheLayerMixin):
         places = (slot, slot) if self.common is None else self._behind_common(slot, which)
         for part, place in zip((self.exact_k.rows, self.exact_v.rows, self.meta), (places[0], *places)):
             part.pop_swap(place, lanes)
+
+    def _drop_in_order(self, slot: torch.Tensor, row: int, lanes: list[int] | None) -> None:
+        """As `keep` of all others, after one look at the device: which segment holds an entry follows from the lengths."""
+        places = [place if lanes is None or i in lanes else None for i, place in enumerate(slot.flatten().tolist())]
+        if self.history is not None:
+            gone = torch.tensor([place is not None for place in places]).view(self.batch, self.heads, 1)
+            self.history.dropped(self.positions().gather(2, slot.unsqueeze(-1)), gone, row)
+        for side in (self.keys_side, self.values_side):
+            drop(side, places)
+        self.meta.drop(places)
 
     def trim_window(self) -> None:
         """Drop entries no later query can see in a sliding-window layer, a block at a time."""

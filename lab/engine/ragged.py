@@ -173,6 +173,16 @@ class Ragged:
             field[target] = field[last]
         self.lens = [n - 1 for n in self.lens]
 
+    def drop(self, places: list[int | None]) -> None:
+        """Remove entry places[lane] of every lane that names one; those behind it move up, and the room stays."""
+        source = torch.arange(sum(self.caps))
+        for start, held, place in zip(self.starts, self.lens, places):
+            if place is not None:
+                source[start + place : start + held - 1] += 1
+        self.lens = [held - (place is not None) for held, place in zip(self.lens, places)]
+        source = source.to(next(iter(self.fields.values())).device)
+        self.fields = {name: field.index_select(0, source) for name, field in self.fields.items()}
+
     def packed(self, flags: torch.Tensor) -> tuple[Fields, torch.Tensor, torch.Tensor]:
         """Copies of the rows where flags bool [B, Hk, longest] is set, moved to the front of each lane.
 

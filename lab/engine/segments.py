@@ -68,6 +68,9 @@ class Exact:
     def keep(self, mask: torch.Tensor, spare: int = 0) -> None:
         self.rows.keep(mask, spare)
 
+    def drop(self, places: list[int | None]) -> None:
+        self.rows.drop(places)
+
     def clone(self) -> "Exact":
         twin = Exact(self.rows.batch, self.rows.heads)
         twin.rows = self.rows.clone()
@@ -84,6 +87,17 @@ class Exact:
 
     def select_sequences(self, index: list[int]) -> None:
         self.rows.select_sequences(index)
+
+
+def drop(side: list, places: list[int | None]) -> None:
+    """Remove entry places[lane] of every lane that names one, counted over the segments of one side in their order."""
+    before = [0] * len(places)
+    for segment in side:
+        lens = segment.rows.lens
+        inside = [p - b if p is not None and 0 <= p - b < n else None for p, b, n in zip(places, before, lens)]
+        before = [b + n for b, n in zip(before, lens)]
+        if any(place is not None for place in inside):
+            segment.drop(inside)
 
 
 class Coded:
@@ -150,6 +164,17 @@ class Coded:
         if self.blocks.fields:
             self._drop_empty_blocks()
 
+    def drop(self, places: list[int | None]) -> None:
+        """Remove row places[lane] of every lane that names one, and its block's scales where it was the last of its block."""
+        empty = self._emptied(places) if self.blocks.fields else []
+        self.rows.drop(places)
+        if any(block is not None for block in empty):
+            for lane, block in enumerate(empty):
+                if block is not None:
+                    ids = self.rows.lane("block", lane)
+                    ids -= (ids > block).to(ids.dtype)
+            self.blocks.drop(empty)
+
     def clone(self) -> "Coded":
         twin = Coded(self.codec, self.rows.batch, self.rows.heads)
         twin.rows, twin.blocks = self.rows.clone(), self.blocks.clone()
@@ -185,6 +210,14 @@ class Coded:
             index = ids.long().clamp_max(max(table.shape[2] - 1, 0)).unsqueeze(-1)
             out[name] = table.gather(2, index.expand(*ids.shape, table.shape[-1]))
         return out
+
+    def _emptied(self, places: list[int | None]) -> list[int | None]:
+        """For each lane the block that holds nothing but row places[lane]. One look at the device."""
+        own = [None if place is None else self.rows.lane("block", lane) for lane, place in enumerate(places)]
+        found = [torch.stack([ids[p], (ids == ids[p]).sum().to(ids.dtype)]) for ids, p in zip(own, places) if p is not None]
+        told = iter(torch.stack(found).tolist())
+        named = [None if place is None else next(told) for place in places]
+        return [block[0] if block is not None and block[1] == 1 else None for block in named]
 
     def _drop_empty_blocks(self) -> None:
         ids = self.rows.padded("block").long()
