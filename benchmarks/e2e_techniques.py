@@ -1,4 +1,5 @@
-"""Milliseconds per decode step of every technique of the first issue on one GPU, beside dense in the same run.
+"""Milliseconds per decode step of every technique of the first issue, and of others that read or store less, on one GPU, beside
+dense in the same run.
 
     python benchmarks/e2e_techniques.py [--prompt 1024] [--tokens 150] [--check 6] [SPEC ...]
 
@@ -26,7 +27,8 @@ LIMIT = 1.5
 STACKS = (
     "streaming_llm", "streaming_llm(renumber=false)", "h2o", "tova", "snapkv", "pyramidkv", "int_codes(bits=8)",
     "int_codes(bits=4)", "int_codes(bits=2)", "kivi(bits=4)", "kivi(bits=2)", "snapkv+kivi", "h2o+int_codes(bits=4)", "zerotuning",
-    "a_shape+delta", "head_pruning(fraction=0.2)",
+    "a_shape+delta", "head_pruning(fraction=0.2)", "quest(budget=0.2)", "block_topk(budget=0.2)", "rotated(bits=4)",
+    "rotated(bits=4,mode=quarot)", "fp8", "h2o+rotated(bits=4)", "h2o+kivi(bits=2)",
 )
 
 
