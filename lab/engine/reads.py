@@ -51,10 +51,6 @@ class Paging:
         """Pages to choose among: whole ones that are not read anyway."""
         return max(0, entries - self.first - self.last) // self.page
 
-    def wanted(self, entries: int) -> int:
-        """Pages that are read, those of the newest entries counted; all where there are no more."""
-        return self.count(entries) + self.pages(entries) - self.candidates(entries)
-
 
 @dataclass(frozen=True)
 class Rows:

@@ -47,7 +47,9 @@ class Paged(Growing):
         self._build(longest)
         self.front = self._part_front()
         self.most = paging.count(longest) - -(paging.last + paging.page - 1) // paging.page
-        self.asked = paging.wanted(store.longest + 1)
+        self.page_bytes = sum(x[:, :1].numel() * x.element_size() for x in self.tables)
+        self.level = store.exact_k.rows.level
+        self.asked = self._foresee(store.longest + 1)
         self.want = int32([self.asked], store.device)
 
     @property
@@ -183,29 +185,37 @@ class Paged(Growing):
     # -- the host's numbers ------------------------------------------------------------------------------------------
     def count(self) -> None:
         super().count()
-        store, paging, n = self.store, self.paging, self.held
+        store, paging = self.store, self.paging
         if self.clock is not None:
-            wanted = paging.wanted(n + 1)
-            if wanted != self.asked:
-                self.asked = wanted
-                self.want.fill_(wanted)
-            self._counted(n)
+            self._counted()
         if not self.sparse:
             return
         store.last_read, store.last_probe = self.fetched, self.looked
-        pages = paging.pages(n)
+        pages = paging.pages(self.held)
         if pages != self.told:
             self.told = pages
             store.state.update({name: x[:, :, :pages] for name, x in zip(paging.fields, self._wide())})
 
-    def _counted(self, n: int) -> None:
-        """What a captured step has read, its longest lane holding `n` entries."""
-        paging, count = self.paging, self.paging.count(n)
-        self.sparse = paging.candidates(n) > count
-        whole = [paging.candidates(held) for held in self.store.counts]
-        self.fetched = sum(held - max(0, have - count) * paging.page for held, have in zip(self.store.counts, whole))
-        pages = paging.pages(n) if paging.whole else paging.candidates(n)
-        self.looked = sum(x[:, :1].numel() * x.element_size() for x in self.tables) * pages
+    def _counted(self) -> None:
+        """What a captured step has read, and how many pages the next one reads. All layers do this on the host while the graph runs,
+        where a few microseconds each are soon more than the graph takes."""
+        paging, (n, count, whole, pages) = self.paging, self.next
+        self.sparse = whole > count
+        if self.sparse:
+            lens = self.store.exact_k.rows.lens
+            dropped = self.lanes * (whole - count) if self.level else sum(max(0, paging.candidates(x) - count) for x in lens)
+            self.fetched = sum(lens) - paging.page * dropped
+            self.looked = self.page_bytes * (pages if paging.whole else whole)
+        asked = self._foresee(n + 1)
+        if asked != self.asked:
+            self.asked = asked
+            self.want.fill_(asked)
+
+    def _foresee(self, n: int) -> int:
+        """Note what a captured step reads whose longest lane holds n entries: how many pages that is, those read anyway counted."""
+        paging = self.paging
+        self.next = n, paging.count(n), paging.candidates(n), paging.pages(n)
+        return self.next[1] + self.next[3] - self.next[2]
 
     @property
     def spare_bytes(self) -> int:
