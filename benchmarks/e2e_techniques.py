@@ -97,7 +97,15 @@ def main() -> None:
     torch.manual_seed(0)
     ids = torch.randint(2, 49000, (args.prompt,)).tolist()
     timed(model, "dense", ids, 8)  # compiles
-    rows = [timed(model, "dense", ids, args.tokens)]
+    rows: list[dict] = []
+
+    def keep(row: dict) -> Path:
+        """Add a row to the results at once: a run that is cut off leaves what it has measured."""
+        rows.append(row)
+        settings = {"prompt": args.prompt, "one_stream": args.one_stream, "tokens": args.tokens, "limit": LIMIT}
+        return write("e2e_techniques", settings | {"rows": rows})
+
+    keep(timed(model, "dense", ids, args.tokens))
     dense = rows[0]["ms"]
     print(f"{'stack':32s} {'ms':>7s} {'mean':>7s} {'ratio':>6s} {'off':>8s} {'agree':>6s}  how")
     print(f"{'dense':32s} {dense:7.3f} {rows[0]['mean_ms']:7.3f} {1:6.2f} {'':8s} {'':6s}  {rows[0]['path']}", flush=True)
@@ -108,18 +116,18 @@ def main() -> None:
             row |= compared(model, spec, ids, args.check) if args.check and row["path"].startswith("CUDA") else {}
         except Exception as error:  # one stack's failure must not cost the others their line
             print(f"{spec:32s} failed: {type(error).__name__}: {str(error)[:160]}", flush=True)
-            rows.append({"spec": spec, "error": f"{type(error).__name__}: {error}"})
+            keep({"spec": spec, "error": f"{type(error).__name__}: {error}"})
             continue
-        rows.append(row)
+        keep(row)
         off, agree = (f"{row['off']:8.1e}", f"{row['agree']:6.3f}") if "off" in row else ("", "")
         numbers = f"{row['ms']:7.3f} {row['mean_ms']:7.3f} {row['ratio']:6.2f} {off:>8s} {agree:>6s}"
         print(f"{spec:32s} {numbers}  {row['path']}", flush=True)
-    rows.append(timed(model, "dense", ids, args.tokens) | {"spec": "dense, again"})
+    where = keep(timed(model, "dense", ids, args.tokens) | {"spec": "dense, again"})
     print(f"{'dense, again':32s} {rows[-1]['ms']:7.3f}")
     over = [r["spec"] for r in rows if r.get("ratio", 0) > LIMIT or "error" in r]
     print(f"above {LIMIT} times dense:", ", ".join(over) if over else "none")
     print(machine())
-    print("written to", write("e2e_techniques", {"prompt": args.prompt, "one_stream": args.one_stream, "tokens": args.tokens, "limit": LIMIT, "rows": rows}))
+    print("written to", where)
 
 
 if __name__ == "__main__":

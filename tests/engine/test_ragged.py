@@ -57,6 +57,17 @@ class RaggedMachine(RuleBasedStateMachine):
         for lane, new, stay in zip(self.lanes, ids.flatten(0, 1).tolist(), every.flatten(0, 1).tolist()):
             lane += [n for n, s in zip(new, stay) if s]
 
+    @rule(seed=st.integers(0, 999))
+    def drop(self, seed):
+        """One row of some lanes goes, those behind it move up."""
+        draw = torch.Generator().manual_seed(seed)
+        places = [int(torch.randint(-1, len(lane), (1,), generator=draw)) if lane else -1 for lane in self.lanes]
+        if self.ragged.fields:
+            self.ragged.drop([place if place >= 0 else None for place in places])
+            for lane, place in zip(self.lanes, places):
+                if place >= 0:
+                    del lane[place]
+
     def mask(self, seed: int, share: float) -> torch.Tensor:
         shape = (self.ragged.batch, self.ragged.heads, self.ragged.longest)
         return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < share
