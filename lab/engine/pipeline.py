@@ -17,6 +17,8 @@ from lab.engine.policy import Policy
 from lab.engine.slots import Band, ColumnBias
 from lab.errors import LabError
 
+_DENSE_DTYPES = (torch.float32, torch.bfloat16)
+
 
 @dataclass
 class Call:
@@ -35,9 +37,9 @@ def run(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> torch.Te
     if store.static is not None:
         return store.static(handle, q, call)
     if policy.bare and policy.probe is None and q.shape[2] == 1:
-        out = _dense_row(handle, q, call)
-        if out is not None:
-            return out
+        if handle.fresh and call.mask is None and not call.softcap and call.sink is None and dense_fits(store):
+            handle.fresh = False
+            return dense_row(store, q, handle.k, handle.v, call.scale)
     elif policy.not_in_place is None and policy.probe is None and store.seen:
         out = steady.run(policy, handle, q, call)
         if out is not None:
@@ -67,33 +69,32 @@ def run(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> torch.Te
     return out.transpose(1, 2)
 
 
-def _dense_row(handle: Handle, q: torch.Tensor, call: Call) -> torch.Tensor | None:
-    """A decode step of the dense model on a CPU, [B,1,Hq,d], or None where something needs the whole pipeline.
+def dense_fits(store: LabLayer) -> bool:
+    """Whether `dense_row` serves this layer's next row: on a CPU, with nothing that needs the whole pipeline.
 
     Dense steps are what everything is compared with, and at this size their bookkeeping is a tenth of a token's time.
     """
-    store, batch = handle.layer, q.shape[0]
-    if not (handle.fresh and store.prompt_done and q.device.type == "cpu") or store.tap is not None or store.meta is not None:
-        return None
-    if call.mask is not None or call.softcap or call.sink is not None or store.window or q.dtype not in (torch.float32, torch.bfloat16):
-        return None
+    if not store.prompt_done or store.tap is not None or store.meta is not None or store.window or store.device.type != "cpu":
+        return False
     k, v = store.exact_k.rows, store.exact_v.rows
-    n = k.lens[0]
-    if store.common is not None and store.common.exact is None:
-        return None
-    if n >= k.caps[0] or k.fields["x"].shape != v.fields["x"].shape:
-        return None
-    keys, values = k.whole("x"), v.whole("x")
-    keys.narrow(2, n, 1).copy_(handle.k)
-    values.narrow(2, n, 1).copy_(handle.v)
+    if k.lens[0] >= k.caps[0] or k.fields["x"].shape != v.fields["x"].shape or store.dtype not in _DENSE_DTYPES:
+        return False
+    return store.common is None or store.common.exact is not None
+
+
+def dense_row(store: LabLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Store one row k, v [B,Hk,1,d] and attend with q [B,Hq,1,d] to everything stored: [B,1,Hq,d]. For layers that `dense_fits`."""
+    batch, heads, n = q.shape[0], store.heads, store.exact_k.rows.lens[0]
+    keys, values = store.exact_k.rows.whole("x"), store.exact_v.rows.whole("x")
+    keys.narrow(2, n, 1).copy_(k)
+    values.narrow(2, n, 1).copy_(v)
     store.appended()
-    handle.fresh = False
-    rows, keys, values = q.view(batch, store.heads, -1, q.shape[-1]), keys.narrow(2, 0, n + 1), values.narrow(2, 0, n + 1)
+    rows, keys, values = q.view(batch, heads, -1, q.shape[-1]), keys.narrow(2, 0, n + 1), values.narrow(2, 0, n + 1)
     if store.common is None:
-        out = core.plain(rows, keys, values, call.scale)[0]
+        out = core.plain(rows, keys, values, scale)[0]
     else:
         store.last_read += sum(store.common.exact[0].rows.lens) * batch
-        out = attend.samples_row(rows, store.common.exact, keys, values, call.scale)[0]
+        out = attend.samples_row(rows, store.common.exact, keys, values, scale)[0]
     return out.reshape(batch, 1, q.shape[1], -1)
 
 
@@ -236,4 +237,4 @@ def run_without_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: C
     return run(policy, handle, padded, call)[:, -rows:]
 
 
-__all__ = ["Call", "run", "run_without_cache"]
+__all__ = ["Call", "dense_fits", "dense_row", "run", "run_without_cache"]

@@ -13,33 +13,36 @@ _NAMES_OF_EPS = ("variance_epsilon", "eps", "epsilon")
 
 
 class FastRMSNorm(nn.Module):
-    """x [..., D] -> x / sqrt(mean(x^2) + eps) * weight, in one call instead of six."""
+    """x [..., D] -> x / sqrt(mean(x^2) + eps) * weight, in one call instead of six.
+
+    Attributes:
+        rows: the same for float32 rows [B, D] on a CPU, without a module's attribute look-ups.
+    """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.variance_epsilon = eps
-        self._nothing = torch.zeros_like(weight)
+        self.rows = _norm_of(weight, eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() == self.weight.numel() and x.device.type == "cpu" and x.dtype == torch.float32:
-            return _row(x, self.weight, self.variance_epsilon, self._nothing)
+            return self.rows(x.view(1, -1)).view(x.shape)
         return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
-    def rows(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`forward` for float32 rows [B, D] on a CPU, without a module's attribute look-ups."""
-        weight, eps, shape, nothing = self.weight.data, self.variance_epsilon, self.weight.shape, self._nothing
 
-        def norm(x: torch.Tensor) -> torch.Tensor:
-            return _row(x, weight, eps, nothing) if x.shape[0] == 1 else torch.nn.functional.rms_norm(x, shape, weight, eps)
+def _norm_of(weight: torch.Tensor, eps: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The norm of rows [B, D]. On a CPU torch's operation is a chain of eight; for one row a dot product and one sum are enough."""
+    weight, nothing, width = weight.detach(), torch.zeros_like(weight), weight.numel()
+    dot, addcmul, rms_norm = torch.dot, torch.addcmul, torch.nn.functional.rms_norm
 
-        return norm
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] != 1:
+            return rms_norm(x, (width,), weight, eps)
+        row = x.view(-1)
+        return addcmul(nothing, x, weight, value=(dot(row, row).item() / width + eps) ** -0.5)
 
-
-def _row(x: torch.Tensor, weight: torch.Tensor, eps: float, nothing: torch.Tensor) -> torch.Tensor:
-    """The norm of one row: on a CPU torch's operation is a chain of eight, and a dot product and one sum are enough."""
-    row = x.view(-1)
-    return torch.addcmul(nothing, x, weight, value=(torch.dot(row, row).item() / row.numel() + eps) ** -0.5)
+    return norm
 
 
 def replace_norms(model: nn.Module) -> int:

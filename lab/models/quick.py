@@ -41,8 +41,7 @@ class QuickAttention:
     """The short way of one attention block.
 
     Attributes:
-        siblings: the product of q, k and v. turned: heads that are rotated (queries and keys). call: what the model's
-        attention function is called with.
+        linear: the product of q, k and v. turned: how many query and key heads. parts: how many heads are turned, and are not.
     """
 
     def __init__(self, module: nn.Module, turns: "Turns", options: dict[str, Any]) -> None:
@@ -52,8 +51,8 @@ class QuickAttention:
         self.watched = [module.q_proj, module.k_proj, module.v_proj]
         self.index, self.width = module.layer_idx, module.head_dim
         widths = module.q_proj.siblings.widths
-        self.queries, self.keys = widths[0] // self.width, widths[1] // self.width
-        self.turned = self.queries + self.keys
+        queries, keys = widths[0] // self.width, widths[1] // self.width
+        self.turned, self.parts = (queries, keys), (queries + keys, keys)
         self.turns = turns
         self.scale, self.window = options["scaling"], options.get("sliding_window")
 
@@ -84,38 +83,41 @@ class QuickAttention:
 
     def qkv(self, hidden: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Rotated q [B,Hq,1,d] and k, and v [B,Hk,1,d], of hidden [B,D]."""
-        return self.split(self.linear.rows(hidden), positions)
+        return self.split(self.linear.rows(hidden), self.turns.of(positions))
 
-    def split(self, rows: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The same of the product [B,(Hq+2Hk)*d]."""
+    def split(self, rows: torch.Tensor, turn: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The same of the product [B,(Hq+2Hk)*d], with `turning` of the positions."""
+        plain, v = rows.view(rows.shape[0], -1, 1, self.width).split(self.parts, 1)
         if rows.shape[0] == 1:
-            rows = rows.view(-1, self.width)
-            turned = torch.mm(rows[: self.turned], self.turns.matrix(positions)[0])
-            return (turned[: self.queries].view(1, -1, 1, self.width), turned[self.queries :].view(1, -1, 1, self.width),
-                    rows[self.turned :].view(1, -1, 1, self.width))
-        rows = rows.view(rows.shape[0], -1, self.width)
-        turned = rows[:, : self.turned] @ self.turns.matrix(positions)
-        return turned[:, : self.queries].unsqueeze(2), turned[:, self.queries :].unsqueeze(2), rows[:, self.turned :].unsqueeze(2)
+            turned = torch.mm(plain.view(-1, self.width), turn[0]).view(plain.shape)
+        else:
+            turned = plain @ turn.unsqueeze(1)
+        q, k = turned.split(self.turned, 1)
+        return q, k, v
+
+
+def turning(positions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The rotary embedding of one row's position as a matrix [B or 1, d, d]: heads [..., d] @ matrix are the turned heads.
+
+    A head's rotation is x cos + rotated(x) sin, linear in x, so that one product does in one call what takes five; its other
+    terms are products with zeros. positions: cos and sin, each [B or 1, 1, d].
+    """
+    cos, sin = positions
+    half = sin.shape[-1] // 2
+    signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+    return (torch.diag_embed(cos) + torch.diag_embed(signed).roll(-half, -2)).squeeze(1)
 
 
 class Turns:
-    """The rotary embedding of one position as one matrix, made once per step for all layers.
-
-    A head's rotation is x cos + rotated(x) sin: linear in x, so a product with a [d, d] matrix of d cosines and d sines does it
-    in one call; the other products are with zeros.
-    """
+    """`turning` of a step's positions, made once for all layers."""
 
     def __init__(self) -> None:
         self._sin: torch.Tensor | None = None
         self._matrix: torch.Tensor | None = None
 
-    def matrix(self, positions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """[B or 1, d, d] for position embeddings (cos, sin) [B or 1, 1, d] of one row: heads @ matrix are the turned heads."""
-        cos, sin = positions
-        if sin is not self._sin:
-            half = sin.shape[-1] // 2
-            signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-            self._sin, self._matrix = sin, (torch.diag_embed(cos) + torch.diag_embed(signed).roll(-half, -2))[:, 0]
+    def of(self, positions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        if positions[1] is not self._sin:
+            self._sin, self._matrix = positions[1], turning(positions)
         return self._matrix
 
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from lab.engine.cache import LabCache
 from lab.engine.layer import Handle, LabLayer
-from lab.engine.pipeline import run
+from lab.engine.pipeline import dense_fits, dense_row, run
 from lab.engine.policy import Policy
 from lab.models.norms import FastRMSNorm
 from lab.models.packed import PackedLinear
-from lab.models.quick import QuickAttention, QuickMLP
+from lab.models.quick import QuickAttention, QuickMLP, turning
 
 _TOLERANCE = 1e-5
 _PROMPT = (1, 2, 3)
@@ -30,15 +30,19 @@ class _Block:
 
     def __init__(self, layer: nn.Module) -> None:
         attention, mlp = layer.self_attn.forward, layer.mlp.forward
-        self.enter, self.middle = layer.input_layernorm.rows(), layer.post_attention_layernorm.rows()
+        self.enter, self.middle = layer.input_layernorm.rows, layer.post_attention_layernorm.rows
         self.qkv, self.out = attention.linear.rows_of(), attention.output.rows_of()
         self.gate_up, self.down = mlp.linear.rows_of(), mlp.down.rows_of()
-        self.split, self.call, self.gated = attention.split, attention.call, mlp.gated
+        self.attention, self.split, self.scale, self.gated = attention, attention.split, attention.scale, mlp.gated
 
-    def step(self, x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor], layer: LabLayer, policy: Policy) -> torch.Tensor:
-        """x [B,D] -> [B,D]; the layer's new keys and values are stored."""
-        q, k, v = self.split(self.qkv(self.enter(x)), positions)
-        x = x + self.out(run(policy, Handle(layer, k, v), q, self.call()).reshape(x.shape[0], -1))
+    def step(self, x: torch.Tensor, turn: torch.Tensor, layer: LabLayer, policy: Policy | None) -> torch.Tensor:
+        """x [B,D] -> [B,D]; the layer's new keys and values are stored. Without a policy the layer is one that `dense_fits`."""
+        q, k, v = self.split(self.qkv(self.enter(x)), turn)
+        if policy is None:
+            out = dense_row(layer, q, k, v, self.scale)
+        else:
+            out = run(policy, Handle(layer, k, v), q, self.attention.call())
+        x = x + self.out(out.reshape(x.shape[0], -1))
         return x + self.down(self.gated(self.gate_up(self.middle(x))))
 
 
@@ -51,7 +55,7 @@ class ShortStep:
     def __init__(self, model: PreTrainedModel) -> None:
         base = model.base_model
         self.model, self.base, self.head = model, base, model.get_output_embeddings()
-        self.blocks, self.last = [_Block(layer) for layer in base.layers], base.norm.rows()
+        self.blocks, self.last = [_Block(layer) for layer in base.layers], base.norm.rows
         own = [model, base, *base.layers]  # where the lab's own hooks may be: `attach`, `depth.install`
         others = [m for m in model.modules() if not any(m is x for x in own[1:])]
         self.empty = [hooks for m in others for hooks in (m._forward_hooks, m._forward_pre_hooks)]
@@ -69,9 +73,10 @@ class ShortStep:
             return None
         x = self.base.embed_tokens(ids)
         positions = self.base.rotary_emb(x, torch.full((1, 1), layers[0].seen))
-        x = x.view(len(ids), -1)
+        x, turn = x.view(len(ids), -1), turning(positions)
+        dense = policy.bare and policy.probe is None and all(dense_fits(layer) for layer in layers)
         for block, layer in zip(self.blocks, layers):
-            x = block.step(x, positions, layer, policy)
+            x = block.step(x, turn, layer, None if dense else policy)
         x = self.last(x)
         if policy.watchers or policy.waits:
             policy.forward_done(ids, x.view(len(ids), 1, -1))
