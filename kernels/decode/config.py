@@ -1,6 +1,6 @@
 """Explicit launch configurations for decode: no tuning at run time, every choice written down.
 
-Measured on one H100 (benchmarks/NOTES.md holds the alternatives that lost).
+Measured on an H100 and an H200 (benchmarks/NOTES.md holds the alternatives that lost).
 """
 
 from __future__ import annotations
@@ -59,8 +59,13 @@ def split(bits: int, dim: int, group: int, lanes: int, capacity: int, slots: int
     if exact:
         return Split(32, 4, 1, None, _chunk(lanes, capacity, slots, 32, 4))
     if bits == 16:
-        warps, tile = (2, 64) if dim <= 64 else (4, 64 if dim <= 128 else 32)
-        return Split(tile, warps, 3, None, _chunk(lanes, capacity, slots, tile, 2 if dim <= 64 else 1))
+        if dim <= 64:
+            return Split(64, 2, 3, None, _chunk(lanes, capacity, slots, 64, 2))
+        tile = 64 if dim <= 128 else 32
+        chunk = _chunk(lanes, capacity, slots, tile, 1)
+        if dim <= 128 and columns == 8 and chunk >= 4096:
+            tile = 128  # long enough for tiles that keep more bytes under way
+        return Split(tile, 4, 3, None, math.ceil(chunk / tile) * tile)
     # one warp per program: softmax, transposes and both products stay inside the warp, without a barrier
     registers = 168 if columns == 8 and dim <= 128 else None
     per_sm = 12 if dim <= 64 else 4 if bits == 8 and not odd else 8
@@ -85,3 +90,26 @@ def _chunk(lanes: int, capacity: int, slots: int, tile: int, per_sm: int) -> int
         want = math.ceil(capacity / max(1, resident // lanes))
     least = 1 if capacity <= 2048 else 4
     return max(least * tile, math.ceil(want / tile) * tile)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Tile of one program of the merge: channels, parts summed at once, warps."""
+
+    channels: int
+    parts: int
+    warps: int
+
+
+def merge(splits: int, rows: int, dim: int) -> Merge:
+    """The configuration that joins `splits` parts of `rows` query heads."""
+    # few rows: thinner slices of channels, so that the merge still fills the card
+    channels = next((w for w in (64, 32) if rows * dim >= 264 * w), 16)
+    if splits <= 16:
+        return Merge(channels, 16, 1)
+    if channels < 64:
+        return Merge(channels, 64, 2)
+    return Merge(channels, 16, 2) if splits <= 64 else Merge(channels, 64, 4)
+
+
+MASS_ENTRIES, MASS_WARPS = 1024, 2  # of a lane, and of a program, in the launch that merges and turns weights into mass

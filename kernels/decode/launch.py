@@ -68,6 +68,13 @@ def plan(t: TierView, group: int, dtype: torch.dtype) -> config.Split:
     return c
 
 
+def _order(tiers: list[TierView]) -> list[int]:
+    """Widest, narrowest, second widest, ...: launches overlap, and what memory bounds runs well beside what
+    arithmetic bounds."""
+    left = sorted(range(len(tiers)), key=lambda n: -tiers[n].bits)
+    return [left.pop(-(i % 2)) for i in range(len(left))]
+
+
 def run(
     q: torch.Tensor, tiers: list[TierView], scale: float, softcap: float | None, sink: torch.Tensor | None,
     threshold: torch.Tensor | None, want_mass: bool, want_entropy: bool, plans: list[config.Split] | None = None,
@@ -94,8 +101,7 @@ def run(
     locals_: list = [None] * len(tiers)
     first = 0
     chained = False
-    # wide tiers first: the narrow ones, bound by arithmetic, then fill in behind the ones bound by memory
-    for n in sorted(range(len(tiers)), key=lambda n: -tiers[n].bits):
+    for n in _order(tiers):
         t, p, count = tiers[n], plans[n], counts[n]
         dot = _FLOAT[t.k.dtype] if t.bits == 16 else (tl.float32 if q.dtype == torch.float32 else tl.float16)
         pointers, sizes = _code_arguments(t, dim, columns)
@@ -134,31 +140,29 @@ def run(
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, dtype=torch.float32, device=device)
     entropy = torch.empty_like(lse) if want_entropy else None
-    # few rows: thinner slices of channels, so that the merge still fills the card
-    slice_ = next((w for w in (64, 32) if rows * dim >= 264 * w), 16)
+    how = config.merge(splits, rows, dim)
     ent_out, sink_in = lse if entropy is None else entropy, part_lse if sink is None else sink
     early_launch = {"launch_pdl": True} if overlap else {}
     gate_in = part_lse if gate is None else gate
-    block = 16 if splits <= 64 else 64
     masses = []
     if as_bytes:
-        pieces = rows * triton.cdiv(dim, slice_)
+        pieces = rows * triton.cdiv(dim, how.channels)
         for t, (weights, tops, tiles, tile, pack) in zip(tiers, locals_):
             mass = torch.empty(t.slots, dtype=torch.float32, device=device)
-            blocks = triton.cdiv(max(1, t.capacity), 1024)
+            blocks = triton.cdiv(max(1, t.capacity), config.MASS_ENTRIES)
             home(finish_kernel)[(pieces + blocks * lanes,)](
                 part_o, part_lse, part_ent, sink_in, gate_in, out, lse, ent_out, weights, tops, t.start, t.length, mass,
-                splits, rows, heads, tiles, pieces, blocks, D=dim, BD=slice_, BS=block, SINK=sink is not None,
+                splits, rows, heads, tiles, pieces, blocks, D=dim, BD=how.channels, BS=how.parts, SINK=sink is not None,
                 GATE=gate is not None, ENTROPY=want_entropy, G=group, GP=triton.next_power_of_2(group), TILE=tile, PACK=pack,
-                BN=1024, PDL=overlap, num_warps=4, **early_launch,
+                BN=config.MASS_ENTRIES, PDL=overlap, num_warps=config.MASS_WARPS, **early_launch,
             )
             masses.append(mass)
             pieces = 0  # merged already
         return Decoded(out, lse, entropy, masses)
-    home(merge_kernel)[(rows, triton.cdiv(dim, slice_))](
-        part_o, part_lse, part_ent, sink_in, gate_in, out, lse, ent_out, splits, rows, heads, D=dim, BD=slice_, BS=block,
-        SINK=sink is not None, GATE=gate is not None, ENTROPY=want_entropy, PDL=overlap,
-        num_warps=2 if splits <= 64 else 4, **early_launch,
+    home(merge_kernel)[(rows, triton.cdiv(dim, how.channels))](
+        part_o, part_lse, part_ent, sink_in, gate_in, out, lse, ent_out, splits, rows, heads, D=dim, BD=how.channels,
+        BS=how.parts, SINK=sink is not None, GATE=gate is not None, ENTROPY=want_entropy, PDL=overlap,
+        num_warps=how.warps, **early_launch,
     )
     if want_mass:
         for t, (weights, tops, tiles, tile, _) in zip(tiers, locals_):

@@ -6,6 +6,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+RAISE = tl.constexpr(8388608.0)  # 2^23, whose lowest bits count ones
+RAISED = tl.constexpr(0x4B000000)  # its bits
 
 
 @triton.jit
@@ -23,6 +25,23 @@ def merge_kernel(
 
 
 @triton.jit
+def _parts(part_o, part_lse, part_ent, splits, rows, d, i, D: tl.constexpr, ENTROPY: tl.constexpr):
+    """Parts i of a row: their log-sum-exp, 1 (0 where a part is empty), entropy [BS], and outputs [BS, BD].
+
+    Outputs do not wait for the sums that weigh them: all loads are under way at once."""
+    inside = i < splits
+    top = tl.load(part_lse + i * rows, mask=inside, other=float("-inf"))
+    each = tl.load(part_o + (i * rows * D)[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :])
+    seen = top > float("-inf")
+    each = tl.where(seen[:, None], each, 0.0)
+    total = tl.where(seen, 1.0, 0.0)
+    ent = total
+    if ENTROPY:
+        ent = tl.where(seen, tl.load(part_ent + i * rows, mask=inside), 0.0)
+    return top, total, ent, each
+
+
+@triton.jit
 def _merge(
     part_o, part_lse, part_ent, sink_ptr, gate_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads, row, piece,
     D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SINK: tl.constexpr, GATE: tl.constexpr, ENTROPY: tl.constexpr,
@@ -30,34 +49,35 @@ def _merge(
     """One row, one slice of channels: exact log-sum-exp merge over all parts (invariant I5).
 
     part_o [splits, rows, D] float32, part_lse [splits, rows] base 2 (-inf where a part is empty: its output was never
-    written and is never read). lse_ptr gets natural logarithms. A sink logit joins the sum without a value. gate float32 [heads]
-    multiplies the output.
+    written and does not count). lse_ptr gets natural logarithms. A sink logit joins the sum without a value. gate float32
+    [heads] multiplies the output.
     """
-    row = row.to(tl.int64)
     d = piece * BD + tl.arange(0, BD)
     i = tl.arange(0, BS)
-    top = tl.full([BS], float("-inf"), tl.float32)
-    for s in range(0, splits, BS):
-        top = tl.maximum(top, tl.load(part_lse + (s + i) * rows + row, mask=s + i < splits, other=float("-inf")))
+    part_o += row.to(tl.int64) * D
+    part_lse += row
+    part_ent += row
+    top, total, ent, each = _parts(part_o, part_lse, part_ent, splits, rows, d, i, D, ENTROPY)
+    for first in range(BS, splits, BS):
+        at = (first + i).to(tl.int64)
+        new, sums, ents, outs = _parts(part_o, part_lse, part_ent, splits, rows, d, at, D, ENTROPY)
+        both = tl.maximum(top, new)
+        safe = tl.where(both == float("-inf"), 0.0, both)
+        old, fresh = tl.exp2(top - safe), tl.exp2(new - safe)
+        each = each * old[:, None] + outs * fresh[:, None]
+        total = total * old + sums * fresh
+        ent = ent * old + ents * fresh
+        top = both
     m = tl.max(top, 0)
     sink = 0.0
     if SINK:
         sink = tl.load(sink_ptr + row % heads).to(tl.float32) * LOG2E
         m = tl.maximum(m, sink)
     m = tl.where(m == float("-inf"), 0.0, m)
-    acc = tl.zeros([BD], tl.float32)
-    total = tl.zeros([BS], tl.float32)
-    ent = tl.zeros([BS], tl.float32)
-    for s in range(0, splits, BS):
-        inside = s + i < splits
-        w = tl.exp2(tl.load(part_lse + (s + i) * rows + row, mask=inside, other=float("-inf")) - m)
-        seen = inside & (w > 0.0)
-        o = tl.load(part_o + ((s + i).to(tl.int64) * rows + row)[:, None] * D + d[None, :],
-                    mask=seen[:, None] & (d < D)[None, :], other=0.0)
-        acc += tl.sum(o * w[:, None], 0)
-        total += w
-        if ENTROPY:
-            ent += w * tl.load(part_ent + (s + i) * rows + row, mask=seen, other=0.0)
+    share = tl.exp2(top - m)
+    acc = tl.sum(each * share[:, None], 0)
+    total *= share
+    ent *= share
     keys = tl.sum(total, 0)
     z = keys
     if SINK:
@@ -106,6 +126,13 @@ def mass_kernel(
 
 
 @triton.jit
+def _weight(word, SHIFT: tl.constexpr, factor):
+    """One byte of every word times its head's factor, summed over heads."""
+    # a byte as the lowest bits of 2^23 is a float32 without a conversion, which runs at a quarter of the rate
+    return tl.sum(((((word >> SHIFT) & 0xFF) | RAISED).to(tl.float32, bitcast=True) - RAISE) * factor, 1)
+
+
+@triton.jit
 def finish_kernel(
     part_o, part_lse, part_ent, sink_ptr, gate_ptr, o_ptr, lse_ptr, ent_ptr, p_ptr, m_ptr, start_ptr, len_ptr, mass_ptr,
     splits, rows, heads, tiles, merges, blocks,
@@ -120,25 +147,42 @@ def finish_kernel(
     """
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     pid = tl.program_id(0)
     if pid < merges:
+        if PDL:
+            gdc_wait()
         pieces: tl.constexpr = (D + BD - 1) // BD
         _merge(part_o, part_lse, part_ent, sink_ptr, gate_ptr, o_ptr, lse_ptr, ent_ptr, splits, rows, heads, pid // pieces,
                pid % pieces, D, BD, BS, SINK, GATE, ENTROPY)
     else:
-        lane = ((pid - merges) // blocks).to(tl.int64)
+        lane = (pid - merges) // blocks
         n = tl.load(len_ptr + lane).to(tl.int32)
+        start = tl.load(start_ptr + lane).to(tl.int64)
         t = ((pid - merges) % blocks) * BN
+        if PDL:
+            gdc_wait()  # lengths and starts were there before the launch that wrote the parts
         if t < n:
             g = tl.arange(0, GP)
             live = g < G
+            WORDS: tl.constexpr = TILE // PACK  # of one head in one tile
+            tile = tl.arange(0, BN // TILE)
+            i = tl.arange(0, BN // PACK)  # the words of a head in this block follow each other
+            row = i // WORDS * TILE + i % WORDS // 8 * (8 * PACK) + i % 8  # of their first byte
+            head = (lane.to(tl.int64) * tiles + t // TILE) * G
+            # weights and their maxima first: they are under way while the parts are summed. Nobody reads them again
+            word = tl.load(p_ptr + head * WORDS + i[:, None] * G + g[None, :], mask=(row < n - t)[:, None] & live[None, :],
+                           other=0, eviction_policy="evict_first").to(tl.int32)
+            there = tile * TILE < n - t
+            largest = tl.load(m_ptr + head + tile[:, None] * G + g[None, :], mask=there[:, None] & live[None, :],
+                              other=float("-inf"), eviction_policy="evict_first")
             s = tl.arange(0, BS)
-            top = tl.full([BS, GP], float("-inf"), tl.float32)
-            total = tl.zeros([BS, GP], tl.float32)
-            for first in range(0, splits, BS):
+            part_lse += lane * G
+            inside = (s < splits)[:, None] & live[None, :]
+            top = tl.load(part_lse + s[:, None] * rows + g[None, :], mask=inside, other=float("-inf"))
+            total = tl.where(top > float("-inf"), 1.0, 0.0)
+            for first in range(BS, splits, BS):
                 inside = (first + s < splits)[:, None] & live[None, :]
-                part = tl.load(part_lse + (first + s)[:, None] * rows + lane * G + g[None, :], mask=inside, other=float("-inf"))
+                part = tl.load(part_lse + (first + s)[:, None] * rows + g[None, :], mask=inside, other=float("-inf"))
                 new = tl.maximum(top, part)
                 safe = tl.where(new == float("-inf"), 0.0, new)
                 total = total * tl.exp2(top - safe) + tl.exp2(part - safe)
@@ -151,19 +195,16 @@ def finish_kernel(
             z = tl.sum(total * tl.exp2(top - m[None, :]), 0)
             if SINK:
                 z += tl.exp2(sink - m)
-            lse = m + tl.log2(tl.maximum(z, 1e-37))
-            WORDS: tl.constexpr = TILE // PACK  # of one head in one tile
-            tile = t // TILE + tl.arange(0, BN // TILE)
-            there = tile * TILE < n
-            head = (lane * tiles + tile)[:, None]
-            largest = tl.load(m_ptr + head * G + g[None, :], mask=there[:, None] & live[None, :], other=float("-inf"))
-            factor = tl.exp2(largest - lse[None, :]) * (1.0 / 255.0)
-            w = tl.arange(0, WORDS)
-            word = tl.load(p_ptr + (head * WORDS + w[None, :])[:, :, None] * G + g[None, None, :],
-                           mask=there[:, None, None] & live[None, None, :], other=0).to(tl.int32)
-            first_row = tile[:, None] * TILE + (w // 8 * (8 * PACK) + w % 8)[None, :]
-            mass_ptr += tl.load(start_ptr + lane).to(tl.int64)
-            for b in tl.static_range(PACK):
-                i = first_row + 8 * b
-                p = ((word >> (8 * b)) & 0xFF).to(tl.float32)
-                tl.store(mass_ptr + i, tl.sum(p * factor[:, None, :], 2), mask=i < n)
+            lse = m + tl.log2(tl.maximum(z, 1e-37)) + 7.994353436858858  # log2 of 255, the largest byte
+            factor = tl.exp2(largest - lse[None, :])
+            factor = tl.reshape(tl.broadcast_to(factor[:, None, :], [BN // TILE, WORDS, GP]), [BN // PACK, GP])
+            mass = _weight(word, 0, factor)
+            if PACK == 2:
+                mass = tl.join(mass, _weight(word, 8, factor))
+            else:
+                mass = tl.join(tl.join(mass, _weight(word, 16, factor)),
+                               tl.join(_weight(word, 8, factor), _weight(word, 24, factor)))
+            # into the order of rows, so that a store fills whole lines
+            mass = tl.reshape(tl.permute(tl.reshape(mass, [BN // (8 * PACK), 8, PACK]), (0, 2, 1)), [BN])
+            i = tl.arange(0, BN)
+            tl.store(mass_ptr + (start + t) + i, mass, mask=i < n - t)

@@ -131,6 +131,14 @@ def _token_scales(ks_ptr, kz_ptr, vs_ptr, vz_ptr, at, NK: tl.constexpr, NV: tl.c
 
 
 @triton.jit
+def _end_after_the_launch_before(c, lane):
+    """This launch overlapped the previous tier's. It ends when its last program ends, so one that waits makes the merge,
+    which waits for the last launch alone, safe; the others leave their places to later tiers as soon as they are done."""
+    if (c == 0) & (lane == 0):
+        gdc_wait()
+
+
+@triton.jit
 def split_kernel(
     q_ptr, k_ptr, v_ptr, ks_ptr, kz_ptr, vs_ptr, vz_ptr, kg_ptr, levels_ptr, start_ptr, len_ptr, bias_ptr, theta_ptr, pages_ptr,
     o_ptr, lse_ptr, ent_ptr, p_ptr, m_ptr,
@@ -180,7 +188,7 @@ def split_kernel(
     if (lo >= extent) | (n == 0):
         tl.store(lse_ptr + row + g, tl.full([NQ], float("-inf"), tl.float32), mask=live)
         if CHAIN:
-            gdc_wait()
+            _end_after_the_launch_before(c, lane)
         return
     count = tl.minimum(extent, lo + chunk) - lo
     first = tl.load(start_ptr + lane).to(tl.int64)  # 64-bit once; offsets inside a lane's part fit 32 bits
@@ -372,10 +380,13 @@ def split_kernel(
             # a weight of zero may belong to a logit of -inf, which only a bias can be
             ent = ent * alpha[None, :] + _fold(p * (tl.maximum(s, HIDDEN) if BIAS else s), FOLD)
         if MASS == 2:
-            # bytes relative to the tile's own largest logit: half the traffic, an error of at most 1/510 of the tile's largest weight
+            # bytes relative to the tile's own largest logit: half the traffic, an error of at most 1/510 of its largest weight.
+            # They stay in L2 against the stream of codes: writing costs the memory far more time than reading as much
             lift = 255.0 * tl.exp2(tl.minimum(m - largest, 100.0))
-            tl.store(p_ptr + (t // PACK) * G + word_at, _bytes(p * lift[None, :], PACK), mask=live[None, None, :])
-            tl.store(m_ptr + (t // BN) * G + top_at, tl.broadcast_to(largest[None, None, :], [1, 8, NQ]), mask=top_live)
+            tl.store(p_ptr + (t // PACK) * G + word_at, _bytes(p * lift[None, :], PACK), mask=live[None, None, :],
+                     eviction_policy="evict_last")
+            tl.store(m_ptr + (t // BN) * G + top_at, tl.broadcast_to(largest[None, None, :], [1, 8, NQ]), mask=top_live,
+                     eviction_policy="evict_last")
         if MASS == 1:
             tl.store(p_ptr + at[:, None] * G + g[None, :], p.to(tl.float16), mask=ok[:, None] & live[None, :])
             tl.store(m_ptr + (lane * tiles + (lo + t) // BN) * G + g, m, mask=live)
@@ -433,5 +444,4 @@ def split_kernel(
     if ENTROPY:
         tl.store(ent_ptr + row + g, tl.sum(ent, 0) * inv, mask=live)
     if CHAIN:
-        # this launch overlapped the previous tier's; ending after it makes the merge, which waits for the last, safe
-        gdc_wait()
+        _end_after_the_launch_before(c, lane)

@@ -7,6 +7,7 @@ import torch
 
 from kernels import decode
 from kernels.decode import reference
+from kernels.decode.config import Split
 from kernel_caches import BEST, CUDA, DEVICE, error, make_tier
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
@@ -89,6 +90,19 @@ def test_tiers_join_in_one_softmax():
     q = torch.randn(2, 6, 64, generator=generator).to(DEVICE, torch.float16)
     check(q, tiers, want_mass=True, want_entropy=True)
     check(q, tiers, torch.bfloat16, want_mass=True, want_entropy=True, weights_as="bytes")
+
+
+def test_more_parts_than_a_merge_takes_at_once():
+    """Output, entropy and mass, by 70 programs of one tile each; some of the second lane's have nothing to read."""
+    pytest.importorskip("triton")
+    from kernels.decode.launch import run
+
+    q, tier = case(4, [2230, 40], 64, 2, channels=64)
+    out, lse, entropy, mass = reference.attend(q, [tier], 0.125, want_mass=True)
+    for kept in ("bytes", "halves"):
+        got = run(q, [tier], 0.125, None, None, None, True, True, plans=[Split(32, 1, 1, None, 32)], weights_as=kept)
+        assert error(got.out, out) <= 2e-3 and error(got.lse, lse) <= 1e-3 and error(got.entropy, entropy) <= 5e-3
+        assert error(got.mass[0], mass[0]) <= 1e-2
 
 
 @pytest.mark.parametrize("bits,lengths", [(16, [1, 0, 31, 70 * LONG]), (16, [1100, 3]), (4, [1, 0, 31, 33, 70 * LONG]), (4, [1100])])
@@ -208,6 +222,24 @@ def test_captured_graph_follows_lengths():
         got.out.fill_(torch.nan)
         graph.replay()
         assert error(got.out, reference.attend(q, [tier], 0.1)[0]) < 2e-3
+
+
+@pytest.mark.gpu
+def test_the_merge_waits_for_every_tier():
+    """Launches of tiers overlap, and the last of them ends long before the first: with a query that changes between
+    replays, a merge that started early would join parts of the replay before."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = {16: [60000, 40000], 8: [7, 0], 4: [0, 3], 2: [1, 1]}
+    tiers = [make_tier(b, n, 64, channels=64, device=DEVICE, generator=generator) for b, n in lengths.items()]
+    q = torch.zeros(1, 8, 64, device=DEVICE, dtype=torch.float16)
+    decode.attend(q, tiers, 0.125)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = decode.attend(q, tiers, 0.125)
+    for _ in range(5):
+        q.copy_(torch.randn(q.shape, generator=generator))
+        graph.replay()
+        assert error(got.out, reference.attend(q, tiers, 0.125)[0]) < 2e-3
 
 
 @pytest.mark.gpu
