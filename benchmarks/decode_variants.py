@@ -51,8 +51,8 @@ def variants():
         (32, 4, 128, 512, True), (64, 3, 168, 704, True), (64, 3, None, 704, True), (32, 4, 128, 768, True),
     ]:
         yield "int4 g64 smol B8", SMOL8, 4, 64, "token", Split(tile, 1, stages, regs, chunk, ahead)
-    for tile, warps, stages, chunk in [(64, 4, 3, 5504), (64, 4, 3, 2048), (64, 4, 3, 4096), (128, 4, 2, 5504),
-                                       (64, 4, 2, 4096)]:
+    for tile, warps, stages, chunk in [(128, 4, 3, 16384), (64, 4, 3, 16384), (64, 4, 4, 16384), (64, 2, 4, 8192),
+                                       (32, 1, 3, 4096)]:
         yield "bf16 llama B8", LLAMA8, 16, 128, "token", Split(tile, warps, stages, None, chunk)
     for tile, warps, stages, chunk in [(64, 4, 3, 704), (64, 4, 3, 1024), (64, 4, 3, 2048), (64, 4, 5, 2048),
                                        (128, 4, 3, 2048),

@@ -55,8 +55,8 @@ class Compiling:
 
 
 def tier(bits: int, lanes: int, dim: int, group: int) -> TierView:
-    """A tier that is said to hold LENGTH entries a lane; little of it exists, since nothing runs."""
-    slots = lanes * 64
+    """A tier of LENGTH entries a lane, which nobody fills, since nothing runs."""
+    slots = lanes * LENGTH
     start, length = torch.zeros(lanes, dtype=torch.int64), torch.full((lanes,), LENGTH, dtype=torch.int32)
     if bits == 16:
         k, v = (torch.empty(slots, dim, dtype=torch.bfloat16) for _ in range(2))

@@ -3,10 +3,12 @@
     python benchmarks/kernels_gpu.py [--scaling] [--quick] [--flex] [--out DIR]
 
 Prints one line per operator and writes kernels_gpu.json (and kernels_gpu_scaling.json) with the machine in it. Times are
-medians over CUDA-graph replays that rotate over more data than L2 holds. `floor_us` is the larger of bytes over 3.0 TB/s
-and floating-point operations over 798 TFLOP/s, both measured on an H100. --quick: only the rows that the issue's table asks
-for, and no 131k prefill; its file is kernels_gpu_quick.json. --flex: compiled flex attention too, for decode and prefill at 32k
-(it takes a minute to compile, and has never been the best).
+medians over CUDA-graph replays that rotate over more data than L2 holds. `floor_us` is the larger of bytes over the rate at
+which this card reads (the fastest dense 16-bit decode of this run, a library's or ours: about 3.0 TB/s on an H100, 4.4 on an
+H200; `read_tb_s` of the machine) and floating-point operations over 798 TFLOP/s (a large bf16 product on an H100; an H200 has
+the same multiprocessors). --quick: only the rows that the issue's table asks for, and no 131k prefill; its file is
+kernels_gpu_quick.json. --flex: compiled flex attention too, for decode and prefill at 32k (it takes a minute to compile, and
+has never been the best).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from benchmarks.gpu_cases import dense_calls, tier, tier_bytes
 from benchmarks.gpu_timing import copies, machine, time_us
 from kernels import decode, prefill, select
 
-BYTES_PER_US, FLOPS_PER_US = 3.0e6, 7.98e8
+FLOPS_PER_US = 7.98e8
 LLAMA, SMOL = (32, 8, 128), (9, 3, 64)
 
 
@@ -34,6 +36,8 @@ class Table:
     def __init__(self) -> None:
         self.rows: list[dict] = []
         self.baselines: dict[tuple, tuple[str, float]] = {}
+        size, (ours, _) = decode_time(lambda: [tier(16, 64, 32768, 128, 128)], 8, LLAMA)
+        self.bytes_per_us = size / min(ours, self.dense(8, LLAMA, 32768)[1])  # what this card reads at
 
     def dense(self, batch: int, shape: tuple[int, int, int], n: int) -> tuple[str, float]:
         """Name and time of the best bf16 decode baseline."""
@@ -54,8 +58,9 @@ class Table:
         return self.baselines[key]
 
     def add(self, op: str, bits: int, batch: int, shape: tuple[int, int, int], n: int, ours: tuple[float, float],
-            baseline: tuple[str, float], floor: float) -> dict:
-        """Record and print one measurement."""
+            baseline: tuple[str, float], size: float = 0.0, operations: float = 0.0) -> dict:
+        """Record and print one measurement; size (bytes) and operations give its floor."""
+        floor = max(size / self.bytes_per_us, operations / FLOPS_PER_US)
         heads, kv, dim = shape
         row = {"op": op, "bits": bits, "batch": batch, "heads": heads, "kv_heads": kv, "head_dim": dim, "context": n,
                "ours_us": round(ours[0], 1), "baseline": baseline[0], "baseline_us": round(baseline[1], 1),
@@ -66,17 +71,17 @@ class Table:
         return row
 
 
-def decode_time(tiers_of, batch: int, shape: tuple[int, int, int], **options) -> tuple[float, float, float]:
-    """(median, spread, floor) of decode.attend over rotating tier lists made by tiers_of()."""
+def decode_time(tiers_of, batch: int, shape: tuple[int, int, int], **options) -> tuple[int, tuple[float, float]]:
+    """(bytes read, (median, spread)) of decode.attend over rotating tier lists made by tiers_of()."""
     heads, _, dim = shape
     first = tiers_of()
     size = sum(tier_bytes(t) for t in first)
     sets = [first] + [tiers_of() for _ in range(copies(size) - 1)]
     q = torch.randn(batch, heads, dim, device="cuda", dtype=torch.bfloat16)
-    us, spread = time_us([lambda s=s: decode.attend(q, s, dim**-0.5, **options) for s in sets])
+    us = time_us([lambda s=s: decode.attend(q, s, dim**-0.5, **options) for s in sets])
     del sets, first
     torch.cuda.empty_cache()
-    return us, spread, size / BYTES_PER_US
+    return size, us
 
 
 def decode_rows(table: Table, quick: bool = False) -> None:
@@ -95,28 +100,28 @@ def decode_rows(table: Table, quick: bool = False) -> None:
     if quick:
         cases = [c for c in cases if c[0] in ("decode", "decode g64") and (c[2] == 8 or c[4] == 131072) and (c[1], c[4]) != (16, 131072)]
     for op, bits, batch, shape, n, group, kind in cases:
-        us, spread, floor = decode_time(lambda: [tier(bits, batch * shape[1], n, shape[2], group, kind=kind)], batch, shape)
-        table.add(op, bits, batch, shape, n, (us, spread), table.dense(batch, shape, n), floor)
+        size, us = decode_time(lambda: [tier(bits, batch * shape[1], n, shape[2], group, kind=kind)], batch, shape)
+        table.add(op, bits, batch, shape, n, us, table.dense(batch, shape, n), size)
     lanes, n = 64, 32768
     parts = {16: n // 16, 8: n // 8, 4: n // 4, 2: n // 2}  # and n/16 evicted: 4 bits on average
-    us, spread, floor = decode_time(lambda: [tier(b, lanes, m, 128, 64) for b, m in parts.items()], 8, LLAMA)
+    size, us = decode_time(lambda: [tier(b, lanes, m, 128, 64) for b, m in parts.items()], 8, LLAMA)
     pure = next(r for r in table.rows if r["op"] == "decode g64" and r["bits"] == 4 and r["batch"] == 8)["ours_us"]
-    table.add("decode mixed 16/8/4/2 (4 bits)", 4, 8, LLAMA, n, (us, spread), ("ours int4", pure), floor)
+    table.add("decode mixed 16/8/4/2 (4 bits)", 4, 8, LLAMA, n, us, ("ours int4", pure), size)
     generator = torch.Generator().manual_seed(1)
     kept = (torch.rand(lanes, generator=generator) * 0.4 + 0.05).mul(n).int()
-    us, spread, floor = decode_time(lambda: [tier(16, lanes, n, 128, 128, lengths=kept)], 8, LLAMA)
+    size, us = decode_time(lambda: [tier(16, lanes, n, 128, 128, lengths=kept)], 8, LLAMA)
     share = float(kept.float().mean()) / n
-    table.add(f"decode ragged {share:.0%} kept", 16, 8, LLAMA, n, (us, spread), table.dense(8, LLAMA, n), floor)
+    table.add(f"decode ragged {share:.0%} kept", 16, 8, LLAMA, n, us, table.dense(8, LLAMA, n), size)
     even = torch.full((lanes,), int(kept.float().mean()))
-    us2, spread2, floor2 = decode_time(lambda: [tier(16, lanes, n, 128, 128, lengths=even)], 8, LLAMA)
-    table.add("decode ragged vs even budget", 16, 8, LLAMA, n, (us, spread), ("ours even", us2), floor2)
+    size, budget = decode_time(lambda: [tier(16, lanes, n, 128, 128, lengths=even)], 8, LLAMA)
+    table.add("decode ragged vs even budget", 16, 8, LLAMA, n, us, ("ours even", budget[0]), size)
     for bits in (16, 4):
-        own = next(r for r in table.rows if r["bits"] == bits and r["batch"] == 8 and r["op"] in ("decode", "decode g64"))
+        _, own = decode_time(lambda: [tier(bits, lanes, n, 128, 64)], 8, LLAMA)  # again, beside what it is compared with
         for way, named in (("bytes", "decode with mass and entropy"), ("halves", "decode with mass (halves), entropy")):
-            us, spread, floor = decode_time(
+            size, us = decode_time(
                 lambda: [tier(bits, lanes, n, 128, 64)], 8, LLAMA, want_mass=True, want_entropy=True, weights_as=way
             )
-            table.add(named, bits, 8, LLAMA, n, (us, spread), ("ours without", own["ours_us"]), floor)
+            table.add(named, bits, 8, LLAMA, n, us, ("ours without", own[0]), size)
 
 
 def quest_row(table: Table) -> None:
@@ -132,9 +137,9 @@ def quest_row(table: Table) -> None:
     def step(t, low, high):
         return select.attend_best(q, t, low, high, 64, dim**-0.5)
 
-    us, spread = time_us([lambda s=s: step(*s) for s in sets])
-    floor = (n // 16 * kv * dim * 4 + 1024 * kv * dim * 4) / BYTES_PER_US
-    table.add("quest: score, select, read 1k", 16, 1, LLAMA, n, (us, spread), table.dense(1, LLAMA, n), floor)
+    us = time_us([lambda s=s: step(*s) for s in sets])
+    size = n // 16 * kv * dim * 4 + 1024 * kv * dim * 4
+    table.add("quest: score, select, read 1k", 16, 1, LLAMA, n, us, table.dense(1, LLAMA, n), size)
     t, low, high = sets[0]
     pages = select.best_pages(q, low, high, t.length, 64)
     parts = [time_us([lambda s=s: select.page_scores(q, s[1], s[2], s[0].length) for s in sets])[0],
@@ -164,21 +169,26 @@ def prefill_rows(table: Table, long: bool = True) -> None:
         flash = ("flash", once(library(SDPBackend.FLASH_ATTENTION))[0])
         cudnn = ("cudnn", once(library(SDPBackend.CUDNN_ATTENTION))[0])
         best = min(flash, cudnn, key=lambda x: x[1])
-        floor = 2 * n * n * dim * heads / FLOPS_PER_US
+        work = 2 * n * n * dim * heads
         if n == 32768:
             table.add("prefill (our Triton forward)", 16, 1, LLAMA, n,
-                      once(lambda: prefill.attend(q, k, v, scale, impl="triton")), best, floor)
+                      once(lambda: prefill.attend(q, k, v, scale, impl="triton")), best, operations=work)
             table.add("prefill with mass and row lse", 16, 1, LLAMA, n,
-                      once(lambda: prefill.attend(q, k, v, scale, want_mass=True)), best, floor * 1.5)
+                      once(lambda: prefill.attend(q, k, v, scale, want_mass=True)), best,
+                      operations=work * 1.5)
             table.add("prefill with entropy, lse, mass", 16, 1, LLAMA, n,
-                      once(lambda: prefill.attend(q, k, v, scale, want_mass=True, want_entropy=True)), best, floor * 1.5)
+                      once(lambda: prefill.attend(q, k, v, scale, want_mass=True, want_entropy=True)), best,
+                      operations=work * 1.5)
             table.add("prefill sigmoid", 16, 1, LLAMA, n,
-                      once(lambda: prefill.attend(q, k, v, scale, weight="sigmoid")), flash, floor)
-        sparse = 4 * n * (2048 + 64) * dim * heads / FLOPS_PER_US
+                      once(lambda: prefill.attend(q, k, v, scale, weight="sigmoid")), flash,
+                      operations=work)
+        sparse = 4 * n * (2048 + 64) * dim * heads
         table.add("prefill a-shape 2k", 16, 1, LLAMA, n,
-                  once(lambda: prefill.a_shape(q, k, v, scale, sinks=64, window=2048)), best, sparse)
+                  once(lambda: prefill.a_shape(q, k, v, scale, sinks=64, window=2048)), best,
+                  operations=sparse)
         table.add("prefill a-shape 2k + delta 64", 16, 1, LLAMA, n,
-                  once(lambda: prefill.delta(q, k, v, scale, gamma=64, sinks=64, window=2048)), best, sparse + floor / 64)
+                  once(lambda: prefill.delta(q, k, v, scale, gamma=64, sinks=64, window=2048)), best,
+                  operations=sparse + work / 64)
         del q, k, v
         torch.cuda.empty_cache()
 
@@ -197,22 +207,21 @@ def flex_rows(table: Table) -> None:
         call = lambda: run(q, k, v, block_mask=mask, enable_gqa=True, scale=dim**-0.5)  # noqa: E731
         for _ in range(3):
             call()
-        ours = own[named, batch]
-        table.add(f"{named}, against compiled flex", 16, batch, LLAMA, n, (ours["ours_us"], 0.0),
-                  ("flex", time_us([call] * 2, 5)[0]), ours["floor_us"])
+        kind = dict(operations=2 * n * n * dim * heads) if queries > 1 else dict(size=4 * batch * kv * n * dim)
+        table.add(f"{named}, against compiled flex", 16, batch, LLAMA, n, (own[named, batch]["ours_us"], 0.0),
+                  ("flex", time_us([call] * 2, 5)[0]), **kind)
 
 
-def scaling() -> list[dict]:
+def scaling(table: Table) -> list[dict]:
     """Decode time against context (batch 1) and against batch (8k tokens), by width, with the best baseline."""
     out = []
-    table = Table()
     points = [(1, 1 << e) for e in range(10, 21, 2)] + [(b, 8192) for b in (1, 4, 16, 64)]
     for batch, n in points:
         row = {"batch": batch, "context": n, "heads": 32, "kv_heads": 8, "head_dim": 128}
         row["baseline"], row["baseline_us"] = table.dense(batch, LLAMA, n)
         for bits in (16, 8, 4, 2):
-            us, _, floor = decode_time(lambda: [tier(bits, batch * 8, n, 128, 64)], batch, LLAMA)
-            row[f"ours_{bits}_us"], row[f"floor_{bits}_us"] = round(us, 1), round(floor, 1)
+            size, (us, _) = decode_time(lambda: [tier(bits, batch * 8, n, 128, 64)], batch, LLAMA)
+            row[f"ours_{bits}_us"], row[f"floor_{bits}_us"] = round(us, 1), round(size / table.bytes_per_us, 1)
         row["baseline_us"] = round(row["baseline_us"], 1)
         out.append(row)
         print(row, flush=True)
@@ -224,20 +233,24 @@ def main() -> None:
     folder = sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else os.path.join(os.path.dirname(__file__), "results")
     os.makedirs(folder, exist_ok=True)
     quick = "--quick" in sys.argv
-    card = machine()
-    print(card, flush=True)
     table = Table()
+    card = {**machine(), "read_tb_s": round(table.bytes_per_us / 1e6, 2)}
+    print(card, flush=True)
+
+    def write(name: str, rows: list[dict]) -> None:
+        with open(os.path.join(folder, name + ".json"), "w") as f:
+            json.dump({"machine": card, "rows": rows}, f, indent=1)
+
+    def scale(table: Table) -> None:
+        write("kernels_gpu_scaling", scaling(table))
+
     parts = [lambda t: decode_rows(t, quick), quest_row, lambda t: prefill_rows(t, long=not quick)]
-    for part in parts + [flex_rows] * ("--flex" in sys.argv):
+    for part in parts + [scale] * ("--scaling" in sys.argv) + [flex_rows] * ("--flex" in sys.argv):
         try:
             part(table)
         except Exception as error:  # a baseline that does not compile must not cost the rows measured before it
             print("stopped early:", type(error).__name__, str(error)[:200], flush=True)
-        with open(os.path.join(folder, "kernels_gpu_quick.json" if quick else "kernels_gpu.json"), "w") as f:
-            json.dump({"machine": card, "rows": table.rows}, f, indent=1)
-    if "--scaling" in sys.argv:
-        with open(os.path.join(folder, "kernels_gpu_scaling.json"), "w") as f:
-            json.dump({"machine": card, "rows": scaling()}, f, indent=1)
+        write("kernels_gpu_quick" if quick else "kernels_gpu", table.rows)
 
 
 if __name__ == "__main__":
