@@ -15,8 +15,9 @@ from kernels.merge import merge
 @dataclass
 class Decoded:
     """Result of `attend`. out [B,Hq,d] in q's dtype; lse [B,Hq] float32, natural logarithm (-inf where nothing was
-    read); entropy [B,Hq] float32 in nats or None; mass: per tier float32 [slots], the weight each key received summed
-    over its group's query heads (slots outside every lane are left as they were), or an empty list."""
+    read); entropy [B,Hq] float32 in nats or None; mass: per tier [slots], the weight each key received summed
+    over its group's query heads (slots outside every lane are left as they were), float32, or bfloat16 where the weights were
+    kept as bytes; or an empty list."""
 
     out: torch.Tensor
     lse: torch.Tensor

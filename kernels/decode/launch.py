@@ -148,7 +148,7 @@ def run(
     if as_bytes:
         pieces = rows * triton.cdiv(dim, how.channels)
         for t, (weights, tops, tiles, tile, pack) in zip(tiers, locals_):
-            mass = torch.empty(t.slots, dtype=torch.float32, device=device)
+            mass = torch.empty(t.slots, dtype=torch.bfloat16, device=device)  # as exact as the bytes are, and half to write
             blocks = triton.cdiv(max(1, t.capacity), config.MASS_ENTRIES)
             home(finish_kernel)[(pieces + blocks * lanes,)](
                 part_o, part_lse, part_ent, sink_in, gate_in, out, lse, ent_out, weights, tops, t.start, t.length, mass,
