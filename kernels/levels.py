@@ -24,8 +24,8 @@ _NORMAL = {
 
 @cache
 def normal_levels(bits: int, device: torch.device = CPU) -> torch.Tensor:
-    """The 2**bits Lloyd-Max levels of N(0, 1), ascending, float32; bits 1 to 4. On a device always the same tensor, so that nothing
-    is copied to it while a graph is captured."""
+    """The 2**bits Lloyd-Max levels of N(0, 1), ascending, float32; bits 1 to 4. On a device always the same tensor, so that
+    nothing is copied to it while a graph is captured."""
     half = torch.tensor(_NORMAL[bits])
     return torch.cat([-half.flip(0), half]).to(device)
 

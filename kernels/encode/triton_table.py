@@ -98,7 +98,8 @@ def from_table_kernel(
 ):
     """code [rows, D*BITS/8] uint8 to out [rows,D]: levels times norm times `unit`, multiplied by turn [D,D].
 
-    BR rows and BN channels a program, from BK channels at a time: exact products run outside the tensor cores, so tiles are small.
+    BR rows and BN channels a program, from BK channels at a time: exact products run outside the tensor cores, so tiles are
+    small.
     """
     W: tl.constexpr = D * BITS // 8
     r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
@@ -110,9 +111,9 @@ def from_table_kernel(
         k = c * BK + tl.arange(0, BK)
         inside = ok[:, None] & (k < D)[None, :]
         if BITS == 3:  # two bits in one stream, the high bit in another
-            low = tl.load(row + (k % (D // 4))[None, :], mask=inside, other=0).to(tl.int32) >> (2 * (k // (D // 4)))[None, :]
-            high = tl.load(row + (D // 4 + k % (D // 8))[None, :], mask=inside, other=0).to(tl.int32) >> (k // (D // 8))[None, :]
-            code = (low & 3) | ((high & 1) << 2)
+            low = tl.load(row + (k % (D // 4))[None, :], mask=inside, other=0).to(tl.int32)
+            high = tl.load(row + (D // 4 + k % (D // 8))[None, :], mask=inside, other=0).to(tl.int32)
+            code = ((low >> (2 * (k // (D // 4)))[None, :]) & 3) | (((high >> (k // (D // 8))[None, :]) & 1) << 2)
         else:
             byte = tl.load(row + (k % W)[None, :], mask=inside, other=0).to(tl.int32)
             code = (byte >> (BITS * (k // W))[None, :]) & ((1 << BITS) - 1)

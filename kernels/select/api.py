@@ -44,7 +44,8 @@ def _summarise(k, start, length, low, high, page: int, programs: int = 0) -> Non
 def grow_means(
     mean: torch.Tensor, k: torch.Tensor, start: torch.Tensor, length: torch.Tensor, page: int = 16, impl: str = "auto",
 ) -> None:
-    """The mean [lanes,P,d] of every lane's newest page, anew and in place, its newest entry counted: arguments as `grow_bounds`."""
+    """The mean [lanes,P,d] of every lane's newest page, anew and in place, its newest entry counted: arguments as
+    `grow_bounds`."""
     if choose(impl, k) == "torch":
         reference.grow_means(mean, k, start, length, page)
     else:
@@ -101,8 +102,8 @@ def top_pages(scores: torch.Tensor, length: torch.Tensor, count: int, page: int 
     """The `count` best pages of each lane, ascending, int32 [lanes,count], -1 where a lane has fewer.
 
     last: the pages of so many newest entries are always among them, whatever their scores; `count` has room for those.
-    Deterministic: ties go to the lower page (R4). want int32 [1], on the device: the number of pages where it is below `count`, so
-    that a captured graph may read more of them later.
+    Deterministic: ties go to the lower page (R4). want int32 [1], on the device: the number of pages where it is below `count`,
+    so that a captured graph may read more of them later.
     """
     if choose(impl, scores) == "torch":
         return reference.top_pages(scores, length, page, count, last, want)
@@ -167,8 +168,8 @@ def attend_best(
     way: "joined" chooses the pages inside the launch that reads them (16-bit tiers without bias or rotation, in q's dtype, no
     softcap, pages of 1 to 64 entries, a power of two); "steps" takes the three calls; "auto" joins where it can and few enough
     pages are left to choose from, as every program of a joined launch repeats the last round.
-    front: entries of the same k and v that are read besides, at least one a lane. last and want as for `top_pages`; softcap, sink
-    and gate as for `kernels.decode.attend`.
+    front: entries of the same k and v that are read besides, at least one a lane. last and want as for `top_pages`; softcap,
+    sink and gate as for `kernels.decode.attend`.
     """
     if way not in ("auto", "joined", "steps"):
         raise ValueError(f"unknown way {way!r}; expected 'auto', 'joined' or 'steps'.")

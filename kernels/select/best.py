@@ -85,7 +85,9 @@ def best_pages(
     lanes, parts, keep = found.shape[1:]
     out = torch.empty(lanes, count, dtype=torch.int32, device=q.device)
     home(last_kernel)[(lanes,)](
-        length, found[0], found[1], length if want is None else want, out, parts, keep, count, last, WANT=want is not None, **second)
+        length, found[0], found[1], length if want is None else want, out, parts, keep, count, last, WANT=want is not None,
+        **second,
+    )
     return out
 
 
@@ -110,8 +112,9 @@ def attend(
     part_lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
     home(read_kernel)[(splits, lanes)](
         q, tier.k, tier.v, tier.start, tier.length, found[0], found[1], tier.length if want is None else want, before.start,
-        before.length, part, part_lse, scale, parts, keep, count, last, WANT=want is not None, FRONT=ahead, G=group, NQ=max(8, triton.next_power_of_2(group)), D=dim,
-        DP=max(16, triton.next_power_of_2(dim)), PAGES=pages, **second,
+        before.length, part, part_lse, scale, parts, keep, count, last, WANT=want is not None, FRONT=ahead,
+        G=group, NQ=max(8, triton.next_power_of_2(group)), D=dim, DP=max(16, triton.next_power_of_2(dim)), PAGES=pages,
+        **second,
     )
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device)

@@ -85,7 +85,9 @@ class NormalRotated:
         for name, found in self.encode(x, None)[0].items():
             rows[name].index_copy_(0, slots, found)
 
-    def _table(self, x: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None, slots: torch.Tensor | None = None):
+    def _table(
+        self, x: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None, slots: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         device = x.device
         return encode.table(
             x, levels.normal_levels(self.bits, device), self.bits, turn=levels.turn(x.shape[-1], self.seed, device), by_norm=True,

@@ -30,10 +30,12 @@ CHANGING = ["streaming_llm(budget=20)", "streaming_llm(budget=20,renumber=false)
             "h2o(budget=20)+pyramidkv(window=8)"]
 CODING = ["int_codes", "int_codes(bits=4)", "int_codes(bits=2)", "snapkv(budget=0.5,window=8)+int_codes(bits=4)",
           "int_codes+zerotuning(gamma=3)", "kivi(group=16,residual=16)", "kivi(group=32,residual=32,bits=4)",
-          "snapkv(budget=0.7,window=8)+kivi(group=16,residual=32)", "kivi(group=16,residual=16)+head_pruning(heads=1)", "h2o(budget=20)+int_codes(bits=4)",
-          "fp8", "rotated(bits=4)", "rotated(mode=quarot,bits=4)", "rotated(bits=8,value_bits=4)", "rotated(mode=inner,bits=4)",
+          "snapkv(budget=0.7,window=8)+kivi(group=16,residual=32)", "kivi(group=16,residual=16)+head_pruning(heads=1)",
+          "h2o(budget=20)+int_codes(bits=4)", "fp8", "rotated(bits=4)", "rotated(mode=quarot,bits=4)",
+          "rotated(bits=8,value_bits=4)", "rotated(mode=inner,bits=4)",
           "h2o(budget=20)+rotated(bits=4)", "snapkv(budget=0.5,window=8)+rotated(mode=quarot)", "rotated+zerotuning(gamma=3)"]
-OTHERS = ["quest+int_codes", "block_topk(mode=random)", "snapkv(budget=0.5,window=8)+adakv+block_topk(budget=0.1,page=4)", "quest(dense_layers=0)+zerotuning(gamma=2)",
+OTHERS = ["quest+int_codes", "block_topk(mode=random)", "snapkv(budget=0.5,window=8)+adakv+block_topk(budget=0.1,page=4)",
+          "quest(dense_layers=0)+zerotuning(gamma=2)",
           "moh", "h2o(budget=20)+kivi(group=16,residual=16)", "h2o(budget=20)+cam", "int_codes(sinks=2)"]
 STEPS = 30
 

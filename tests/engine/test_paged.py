@@ -202,9 +202,9 @@ def test_what_samples_share_has_no_kernel_yet():
 def test_captured_over_many_pages(spec, dtype):
     """A long prompt: several slices a lane, a share that grows while the graph is replayed, trial runs that leave no trace.
 
-    In bfloat16 ordinary steps round the scores of pages to 8 bits, so that 5 to 30 of these pages tie at the bound and the earlier
-    are read; the kernels' scores are float32. Either reads pages that the other does not, and what must hold is that captured
-    steps come as near to the float32 model's as ordinary ones do.
+    In bfloat16 ordinary steps round the scores of pages to 8 bits, so that 5 to 30 of these pages tie at the bound and the
+    earlier are read; the kernels' scores are float32. Either reads pages that the other does not, and what must hold is that
+    captured steps come as near to the float32 model's as ordinary ones do.
     """
     model = tiny_models.build("llama", head_dim=64, max_position_embeddings=8192).to("cuda", dtype)
     sessions = [Session(model, spec, new_tokens=STEPS) for _ in range(2)]

@@ -70,7 +70,8 @@ def unlike(got: torch.Tensor, want: torch.Tensor, y: torch.Tensor, table: torch.
 
 @pytest.mark.parametrize("bits,dim", [(1, 64), (2, 80), (3, 64), (4, 128), (4, 24), (3, 256)])
 def test_numbers_of_a_turned_table(bits, dim):
-    x, table, turn = numbers(3, 37, dim, seed=bits), levels.normal_levels(bits, torch.device(DEVICE)), levels.turn(dim, 3, torch.device(DEVICE))
+    device = torch.device(DEVICE)
+    x, table, turn = numbers(3, 37, dim, seed=bits), levels.normal_levels(bits, device), levels.turn(dim, 3, device)
     packed, norm = encode.table(x, table, bits, turn=turn, by_norm=True, impl="torch")
     want = (table.double()[levels.unpack(packed, bits).int()] / dim**0.5 @ turn.double()) * norm.double()
     for impl in ("torch", "triton"):
@@ -79,7 +80,8 @@ def test_numbers_of_a_turned_table(bits, dim):
 
 
 @pytest.mark.parametrize("codec", [
-    NormalRotated(4, 1), NormalRotated(3, 1), NormalRotated(4, 1, signs=True), AffineRotated(4, 32, 1), AffineRotated(8, 64, 2)])
+    NormalRotated(4, 1), NormalRotated(3, 1), NormalRotated(4, 1, signs=True), AffineRotated(4, 32, 1), AffineRotated(8, 64, 2),
+])
 def test_rotated_rows_coded_in_place(codec):
     """The row of a captured step: into its slot what `encode` gives, and back in another dtype."""
     x, slots = numbers(3, 64, seed=11), torch.tensor([7, 0, 4], device=DEVICE)

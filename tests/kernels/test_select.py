@@ -190,7 +190,7 @@ def test_attend_best_is_its_three_steps(dim, group, count, page, dtype):
 
 @pytest.mark.parametrize("page,first,last,want", [(16, 4, 64, None), (16, 100, 40, 7), (7, 4, 20, 6), (1, 1, 9, None)])
 def test_entries_in_front_are_always_read(page, first, last, want):
-    """What block top-k reads: entries before the first page, the best pages by their means, and the pages of the newest entries."""
+    """What block top-k reads: entries before the first page, the best pages by their means, those of the newest entries."""
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(page)
     whole = make_tier(16, [700, 701, first, first + 5], 64, device=DEVICE, generator=generator, spare=5)

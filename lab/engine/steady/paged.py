@@ -197,8 +197,8 @@ class Paged(Growing):
             store.state.update({name: x[:, :, :pages] for name, x in zip(paging.fields, self._wide())})
 
     def _counted(self) -> None:
-        """What a captured step has read, and how many pages the next one reads. All layers do this on the host while the graph runs,
-        where a few microseconds each are soon more than the graph takes."""
+        """What a captured step has read, and how many pages the next one reads. All layers do this on the host while the graph
+        runs, where a few microseconds each are soon more than the graph takes."""
         paging, (n, count, whole, pages) = self.paging, self.next
         self.sparse = whole > count
         if self.sparse:
@@ -212,7 +212,7 @@ class Paged(Growing):
             self.want.fill_(asked)
 
     def _foresee(self, n: int) -> int:
-        """Note what a captured step reads whose longest lane holds n entries: how many pages that is, those read anyway counted."""
+        """Note what a captured step reads whose longest lane holds n entries: how many pages, those read anyway counted."""
         paging = self.paging
         self.next = n, paging.count(n), paging.candidates(n), paging.pages(n)
         return self.next[1] + self.next[3] - self.next[2]

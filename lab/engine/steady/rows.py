@@ -33,8 +33,8 @@ class _Coded:
     def views(self, held: int, capacity: int) -> None:
         """The tiers as the kernel reads them: `held` coded rows per lane, and the newest row.
 
-        Where the kernel does not know the code, or turned vectors, every step decodes all rows into a tier that lives as long as
-        the layer attends (`by_kernel`).
+        Where the kernel does not know the code, or vectors are turned, every step decodes all rows into a tier that lives as
+        long as the layer attends (`by_kernel`).
         """
         store, device = self.store, self.store.device
         k, v = self.coded_k.rows.fields, self.coded_v.rows.fields
