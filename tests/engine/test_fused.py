@@ -34,7 +34,7 @@ def fuse_everywhere(monkeypatch):
         return got
 
     monkeypatch.setattr(pipeline, "fusable", lambda q: True)
-    monkeypatch.setattr(pipeline, "_dense_row", lambda *_: None)
+    monkeypatch.setattr(pipeline, "dense_fits", lambda store: False)
     monkeypatch.setattr(pipeline.steady, "run", lambda *_: None)
     monkeypatch.setattr(fused, "one_row", counted)
     return served
