@@ -14,6 +14,9 @@ that 8-bit operands otherwise need costs nothing.
 import triton
 import triton.language as tl
 
+RAISE = tl.constexpr(8388608.0)  # 2^23: a float32 plus this has the number, rounded, in its lowest bits
+RAISED = tl.constexpr(0x4B000000)  # and these bits above it
+
 
 @triton.constexpr_function
 def _select_byte(word: int, byte: int, mask: int) -> str:

@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.decode.pieces import RAISE, RAISED
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-RAISE = tl.constexpr(8388608.0)  # 2^23, whose lowest bits count ones
-RAISED = tl.constexpr(0x4B000000)  # its bits
 
 
 @triton.jit

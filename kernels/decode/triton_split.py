@@ -9,13 +9,11 @@ import triton.language as tl
 
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.decode.pieces import fp8_piece, piece
+from kernels.decode.pieces import RAISE, RAISED, fp8_piece, piece
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-1e30)  # stands for "nothing seen yet": finite, so that differences stay numbers
 HIDDEN = tl.constexpr(-2e30)  # added to logits that are not read: far below FLOOR, and finite, so that 0 * logit is 0
-RAISE = tl.constexpr(8388608.0)  # 2^23: a float32 plus this has the number, rounded, in its lowest bits
-RAISED = tl.constexpr(0x4B000000)  # and these bits above it
 
 
 @triton.jit

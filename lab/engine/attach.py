@@ -6,7 +6,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from lab.engine.layer import Handle
+from lab.engine.handle import Handle
 from lab.engine.pipeline import Call, run, run_without_cache
 from lab.engine.policy import Policy
 from lab.errors import LabError

@@ -13,36 +13,12 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from lab.engine.common import Common, Segment, Stacked
+from lab.engine.handle import Handle
 from lab.engine.history import History
 from lab.engine.ragged import Ragged
 from lab.engine.segments import Codec, Coded, Exact, drop
 from lab.engine.sharing import Shares
 from lab.engine.tap import Tap
-from lab.errors import LabError
-
-
-class Touched(LabError, AttributeError):
-    """The model did something with keys or values between the cache and the attention function."""
-
-
-class Handle:
-    """What `update` returns as both key and value: the layer, and the rows that were just appended."""
-
-    __slots__ = ("layer", "k", "v", "fresh")
-
-    def __init__(self, layer: "LabLayer", k: torch.Tensor, v: torch.Tensor) -> None:
-        self.layer, self.k, self.v, self.fresh = layer, k, v, True
-
-    def to(self, *args, **kwargs) -> "Handle":
-        """Models that share a layer's cache ask for it on the reader's device; rows are read where they lie."""
-        return self
-
-    def __getattr__(self, name: str):
-        raise Touched(
-            f"This model changes keys or values after the cache returned them (it asked for .{name})",
-            "The lab serves models that pass the cache's answer straight to the attention function",
-            "Choose a model such as Llama, Qwen, Gemma, Mistral or SmolLM",
-        )
 
 
 class LabLayer(Shares, CacheLayerMixin):

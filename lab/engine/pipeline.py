@@ -11,8 +11,9 @@ from kernels.backend import has_triton
 from kernels.merge import sink_logit
 from lab.engine import attend, fused, sparse, steady
 from lab.engine.context import LayerContext
+from lab.engine.handle import Handle
 from lab.engine.history import History
-from lab.engine.layer import Handle, LabLayer
+from lab.engine.layer import LabLayer
 from lab.engine.policy import Policy
 from lab.engine.slots import Band, ColumnBias
 from lab.errors import LabError

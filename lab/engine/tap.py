@@ -8,7 +8,7 @@ import torch
 
 if TYPE_CHECKING:
     from lab.engine.context import LayerContext
-    from lab.engine.layer import Handle
+    from lab.engine.handle import Handle
 
 
 class Tap:

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lab.engine.cache import LabCache
-from lab.engine.layer import Handle, LabLayer
+from lab.engine.handle import Handle
+from lab.engine.layer import LabLayer
 from lab.engine.pipeline import dense_fits, dense_row, run
 from lab.engine.policy import Policy
 from lab.models.norms import FastRMSNorm
@@ -56,12 +57,11 @@ class ShortStep:
         base = model.base_model
         self.model, self.base, self.head = model, base, model.get_output_embeddings()
         self.blocks, self.last = [_Block(layer) for layer in base.layers], base.norm.rows
-        own = [model, base, *base.layers]  # where the lab's own hooks may be: `attach`, `depth.install`
-        others = [m for m in model.modules() if not any(m is x for x in own[1:])]
-        self.empty = [hooks for m in others for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        own = {base, *base.layers}  # where the lab's own hooks may be: `attach`, `depth.install`
+        self.empty = [hooks for m in model.modules() if m not in own for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.empty += [layer._forward_hooks for layer in base.layers]
+        self.few = [m._forward_pre_hooks for m in own]
         self.layers = list(base.layers)
-        self.few = [layer._forward_pre_hooks for layer in base.layers] + [base._forward_pre_hooks]
 
     def __call__(self, ids: torch.Tensor, cache: LabCache) -> torch.Tensor | None:
         """ids int64 [B,1] -> logits float32 [B,V], the new keys and values stored; None, and nothing done, where a technique

@@ -9,7 +9,8 @@ import torch
 from lab.engine.steady.plan import FILLING, Unfit, not_in_place, unfit
 
 if TYPE_CHECKING:
-    from lab.engine.layer import Handle, LabLayer
+    from lab.engine.handle import Handle
+    from lab.engine.layer import LabLayer
     from lab.engine.policy import Policy
     from lab.engine.steady.clock import Clock
     from lab.engine.steady.step import Step

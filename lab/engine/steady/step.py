@@ -18,7 +18,8 @@ from kernels.decode import TierView
 from lab.engine.attend import samples_row
 from lab.engine.context import LayerContext
 from lab.engine.fused import tier_of
-from lab.engine.layer import Handle, LabLayer
+from lab.engine.handle import Handle
+from lab.engine.layer import LabLayer
 from lab.engine.steady.clock import Clock
 from lab.engine.steady.plan import Unfit, standing
 
