@@ -67,7 +67,7 @@ class Keeper:
 @torch.inference_mode()
 def read(model, ids: list[int]) -> tuple[Read, LabCache]:
     """Read a prompt densely; also gives the dense cache."""
-    cache, tokens = LabCache(model, "", prompt=len(ids)), torch.tensor([ids])
+    cache, tokens = LabCache(model, prompt=len(ids)), torch.tensor([ids])
     for layer in cache.lab_layers:
         layer.tap = Keeper()
     hidden = model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)[0]

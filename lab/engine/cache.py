@@ -30,7 +30,7 @@ class LabCache(DynamicCache):
     """
 
     def __init__(
-        self, model: torch.nn.Module, stack: Stack | str = "", *, prompt: int = 0, reserve: int = 0, seed: int = 0,
+        self, model: torch.nn.Module, stack: Stack | str = "dense", *, prompt: int = 0, reserve: int = 0, seed: int = 0,
         record: bool = False,
     ) -> None:
         from lab.engine.attach import attach, is_attached

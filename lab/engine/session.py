@@ -34,7 +34,7 @@ class Session:
     shorten = True
 
     def __init__(
-        self, model: torch.nn.Module, stack: Stack | str = "", *, new_tokens: int = 64, chunk: int | None = 512,
+        self, model: torch.nn.Module, stack: Stack | str = "dense", *, new_tokens: int = 64, chunk: int | None = 512,
         seed: int = 0, record: bool = False, capture: bool = False,
     ) -> None:
         self.model = model

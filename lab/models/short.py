@@ -101,7 +101,7 @@ def shorten(model: PreTrainedModel) -> bool:
         return False
     short = ShortStep(model)
     with torch.inference_mode():
-        ours, theirs = LabCache(model, ""), LabCache(model, "")
+        ours, theirs = LabCache(model), LabCache(model)
         for cache in (ours, theirs):
             model(torch.tensor([_PROMPT]), past_key_values=cache, use_cache=True, logits_to_keep=1)
         for token in (4, 5):

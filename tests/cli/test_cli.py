@@ -103,6 +103,8 @@ def test_runs_compare_export_import(tiny, files, capsys):
         (["--variant", "h2o(budgt=1)"], "Did you mean budget"),
         (["--variant", "h2o(budget=-1)"], "from 0.001 to 1,000,000"),
         (["--variant", "h2o+snapkv"], "both fill the score slot"),
+        (["--variant", ""], "The variant is empty"),
+        (["--variant", "h2o(budget=0.25)+"], 'missing beside a "+"'),
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--max-new-tokens", "500"], "only 12 fit"),
         (["--temperature", "-1"], "temperature"),

@@ -21,7 +21,7 @@ def run(spec: str, prompt: int = 120, steps: int = 0, **more) -> Session:
 
 
 def test_within_the_budget_nothing_changes():
-    dense, arkv = run("", 60, 10), run("arkv(budget=70,window=8)", 60, 10)
+    dense, arkv = run("dense", 60, 10), run("arkv(budget=70,window=8)", 60, 10)
     assert all(layer.bits_count() == {16: 140} for layer in arkv.cache.lab_layers)
     for a, b in zip(dense.cache.lab_layers, arkv.cache.lab_layers):
         assert torch.allclose(a.all_keys(), b.all_keys(), atol=1e-5)

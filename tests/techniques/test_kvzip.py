@@ -79,7 +79,7 @@ def test_the_best_of_all_layers_and_heads_stay():
 
 
 def test_ratio_zero_changes_nothing():
-    dense, whole = Session(llama(), ""), Session(llama(), "kvzip(budget=1)")
+    dense, whole = Session(llama()), Session(llama(), "kvzip(budget=1)")
     assert torch.equal(dense.prefill(IDS), whole.prefill(IDS))
     assert torch.allclose(dense.step(torch.tensor([5])), whole.step(torch.tensor([5])), atol=1e-5)
 
