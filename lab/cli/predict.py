@@ -55,6 +55,7 @@ def predicted(facts: dict[str, Any], spec: str, args: argparse.Namespace, machin
     from lab.measure import cost, roofline
 
     stack = Stack.parse(spec)
+    cost.check(stack, args.prompt)
     total, element = args.prompt + args.new, roofline.element_of(facts, machine)
     said = cost.predict(facts, stack, args.prompt, total, element, intensity=machine.intensity, batch=args.sequences,
                         weight_bytes=roofline.weight_bytes(facts, machine))

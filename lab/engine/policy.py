@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from lab.engine.attend import Result
@@ -116,21 +118,25 @@ class Policy:
         return None
 
     def check(self, prompt: int) -> None:
-        """Refuse a budget that cannot hold what it must protect, before anything runs.
+        """Refuse a budget that cannot hold what it must protect, before anything runs; cards ask the same before Run.
 
-        Raises LabError with the numbers.
+        Protected entries count against the budget (rule R5), whether it is a count or a share of this prompt: a share that a
+        short prompt makes too small is refused too, since keeping more than was asked for would show another setting's figures.
+        A budget that holds the whole prompt is never refused. Raises LabError with the numbers.
         """
         total = self.total(prompt)
         if total is None or total >= prompt:
             return
         first, last = self.scorer.protected(total, prompt)
-        if first + last > total or (last >= total and self.scorer.observation_window):
+        needed = max(first + last, last + 1 if self.scorer.observation_window else 0)  # witnesses alone would choose nothing
+        if total < needed:
+            longer = ", or give a longer prompt" if self.total(2 * prompt) > total else ""
             raise LabError(
                 f"{self.scorer.title} would keep {total} of {prompt} entries but must protect {first + last} "
                 f"({first} first, {last} last)",
                 "The budget has to be larger than the entries that are always kept",
-                f"Raise the budget above {first + last} entries ({(first + last) / prompt:.2f} of the prompt) or lower the protected "
-                "window" if first + last < prompt
+                f"Raise the budget to {needed} entries ({math.ceil(100 * needed / prompt) / 100:.2f} of the prompt), protect fewer{longer}"
+                if needed < prompt
                 else "A prompt this short fits whole: give a longer one, lower the protected window, or set budget=1",
             )
 

@@ -137,6 +137,11 @@ def stored(facts: Any, stack: Stack | str, prompt: int, total: int, element: int
     return sum(plan.stored(layer, total, trials) for layer in plan.attending)
 
 
+def check(stack: Stack, prompt: int) -> None:
+    """Raises the LabError that a run of this prompt would end in: a budget smaller than the entries it must protect."""
+    Policy(stack, 1).check(prompt)
+
+
 def prompt_work(facts: Any, stack: Stack | str, prompt: int, element: int = 4) -> tuple[float, float]:
     """(attention FLOPs, bytes moved) of reading a prompt of `prompt` tokens, all layers.
 

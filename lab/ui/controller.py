@@ -184,9 +184,10 @@ class Lab:
 
     def predict(self, stack: Any, facts: dict[str, Any], prompt: int, total: int, samples: int = 1) -> tuple[float, float]:
         """(bytes of this stack, bytes of the dense cache) once `total` tokens were fed, from lab.measure.cost; of all samples of
-        the prompt, which share what the stack lets them share."""
+        the prompt, which share what the stack lets them share. Raises the LabError that a run of this prompt would end in."""
         from lab.measure import cost
 
+        cost.check(stack, prompt)
         found = cost.predict(facts, stack, prompt, total, ELEMENT.get(str(facts.get("dtype")), 4), trials=samples)
         return found.kv_bytes, found.kv_bytes_dense
 

@@ -51,6 +51,7 @@ def test_the_table_of_machines(capsys):
 
 @pytest.mark.parametrize("more, words", [
     (["--machine", "abacus"], "no machine"), (["--variant", "h3o"], "Did you mean h2o"), (["--prompt", "0"], "at least 1"),
+    (["--variant", "snapkv(budget=0.1)"], "must protect 32"),
     (["--model", "/nonexistent/folder"], "no configuration"), (["--model", "x.gguf"], "GGUF"),
 ])
 def test_what_cannot_be_predicted_ends_in_a_sentence(folder, capsys, more, words):

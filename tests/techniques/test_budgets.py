@@ -1,5 +1,8 @@
 """Budgets: equal, AdaKV (sheet 6), global ranking, D2O (sheet 12), portfolios (statistics sheet 10)."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from drive import Drive
@@ -7,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import llama, tokens
 
+from lab.engine.policy import Policy
 from lab.engine.session import Session
-from lab.techniques import hrp, min_variance
+from lab.engine.stack import Stack
+from lab.errors import LabError
+from lab.techniques import hrp, min_variance, registry
 from lab.techniques.d2o_budget import D2OBudget
 from lab.techniques.head_returns import covariance
 from lab.techniques.shares import split
@@ -30,6 +36,20 @@ def test_split_keeps_total_and_bounds(total, weights, floor, cap):
     assert sum(got) == max(len(weights) * floor, min(total, len(weights) * cap))
     order = sorted(range(len(weights)), key=lambda i: weights[i])
     assert all(got[a] <= got[b] + 1 for a, b in zip(order, order[1:]))
+
+
+@given(st.sampled_from([name for name, kind in registry().items() if "score" in kind.slots]), st.integers(2, 300), st.floats(0.01, 0.99))
+@settings(max_examples=300)
+def test_the_budget_that_a_refusal_names_is_accepted(name, prompt, share):
+    technique = registry()[name](budget=share) if "budget" in {p.name for p in registry()[name].parameters()} else None
+    if technique is None:
+        return
+    try:
+        Policy(Stack.of([technique]), 2).check(prompt)
+    except LabError as refused:
+        needed, of = re.search(r"to (\d+) entries \(([\d.]+) of", refused.fix).groups() if "Raise" in refused.fix else (1, 1)
+        for budget in (float(needed), float(of)):
+            Policy(Stack.of([replace(technique, budget=budget)]), 2).check(prompt)
 
 
 def test_equal_budgets_are_what_a_score_does_alone():

@@ -38,6 +38,28 @@ def test_plan_without_prompt_says_what_it_waits_for(lab):
     assert "prompt" in lab.plan({"variants": [{"techniques": []}]})["variants"][0]["pending"]
 
 
+@pytest.mark.parametrize("spec, short, long", [
+    ("snapkv(budget=0.4)+kivi(bits=4,residual=32)", 63, 82),  # the card a first visitor finds
+    ("streaming_llm(budget=3)", 100, 3),
+    ("random_score(budget=0.1,window=16)", 100, 200),
+])
+def test_a_card_says_before_a_run_what_its_column_would_say_after(spec, short, long):
+    from lab.engine.cache import LabCache
+    from lab.engine.stack import Stack
+    from lab.ui.library import StoreLibrary
+    from tiny_models import build as tiny
+
+    def card(tokens):
+        return lab.plan({"variants": [lab.cards_of(spec)], "prompt_tokens": tokens, "max_new_tokens": 29})["variants"][0]
+
+    lab = controller.Lab(StoreLibrary.memory())
+    with pytest.raises(LabError, match="must protect") as column:
+        LabCache(tiny("llama", head_dim=16), Stack.parse(spec), prompt=short)
+    assert card(short)["error"] == str(column.value) and "kv" not in card(short)
+    assert "kv" in card(long) and "error" not in card(long)
+    LabCache(tiny("llama", head_dim=16), Stack.parse(spec), prompt=long)
+
+
 def test_conflicting_cards_are_refused_before_the_model_is_touched(lab):
     both = {"techniques": [*lab.cards_of("h2o")["techniques"], *lab.cards_of("streaming")["techniques"]]}
     assert lab.plan({"variants": [both]})["variants"][0]["conflicts"]
