@@ -11,7 +11,7 @@ from .errors import StorageError
 __all__ = ["RECORD_SCHEMA", "STATUSES", "check", "check_name", "check_tags"]
 
 RECORD_SCHEMA = 1
-STATUSES = ("complete", "interrupted", "cancelled", "failed")
+STATUSES = ("complete", "partial", "interrupted", "cancelled", "failed")  # partial: one variant failed, another did not
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 _NUMBER = (int, float)

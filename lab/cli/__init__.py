@@ -17,7 +17,8 @@ from lab.errors import LabError, out_of_memory
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 a run failed, 2 the request could not be carried out."""
+    """Run one command; returns the exit code: 0 done, 1 a variant could not run, 2 the request could not be carried out, 130
+    stopped by Ctrl-C."""
     from lab.cli import calibrate, predict, run, runs, serve, techniques
     from lab.models.environment import check_environment
 

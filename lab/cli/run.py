@@ -15,9 +15,13 @@ from typing import Any
 
 from lab.errors import LabError
 
+EXITS = ("exit status: 0 every variant ran, 1 a variant could not run (the others are saved, as a partial run), 2 nothing could be "
+         "run or it could not be saved, 130 stopped by Ctrl-C (what was written so far is saved)")
+EXIT_OF = {"complete": 0, "partial": 1, "failed": 1, "cancelled": 130}
+
 
 def add(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("run", help="run variants on a prompt and compare them")
+    parser = verbs.add_parser("run", help="run variants on a prompt and compare them", epilog=EXITS)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the prompt")
     source.add_argument("--prompt-file", type=Path, help="a UTF-8 text file with the prompt; - reads standard input")
@@ -89,7 +93,7 @@ def act(args: argparse.Namespace) -> int:
         table(experiment.record, sys.stderr if args.json == Path("-") else sys.stdout)
     if unsaved is not None:
         raise unsaved
-    return 1 if experiment.record["status"] == "failed" else 0
+    return EXIT_OF[experiment.record["status"]]
 
 
 def read_prompt(args: argparse.Namespace) -> str:

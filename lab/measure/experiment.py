@@ -164,7 +164,7 @@ class Experiment:
         elif any(v["finish"] == "cancelled" for v in self.record["variants"]):
             self.record["status"] = "cancelled"
         else:
-            self.record["status"] = "complete"
+            self.record["status"] = "partial" if any(errors) else "complete"
 
     def _captures_fit(self) -> bool:
         facts = self.loaded.facts

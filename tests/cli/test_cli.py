@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,38 @@ def test_a_run_whose_only_variant_fails_is_saved_and_exits_1(tiny, files, capsys
     assert run(files, "--variant", "snapkv(budget=0.3,window=32)") == 1
     out = json.loads((files / "out.json").read_text())
     assert out["status"] == "failed" and "must protect" in out["variants"][0]["error"]
+
+
+def test_a_run_of_which_one_variant_fails_is_partial_and_exits_1(tiny, files, capsys):
+    assert run(files, "--variant", "dense", "--variant", "snapkv(budget=3,window=32)") == 1
+    out = json.loads((files / "out.json").read_text())
+    assert out["status"] == "partial" and out["variants"][0]["text"] and "must protect" in out["variants"][1]["error"]
+    db = ["--db", str(files / "runs.duckdb")]
+    capsys.readouterr()
+    assert main(["runs", "list", *db]) == 0 and "partial" in capsys.readouterr().out
+    for form in ("parquet", "json"):
+        target, other = str(files / f"run.{form}"), ["--db", str(files / f"{form}.duckdb")]
+        assert main(["runs", "export", out["run_id"], "--out", target, *db]) == 0
+        assert main(["runs", "import", target, *other]) == 0
+        capsys.readouterr()
+        assert main(["runs", "show", out["run_id"], "--json", *other]) == 0
+        assert json.loads(capsys.readouterr().out) == out
+
+
+def test_a_run_stopped_by_hand_is_saved_and_exits_130(tiny, files, monkeypatch):
+    from lab.measure.stream import Stream
+
+    step = Stream.events
+
+    def interrupted(self):
+        for i, event in enumerate(step(self)):
+            if i == 4:
+                signal.raise_signal(signal.SIGINT)
+            yield event
+
+    monkeypatch.setattr(Stream, "events", interrupted)
+    assert run(files, "--variant", "dense") == 130
+    assert json.loads((files / "out.json").read_text())["status"] == "cancelled"
 
 
 def test_a_run_that_cannot_be_saved_is_still_written_and_printed(tiny, files, monkeypatch, capsys):

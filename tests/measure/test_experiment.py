@@ -153,7 +153,7 @@ def test_a_variant_that_cannot_run_is_told_and_the_others_go_on(loaded):
     failures = [e for e in events if isinstance(e, Failed)]
     assert len(failures) == 1 and "must protect" in failures[0].message
     assert experiment.record["variants"][1]["error"] == failures[0].message
-    assert experiment.record["variants"][0]["finish"] == "length" and experiment.record["status"] == "complete"
+    assert experiment.record["variants"][0]["finish"] == "length" and experiment.record["status"] == "partial"
 
 
 def test_running_out_of_memory_ends_in_a_sentence(loaded, monkeypatch):
