@@ -48,14 +48,16 @@ class Database:
 
     `read(fn)` and `write(fn)` call `fn(cursor)` within a transaction; every failure is a StorageError. When
     DuckDB shuts the database after an error (a full disk during a checkpoint does that), it is opened again
-    by itself.
+    by itself. Sentences name the file `called`, which is the one that a person knows where `path` is a copy of it.
     """
 
     _shared: ClassVar[dict[str, Database]] = {}
     _guard: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, path: Path | None, read_only: bool = False, copy_of: Path | None = None) -> None:
-        self.path, self.read_only = path, read_only
+    def __init__(
+        self, path: Path | None, read_only: bool = False, copy_of: Path | None = None, called: Path | None = None
+    ) -> None:
+        self.path, self.read_only, self.called = path, read_only, called or path
         self._writing = threading.Lock()
         self._gate = threading.Condition()
         self._busy, self._reopening, self._broken = 0, False, False
@@ -63,16 +65,16 @@ class Database:
         self._generation = 0
         self._users = 0
         self._pid = os.getpid()
-        self._connection: Cursor | None = self._connect() if path else _in_memory(copy_of)
+        self._connection: Cursor | None = self._connect() if path else _in_memory(copy_of, called)
 
     @classmethod
-    def acquire(cls, path: Path, read_only: bool = False) -> Database:
+    def acquire(cls, path: Path, read_only: bool = False, called: Path | None = None) -> Database:
         """The process's database for this file, opened (and made, or migrated) if it is not open yet."""
         key = os.path.realpath(path)
         with cls._guard:
             found = cls._shared.get(key)
             if found is None:
-                found = cls._shared[key] = cls(Path(key), read_only)
+                found = cls._shared[key] = cls(Path(key), read_only, called=called or path)
             elif found.read_only and not read_only:
                 raise StorageError(
                     f"The run database {path} is open only for reading in this program",
@@ -83,9 +85,9 @@ class Database:
             return found
 
     @classmethod
-    def memory(cls, copy_of: Path | None = None) -> Database:
+    def memory(cls, copy_of: Path | None = None, called: Path | None = None) -> Database:
         """A database that lives as long as it is open, empty or with all that the file `copy_of` holds."""
-        database = cls(None, copy_of=copy_of)
+        database = cls(None, copy_of=copy_of, called=called)
         database._users = 1
         return database
 
@@ -128,7 +130,7 @@ class Database:
                     problem = exc
             if is_fatal(problem):
                 self._reopen(generation)
-            raise explain(problem, self.path) from problem
+            raise explain(problem, self.called) from problem
 
     def _run(self, work: Callable[[Cursor], Result], repeatable: bool = False) -> Result:
         for attempt in (1, 2):
@@ -151,7 +153,7 @@ class Database:
                 self._reopen(generation)
             # Another thread's error may have shut the database under this work: it deserves a second try.
             if attempt == 2 or not lost or (begun and not repeatable):
-                raise explain(problem, self.path) from problem
+                raise explain(problem, self.called) from problem
         raise AssertionError("unreachable")
 
     @contextmanager
@@ -205,13 +207,13 @@ class Database:
                 _make(self.path)
             connection = duckdb.connect(str(self.path), read_only=self.read_only, config=_SAFE)
             try:
-                migrate(connection, self.path, read_only=self.read_only)
+                migrate(connection, self.called, read_only=self.read_only)
             except BaseException:
                 connection.close()
                 raise
             return connection
         except (duckdb.Error, OSError, MemoryError) as exc:
-            raise explain(exc, self.path) from exc
+            raise explain(exc, self.called) from exc
 
 
 def _rollback(cursor: Cursor) -> None:
@@ -221,7 +223,7 @@ def _rollback(cursor: Cursor) -> None:
         pass  # A failed COMMIT, or a shut database, has already ended the transaction.
 
 
-def _in_memory(copy_of: Path | None) -> Cursor:
+def _in_memory(copy_of: Path | None, called: Path | None) -> Cursor:
     connection = duckdb.connect(":memory:", config={"threads": "2"})
     try:
         if copy_of is not None:
@@ -231,13 +233,13 @@ def _in_memory(copy_of: Path | None) -> Cursor:
         for name, value in _SAFE.items():
             if name != "lock_configuration":
                 connection.execute(f"SET {name} = {value}")
-        migrate(connection, copy_of or "in memory")
+        migrate(connection, called or "in memory")
         connection.execute("SET lock_configuration = true")
         return connection
     except BaseException as exc:
         connection.close()
         if isinstance(exc, (duckdb.Error, OSError, MemoryError)):
-            raise explain(exc, copy_of) from exc
+            raise explain(exc, called) from exc
         raise
 
 

@@ -87,8 +87,8 @@ def explain(exc: BaseException, where: object = None) -> StorageError:
             f"The run database{place} is in use by {who}",
             "Expected to be its only user: while one process writes, DuckDB lets no other in, not even "
             "to read",
-            "Close the other Attention Lab, or set LAB_DATA to another folder, or look at a copy of it "
-            "(Store.open_snapshot)",
+            "Close the other program, or keep these runs elsewhere: --db FILE, or LAB_DATA for another folder. Meanwhile "
+            "the command line lists, shows, compares and exports the runs of a copy",
             reason="locked",
         )
     if has(_FULL) or code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -52,7 +52,7 @@ def open_snapshot(path: str | Path | None) -> Opened:
     snapshot = Snapshot(path)
     try:
         # Opened for writing, to replay its log and bring it up to date: it is nobody else's.
-        database = Database.acquire(snapshot.path)
+        database = Database.acquire(snapshot.path, called=path)
     except BaseException:
         snapshot.close()
         raise
@@ -87,6 +87,6 @@ def _stand_in(path: Path, problem: StorageError) -> Opened:
 def _copy_in_memory(path: Path) -> Database:
     snapshot = Snapshot(path)
     try:
-        return Database.memory(copy_of=snapshot.path)
+        return Database.memory(copy_of=snapshot.path, called=path)
     finally:
         snapshot.close()

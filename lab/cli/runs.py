@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any, Callable
 
@@ -61,6 +62,7 @@ def _with_store(args: argparse.Namespace, act: Callable, reads: bool) -> int:
         if not reads or error.reason != "locked":
             raise
         store = Store.open_snapshot(args.db)
+        print(store.notice, file=sys.stderr)
     with store:
         act(store, args)
     return 0

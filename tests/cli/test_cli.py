@@ -231,6 +231,30 @@ def test_a_locked_default_database_does_not_cost_the_run(tiny, files, monkeypatc
         holder.kill()
 
 
+def test_a_database_that_another_process_holds_can_be_read_and_says_what_to_do(tiny, files, capsys):
+    assert run(files, "--variant", "dense") == 0
+    run_id, path = json.loads((files / "out.json").read_text())["run_id"], files / "runs.duckdb"
+    hold = f"import sys; from storage import Store; s = Store.open({str(path)!r}); print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        capsys.readouterr()
+        db = ["--db", str(path)]
+        for verb in (["list"], ["show", run_id], ["export", run_id, "--out", str(files / "copy.json")]):
+            assert main(["runs", *verb, *db]) == 0
+            told = capsys.readouterr()
+            assert f"the runs of {path} as they were" in told.err and told.out
+        assert json.loads((files / "copy.json").read_text())
+        for request in (["runs", "rename", run_id, "x", *db], ["run", "--prompt", "abc", "--max-new-tokens", "2", *db]):
+            assert main(request) == 2
+            error = capsys.readouterr().err
+            assert f"{path} is in use by another process (PID {holder.pid})" in error and "--db FILE" in error
+            assert "Store" not in error and "Traceback" not in error
+    finally:
+        holder.kill()
+        holder.wait()
+
+
 @pytest.mark.model
 def test_the_real_thing(tmp_path):
     prompt = tmp_path / "p.txt"

@@ -348,6 +348,27 @@ def test_a_file_held_by_another_process(path, holder, make):
     assert not copy.parent.exists()
 
 
+HOLD_FOREIGN = """
+import duckdb, sys, time
+held = duckdb.connect(sys.argv[1])
+held.execute("CREATE TABLE IF NOT EXISTS bank (money INTEGER)")
+print("ready", flush=True)
+time.sleep(10_000)
+"""
+
+
+def test_a_held_file_of_another_program_is_called_by_its_own_name(path, holder):
+    path.parent.mkdir()
+    holder(HOLD_FOREIGN, path)
+    with pytest.raises(StorageError) as locked:
+        Store.open(path)
+    with pytest.raises(StorageError) as foreign:
+        Store.open_snapshot(path)
+    for told in (str(locked.value), str(foreign.value)):
+        assert str(path) in told and "copy.duckdb" not in told and "Store" not in told
+    assert "in use by another process" in str(locked.value) and "not one of Attention Lab" in str(foreign.value)
+
+
 def test_falling_back_to_memory_shows_what_the_other_process_saved(path, holder, make):
     holder(HOLD, path)
     with Store.open(path, fallback=True) as store:
