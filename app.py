@@ -1,16 +1,8 @@
-"""Starts the browser app; also the Space's app_file."""
+"""Starts the browser app; also the Space's app_file. It takes the options of `python -m lab serve`."""
 
 import sys
 
-from lab.errors import LabError
-
 if __name__ == "__main__":
-    try:
-        from lab.models.environment import check_environment
+    from lab.cli import app
 
-        check_environment()
-        from lab.ui.app import serve
-
-        serve()
-    except LabError as problem:
-        sys.exit(str(problem))
+    sys.exit(app())
