@@ -20,9 +20,32 @@ let pressed = null; const later = new Map();
 const release = () => {
   pressed = null; const waiting = [...later]; later.clear();
   for (const [node, kids] of waiting) {
-    const key = node.contains(document.activeElement) && document.activeElement.dataset.key; node.replaceChildren(...kids);
+    const key = node.contains(document.activeElement) && document.activeElement.dataset.key; renew(node, kids);
     const again = key && node.querySelector(`[data-key="${CSS.escape(key)}"]`); if (again) again.focus({preventScroll: true});
   }
+};
+/* A field that somebody is typing in stays: a new one would lose the selection and what was typed. Everything around it is
+   drawn anew, and it takes the drawn value unless a change of its own is still to come. */
+let typing = null;
+element.addEventListener("input", e => { typing = e.target; }, true);
+for (const name of ["change", "focusout"]) element.addEventListener(name, () => { typing = null; }, true);
+const ancestors = (node, top) => { const path = []; for (let n = node; n && n !== top; n = n.parentElement) path.unshift(n); return path; };
+const renew = (node, kids) => {
+  const field = document.activeElement, typed = field && node.contains(field) && field.matches("input, textarea");
+  const key = typed && !kids.some(k => k.contains && k.contains(field)) && field.dataset.key;
+  const box = key ? h("div", {}, kids) : null, twin = box && box.querySelector(`[data-key="${CSS.escape(key)}"]`);
+  const kept = twin ? ancestors(field, node) : [], fresh = twin ? ancestors(twin, box) : [];
+  if (!kept.length || kept.length !== fresh.length || kept.some((n, d) => n.tagName !== fresh[d].tagName)) {
+    node.replaceChildren(...(box ? box.childNodes : kids)); return; }
+  kept.forEach((keep, d) => {
+    const parent = d ? kept[d - 1] : node, stands = fresh[d];
+    for (const sibling of [...parent.childNodes]) if (sibling !== keep) sibling.remove();
+    const around = [...stands.parentElement.childNodes], at = around.indexOf(stands);
+    keep.before(...around.slice(0, at)); keep.after(...around.slice(at + 1));
+    for (const {name} of [...keep.attributes]) if (!stands.hasAttribute(name)) keep.removeAttribute(name);
+    for (const {name, value} of stands.attributes) if (keep.getAttribute(name) !== value) keep.setAttribute(name, value);
+  });
+  if (typing !== field && field.value !== twin.value) field.value = twin.value;
 };
 addEventListener("pointerdown", e => {
   pressed = element.contains(e.target) ? e.target.closest("button, input, summary") : null;
@@ -33,7 +56,7 @@ for (const name of ["pointerup", "pointercancel"])
 addEventListener("pointermove", e => { if (pressed && !e.buttons) release(); }, true); // it was let go outside the window
 const swap = (node, ...kids) => {
   const all = kids.flat(9).filter(k => k !== null && k !== undefined && k !== false);
-  if (pressed && node.contains(pressed)) later.set(node, all); else { later.delete(node); node.replaceChildren(...all); }
+  if (pressed && node.contains(pressed)) later.set(node, all); else { later.delete(node); renew(node, all); }
 };
 const fmt = {
   int: n => (n === null || n === undefined) ? "–" : Math.round(n).toLocaleString("en-US"),

@@ -17,10 +17,10 @@ function comparedText(groups) { // for a spreadsheet: a line a field, tabs betwe
     .map(line => line.join("\t")).join("\n");
 }
 function drawComparison() {
-  const groups = foundGroups(), focus = document.activeElement === comparison.querySelector("input[type=search]");
+  const groups = foundGroups();
   const which = [[true, "differences"], [false, "all fields"]];
   swap(comparison, h("div", {class: "row"}, h("span", {class: "h"}, `${table.run_ids.length} runs compared`),
-    h("input", {type: "search", placeholder: "Field", "aria-label": "search fields", value: find,
+    h("input", {type: "search", placeholder: "Field", "aria-label": "search fields", "data-key": "fields", value: find,
       oninput: e => { find = e.target.value; drawComparison(); }}),
     h("span", {class: "seg small", role: "group", "aria-label": "which fields"}, which.map(([v, t]) =>
       h("button", {type: "button", "aria-pressed": String(onlyDiff === v), onclick: () => { onlyDiff = v; compare(); }}, t))),
@@ -31,9 +31,6 @@ function drawComparison() {
       h("div", {class: "tablebox"}, h("table", {class: "lines cmp", style: `--runs: ${table.run_ids.length}`},
         comparisonHead(), groups.map(comparisonGroup)))]
       : h("p", {class: "soft"}, find ? "No field matches." : "These runs agree in every field."));
-  if (!focus) return;
-  const input = comparison.querySelector("input[type=search]");
-  input.focus(); input.setSelectionRange(input.value.length, input.value.length);
 }
 const comparisonHead = () => h("thead", {}, h("tr", {}, h("th", {scope: "col"}, "field"), runNames().map((name, i) =>
   h("th", {scope: "col"}, h("button", {type: "button", class: "link", onclick: () => open(table.run_ids[i])}, name)))));

@@ -4,7 +4,7 @@ const tell = () => { const samples = v.mode === "sampled" ? v.samples || 1 : 1; 
   dispatchEvent(new CustomEvent("al-settings", {detail: {max_new_tokens: v.max_new_tokens, samples}})); };
 const send = (changes, redraw = true) => { v = Object.assign({}, v, changes); props.value = v; tell(); if (redraw) draw(); };
 const num = (key, name, min, max, step, unit, title) => h("label", {class: "field", title: title || null}, h("span", {}, name),
-  h("span", {class: "in"}, h("input", {type: "number", min, max, step, value: v[key], inputmode: "decimal", "aria-label": name,
+  h("span", {class: "in"}, h("input", {type: "number", min, max, step, value: v[key], inputmode: "decimal", "aria-label": name, "data-key": `dec-${key}`,
     onchange: e => { const n = within(e.target.value, min, max, step === 1, v[key], name); e.target.value = n; send({[key]: n}, false); }}),
     unit ? h("i", {}, unit) : null));
 const seg = (key, name, options) => h("div", {class: "field"}, h("span", {id: `al-${key}`}, name),

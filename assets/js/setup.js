@@ -160,8 +160,7 @@ narrow.addEventListener("change", () => draw());
 // Deferred, so that a change event fired by Tab has moved the focus before the cards are redrawn.
 function draw() { clearTimeout(drawing); drawing = setTimeout(render); }
 function render() {
-  const live = element.contains(document.activeElement) ? document.activeElement : null, focus = live ? live.dataset.key : null;
-  const caret = live && live.type === "search" ? live.selectionStart : null;
+  const focus = element.contains(document.activeElement) ? document.activeElement.dataset.key : null;
   const scrolls = [...element.querySelectorAll("[data-scroll]")].map(n => [n.dataset.scroll, n.scrollTop]);
   const pipe = element.querySelector(".pipe"), scroll = pipe ? pipe.scrollLeft : 0;
   swap(element, pipeline(), ...[slotPanel()].filter(Boolean),
@@ -173,7 +172,7 @@ function render() {
     h("div", {class: "cards"}, variants.map((v, i) => [card(v, i), narrow.matches && i === openCard ? editor() : null])),
     narrow.matches ? null : editor());
   const again = element.querySelector(".pipe"); if (again) again.scrollLeft = scroll;
-  if (focus) { const node = element.querySelector(`[data-key="${CSS.escape(focus)}"]`); if (node) { node.focus({preventScroll: true}); if (caret !== null) node.setSelectionRange(caret, caret); } }
+  if (focus) { const node = element.querySelector(`[data-key="${CSS.escape(focus)}"]`); if (node) node.focus({preventScroll: true}); }
   for (const [name, top] of scrolls) { const node = element.querySelector(`[data-scroll="${name}"]`); if (node) node.scrollTop = top; }
 }
 addEventListener("al-prompt", e => { if (e.detail.tokens !== promptTokens) { promptTokens = e.detail.tokens; plan(); } });

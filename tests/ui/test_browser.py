@@ -93,6 +93,28 @@ def test_cards_toggle_block_undo_and_predict(page):
     expect(page.locator(".card")).to_have_count(3)
 
 
+def test_a_field_keeps_what_is_typed_while_its_card_is_predicted_anew(page):
+    def predict(tokens):
+        page.evaluate("n => { dispatchEvent(new CustomEvent('al-prompt', {detail: {tokens: n}})); }", tokens)
+        expect(page.locator(".card.vB .kv")).to_contain_text(f"at {tokens + 39} tokens")
+
+    page.click('[data-key="edit-1"]')
+    page.focus('[data-key="al-1-h2o-budget"]')
+    page.keyboard.press("Control+A")
+    predict(777)
+    page.keyboard.type("0.")
+    predict(778)
+    page.keyboard.type("35")
+    predict(779)
+    expect(page.locator('[data-key="al-1-h2o-budget"]')).to_have_value("0.35")
+    page.keyboard.press("Enter")
+    expect(page.locator(".card.vB h3")).to_have_attribute("title", re.compile(r"budget=0\.35\)"))
+    expect(page.locator('[data-key="al-1-h2o-budget"]')).to_be_focused()
+    page.keyboard.press("Tab")
+    page.click('[data-key="undo"]')
+    expect(page.locator('[data-key="al-1-h2o-budget"]')).to_have_value("0.25")
+
+
 def test_a_press_is_not_lost_where_its_button_is_drawn_anew_meanwhile(page):
     """What was predicted arrives between the press and the release."""
     page.wait_for_selector(".card.vB .kv")
