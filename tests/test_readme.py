@@ -59,7 +59,7 @@ def test_ci_finds_the_readmes_test_command():
 
 
 def test_the_five_lines_of_the_readme_run(monkeypatch):
-    """The script under "Your own script", on a tiny model in place of NAME."""
+    """The script under "Your own script", on a tiny model in place of NAME, with a prompt as short as its own."""
     import sys
 
     sys.path.insert(0, str(ROOT / "tests" / "measure"))
@@ -72,7 +72,7 @@ def test_the_five_lines_of_the_readme_run(monkeypatch):
 
     class Tokenizer(toy.Words):
         def __call__(self, text, return_tensors=None):
-            return {"input_ids": torch.tensor([[5, 9, 12, 30, 7, 8, 9, 22, 41, 40] * 8])}
+            return {"input_ids": torch.tensor([[5 + len(word) for word in text.split()]])}
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", classmethod(lambda cls, name: stand.model))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", classmethod(lambda cls, name: Tokenizer()))
