@@ -12,12 +12,14 @@ class LabError(Exception):
         what: what was wrong, as a sentence.
         expected: what would have been right, as a sentence, or None.
         fix: what to do about it, as a sentence, or None.
+        remedy: the one change of a parameter that settles it, {technique, parameter, value}, for a button; or None.
     """
 
-    def __init__(self, what: str, expected: str | None = None, fix: str | None = None) -> None:
+    def __init__(self, what: str, expected: str | None = None, fix: str | None = None, remedy: dict | None = None) -> None:
         self.what = _sentence(what)
         self.expected = _sentence(expected) if expected else None
         self.fix = _sentence(fix) if fix else None
+        self.remedy = remedy
         super().__init__(self.what, self.expected, self.fix)
 
     def __str__(self) -> str:

@@ -137,6 +137,12 @@ function editor() {
       v.techniques.length ? v.techniques.map(t => byName[t.name] ? techniqueRow(i, byName[t.name]) : null)
       : h("p", {class: "soft"}, "Nothing yet: full attention, full cache. Add a technique from the list.")), picker(i));
 }
+function remedy(i, r) { // what a refusal says to do, as a button; Undo takes it back
+  if (!r || !has(i, r.technique)) return null;
+  const p = byName[r.technique].parameters.find(x => x.name === r.parameter);
+  return [" ", h("button", {type: "button", class: "plain", "data-key": `remedy-${i}`,
+    onclick: () => setParam(i, r.technique, r.parameter, r.value)}, `Set ${r.parameter.replace(/_/g, " ")} to ${shown(p, r.value)}`)];
+}
 function card(v, i) {
   const n = notes[i] || {}, open = openCard === i, kv = n.kv;
   return h("article", {class: `card v${L[i]}${open ? " open" : ""}`, "aria-label": `variant ${L[i]}`},
@@ -150,7 +156,7 @@ function card(v, i) {
       : h("span", {class: "soft"}, "Full attention, full cache."),
       n.saves ? h("span", {class: "soft saves"}, n.saves) : null,
       h("button", {type: "button", class: "chip add", "data-key": `add-${i}`, onclick: () => { openCard = i; draw(); }}, "+ technique")),
-    (n.conflicts || []).map(c => h("p", {class: "why", role: "alert"}, c)), n.error ? h("p", {class: "why", role: "alert"}, n.error) : null,
+    (n.conflicts || []).map(c => h("p", {class: "why", role: "alert"}, c)), n.error ? h("p", {class: "why", role: "alert"}, n.error, remedy(i, n.remedy)) : null,
     h("div", {class: "foot"}, kv ? h("span", {class: "kv"}, h("span", {class: "predmark", "aria-hidden": "true"}), "predicted KV ", h("b", {class: "num"}, kv.text), kv.ratio ? h("em", {}, " " + kv.ratio) : null,
       kv.at ? h("span", {class: "soft"}, " at " + kv.at) : null) : h("span", {class: "soft"}, n.pending || "\u00a0")));
 }

@@ -138,7 +138,16 @@ class Policy:
                 f"Raise the budget to {needed} entries ({math.ceil(100 * needed / prompt) / 100:.2f} of the prompt), protect fewer{longer}"
                 if needed < prompt
                 else "A prompt this short fits whole: give a longer one, lower the protected window, or set budget=1",
+                self._remedy(prompt, float(needed) if needed < prompt else 1.0),
             )
+
+    def _remedy(self, prompt: int, budget: float) -> dict | None:
+        """The technique among those the user chose whose budget is the one to set."""
+        counts = [t for t in (self.allocator, self.scorer) if t is not None and t.budget_entries(prompt) is not None]
+        for owner in (*counts, self.allocator):  # an allocator without a budget of its own takes one
+            if any(t is owner for t in self.stack.techniques) and any(p.name == "budget" for p in owner.parameters()):
+                return {"technique": owner.name, "parameter": "budget", "value": budget}
+        return None
 
     def total(self, prompt: int) -> int | None:
         """Mean entries per layer and head that score and allocate aim at; None when nothing is evicted."""

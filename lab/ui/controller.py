@@ -178,7 +178,7 @@ class Lab:
         try:
             mine, dense = self.predict(stack, facts, prompt_tokens, prompt_tokens + max(0, new_tokens - 1), samples)
         except LabError as problem:
-            return {"error": str(problem)}
+            return {"error": str(problem), "remedy": problem.remedy}
         return {"kv": {"text": size(mine), "ratio": ratio(mine, dense) if stack.techniques else "",
                        "at": f"{prompt_tokens + max(0, new_tokens - 1):,} tokens" + (f", {samples} continuations" if samples > 1 else "")}}
 

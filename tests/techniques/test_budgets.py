@@ -50,6 +50,21 @@ def test_the_budget_that_a_refusal_names_is_accepted(name, prompt, share):
         needed, of = re.search(r"to (\d+) entries \(([\d.]+) of", refused.fix).groups() if "Raise" in refused.fix else (1, 1)
         for budget in (float(needed), float(of)):
             Policy(Stack.of([replace(technique, budget=budget)]), 2).check(prompt)
+        assert refused.remedy["technique"] == name
+        Policy(Stack.of([replace(technique, **{refused.remedy["parameter"]: refused.remedy["value"]})]), 2).check(prompt)
+
+
+@pytest.mark.parametrize("spec, owner", [
+    ("adakv(budget=0.05)", "adakv"), ("adakv+snapkv(budget=0.05)", "snapkv"), ("adakv(budget=0.05)+snapkv(budget=0.5)", "adakv"),
+    ("adakv", "adakv"), ("kvzip(budget=0.05)", "kvzip"),
+])
+def test_a_refusal_offers_the_budget_of_a_technique_that_was_chosen(spec, owner):
+    stack = Stack.parse(spec)
+    with pytest.raises(LabError) as refused:
+        Policy(stack, 2).check(20)
+    remedy = refused.value.remedy
+    assert remedy["technique"] == owner
+    Policy(Stack.of([replace(t, budget=remedy["value"]) if t.name == owner else t for t in stack.techniques]), 2).check(20)
 
 
 def test_equal_budgets_are_what_a_score_does_alone():
