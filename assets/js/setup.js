@@ -140,8 +140,8 @@ function editor() {
 function remedy(i, r) { // what a refusal says to do, as a button; Undo takes it back
   if (!r || !has(i, r.technique)) return null;
   const p = byName[r.technique].parameters.find(x => x.name === r.parameter);
-  return [" ", h("button", {type: "button", class: "plain", "data-key": `remedy-${i}`,
-    onclick: () => setParam(i, r.technique, r.parameter, r.value)}, `Set ${r.parameter.replace(/_/g, " ")} to ${shown(p, r.value)}`)];
+  return h("button", {type: "button", class: "chip pick", "data-key": `remedy-${i}`,
+    onclick: () => setParam(i, r.technique, r.parameter, r.value)}, `Set ${r.parameter.replace(/_/g, " ")} to ${shown(p, r.value)}`);
 }
 function card(v, i) {
   const n = notes[i] || {}, open = openCard === i, kv = n.kv;
@@ -156,9 +156,9 @@ function card(v, i) {
       : h("span", {class: "soft"}, "Full attention, full cache."),
       n.saves ? h("span", {class: "soft saves"}, n.saves) : null,
       h("button", {type: "button", class: "chip add", "data-key": `add-${i}`, onclick: () => { openCard = i; draw(); }}, "+ technique")),
-    (n.conflicts || []).map(c => h("p", {class: "why", role: "alert"}, c)), n.error ? h("p", {class: "why", role: "alert"}, n.error, remedy(i, n.remedy)) : null,
+    (n.conflicts || []).map(c => h("p", {class: "why", role: "alert"}, c)), n.error ? h("p", {class: "why", role: "alert"}, n.error) : null,
     h("div", {class: "foot"}, kv ? h("span", {class: "kv"}, h("span", {class: "predmark", "aria-hidden": "true"}), "predicted KV ", h("b", {class: "num"}, kv.text), kv.ratio ? h("em", {}, " " + kv.ratio) : null,
-      kv.at ? h("span", {class: "soft"}, " at " + kv.at) : null) : h("span", {class: "soft"}, n.pending || "\u00a0")));
+      kv.at ? h("span", {class: "soft"}, " at " + kv.at) : null) : remedy(i, n.remedy) || h("span", {class: "soft"}, n.pending || "\u00a0")));
 }
 let drawing = 0;
 const narrow = matchMedia("(max-width: 560px)"); // cards below each other: the editor opens under its own
