@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -54,17 +56,23 @@ def format_of(path: Path, chosen: str | None) -> str:
 
 
 def write(runs: Iterator[Run], path: Path, form: str) -> None:
-    """Write runs to `path`, replacing a file of that name only when all is written."""
+    """Write runs to `path`, replacing a file of that name only when all is written; a device or a pipe is written to."""
     maker: Callable[[Iterator[Run], Path], None] = {"parquet": _parquet, "csv": _csv, "json": _json}[form]
+    stream = path.exists() and not path.is_file() and not path.is_dir()  # /dev/null is not to be replaced by a file
     # Beside its goal, so that the last step is a rename on one disk; a plain name, so that DuckDB sees no
     # pattern.
-    part = path.parent / f".export-{uuid.uuid4().hex}.{form}"
+    goal = path if stream else Path(os.path.realpath(path))  # a link stays a link
+    part = Path(tempfile.gettempdir() if stream else goal.parent) / f".export-{uuid.uuid4().hex}.{form}"
     try:
         if path.is_dir():
             raise IsADirectoryError(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        goal.parent.mkdir(parents=True, exist_ok=True)
         maker(runs, part)
-        part.replace(path)
+        if stream:
+            with part.open("rb") as made, goal.open("wb") as out:
+                shutil.copyfileobj(made, out)
+        else:
+            part.replace(goal)
     except (duckdb.Error, OSError, MemoryError) as exc:
         raise explain(exc, path) from exc
     finally:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import secrets
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,16 @@ def read_prompt(args: argparse.Namespace) -> str:
     """The prompt's text. Raises LabError for a file that cannot be read as text."""
     if args.prompt is not None:
         return args.prompt
-    if str(args.prompt_file) == "-":
-        return sys.stdin.read()
+    typed = str(args.prompt_file) == "-"
     try:
-        return args.prompt_file.read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if typed else args.prompt_file.read_bytes()
     except OSError as error:
         raise LabError(f"The prompt file {args.prompt_file} cannot be read ({error.strerror})", "Give a text file") from None
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")  # line ends as Python reads any text file
     except UnicodeDecodeError:
-        raise LabError(f"The prompt file {args.prompt_file} is not UTF-8 text", "Give a text file in UTF-8") from None
+        what = "Standard input" if typed else f"The prompt file {args.prompt_file}"
+        raise LabError(f"{what} is not UTF-8 text", "Give text in UTF-8") from None
 
 
 def load_model(args: argparse.Namespace, say: "Say") -> Any:
@@ -157,20 +160,24 @@ def _first_interrupt(cancel: Callable[[], None]) -> Iterator[None]:
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
-    """Write the record as JSON; the file appears whole or not at all."""
+    """Write the record as JSON; a file appears whole or not at all, a device or a pipe is written to."""
     text = json.dumps(record, ensure_ascii=False, indent=1)
     if str(path) == "-":
         print(text)
         return
     half = None
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as f:
-            half = Path(f.name)
-            f.write(text)
-        half.replace(path)
+        if path.exists() and not path.is_file() and not path.is_dir():  # /dev/null is not to be replaced by a file
+            path.write_text(text, encoding="utf-8")
+            return
+        whole = Path(os.path.realpath(path))  # a link stays a link
+        half = whole.with_name(f".{secrets.token_hex(8)}.part")
+        half.write_text(text, encoding="utf-8")
+        half.replace(whole)
     except OSError as error:
         if half is not None:
-            half.unlink(missing_ok=True)
+            with suppress(OSError):
+                half.unlink(missing_ok=True)
         raise LabError(f"{path} cannot be written ({error.strerror})", "Give a path in a folder you may write to") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -196,6 +197,24 @@ def test_a_file_that_cannot_be_written_leaves_no_half(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_pipe_is_written_to_and_not_replaced_and_a_link_stays_a_link(tiny, files, capsys):
+    pipe, link = files / "pipe", files / "link.json"
+    os.mkfifo(pipe)
+    link.symlink_to(files / "real.json")
+    db = ["--db", str(files / "runs.duckdb")]
+    assert run(files, "--variant", "dense", "--json", str(link)) == 0
+    run_id = json.loads((files / "real.json").read_text())["run_id"]
+    for command in (["run", "--prompt", "w5", "--max-new-tokens", "2", "--no-save", "--json", str(pipe)],
+                    ["runs", "export", run_id, *db, "--format", "json", "--out", str(pipe)]):
+        with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE) as reader:
+            assert main(command) == 0
+            assert json.loads(reader.communicate()[0])
+        assert pipe.is_fifo()
+    assert main(["runs", "export", run_id, *db, "--out", str(link)]) == 0
+    assert link.is_symlink() and json.loads((files / "real.json").read_text())["runs"]
+    assert not [p.name for p in files.iterdir() if p.name.startswith(".")]
+
+
 def test_a_short_prompt_gets_advice_that_can_be_followed(tiny, tmp_path, capsys):
     args = ["run", "--prompt", "abc de", "--max-new-tokens", "2", "--no-save"]
     assert main([*args, "--variant", "snapkv(budget=0.3,window=32)"]) == 1
@@ -203,13 +222,29 @@ def test_a_short_prompt_gets_advice_that_can_be_followed(tiny, tmp_path, capsys)
     assert main([*args, "--variant", "snapkv(budget=1,window=32)"]) == 0
 
 
-@pytest.mark.parametrize("content, words", [(None, "cannot be read"), (b"\xff\xfe\x00", "UTF-8"), (b"   ", "empty")])
+@pytest.mark.parametrize("content, words", [
+    (None, "cannot be read"), (b"\xff\xfe\x00", "UTF-8"), (b"caf\xe9", "UTF-8"), (b"   ", "empty"),
+])
 def test_bad_prompt_files(tiny, tmp_path, capsys, content, words):
     path = tmp_path / "p.txt"
     if content is not None:
         path.write_bytes(content)
     assert main(["run", "--prompt-file", str(path), "--no-save"]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--prompt-file", "-"], ["--prompt", "caf\udce9"]])
+def test_bytes_that_are_no_text_are_told(tiny, monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    assert main(["run", *arguments, "--no-save"]) == 2
+    error = capsys.readouterr().err
+    assert "text in UTF-8" in error and "Traceback" not in error
+
+
+def test_a_mark_of_byte_order_and_the_line_ends_of_windows_are_not_part_of_a_prompt(tiny, tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    args = ["run", "--prompt-file", str(tmp_path / "p.txt"), "--max-new-tokens", "2", "--no-save", "--json", str(tmp_path / "o.json")]
+    assert main(args) == 0 and json.loads((tmp_path / "o.json").read_text())["prompt"]["text"] == "one\ntwo"
 
 
 def test_a_locked_default_database_does_not_cost_the_run(tiny, files, monkeypatch, capsys):
