@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -13,36 +12,31 @@ _NAMES_OF_EPS = ("variance_epsilon", "eps", "epsilon")
 
 
 class FastRMSNorm(nn.Module):
-    """x [..., D] -> x / sqrt(mean(x^2) + eps) * weight, in one call instead of six.
-
-    Attributes:
-        rows: the same for float32 rows [B, D] on a CPU, without a module's attribute look-ups.
-    """
+    """x [..., D] -> x / sqrt(mean(x^2) + eps) * weight, in one call instead of six."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.variance_epsilon = eps
-        self.rows = _norm_of(weight, eps)
+        self.register_buffer("nothing", torch.zeros_like(weight), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() == self.weight.numel() and x.device.type == "cpu" and x.dtype == torch.float32:
+        one = x.numel() == self.weight.numel() and x.device.type == "cpu" and x.dtype == torch.float32
+        if one and not (x.requires_grad and torch.is_grad_enabled()):
             return self.rows(x.view(1, -1)).view(x.shape)
         return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for float32 rows [B, D] on a CPU, without a module's attribute look-ups and without a derivative.
 
-def _norm_of(weight: torch.Tensor, eps: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The norm of rows [B, D]. On a CPU torch's operation is a chain of eight; for one row a dot product and one sum are enough."""
-    weight, nothing, width = weight.detach(), torch.zeros_like(weight), weight.numel()
-    dot, addcmul, rms_norm = torch.dot, torch.addcmul, torch.nn.functional.rms_norm
-
-    def norm(x: torch.Tensor) -> torch.Tensor:
+        On a CPU torch's operation is a chain of eight; for one row a dot product and one sum are enough.
+        """
+        weight = self._parameters["weight"]
         if x.shape[0] != 1:
-            return rms_norm(x, (width,), weight, eps)
+            return torch.nn.functional.rms_norm(x, weight.shape, weight, self.variance_epsilon)
         row = x.view(-1)
-        return addcmul(nothing, x, weight, value=(dot(row, row).item() / width + eps) ** -0.5)
-
-    return norm
+        scale = (torch.dot(row, row).item() / row.shape[0] + self.variance_epsilon) ** -0.5
+        return torch.addcmul(self._buffers["nothing"], x, weight, value=scale)
 
 
 def replace_norms(model: nn.Module) -> int:
