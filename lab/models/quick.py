@@ -5,15 +5,18 @@ queries and keys rotated apart, a cache that returns what it was given. An atten
 for q, k and v, plain rotary over the whole head, nothing between the projections and the attention function) is served by
 one short function instead, which calls the lab's pipeline directly. Which blocks are of that kind is observed, not known:
 one step of the model is recorded, and a block is replaced only where the short way gives the queries, keys, values and
-output that were seen. Prompts, gradients, hooks on the projections and other caches take the model's own way.
+output that were seen, at a near and a far position and on ordinary and very large inputs. Prompts, gradients, other caches,
+and blocks whose projections somebody listens to or has replaced take the model's own way.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as every_module
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from lab.engine import attach
@@ -23,6 +26,7 @@ from lab.models.packed import FusedLinear, PackedLinear, Siblings
 
 _OBSERVE = "lab-observe"
 _TOLERANCE = 1e-5
+_LOUD = 1e3  # inputs this much larger than a model's own reach what it clips its numbers at
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
@@ -37,6 +41,23 @@ class Seen:
         self.output: torch.Tensor | None = None
 
 
+class Found:
+    """Modules as they were found: nobody listens to one of `heard`, stands for its forward, or has replaced a part of `whole`."""
+
+    def __init__(self, heard: list[nn.Module], whole: list[nn.Module]) -> None:
+        self._hooks = [hooks for m in heard for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._parts = [(m._modules, dict(m._modules)) for m in whole if m._modules]
+        ours = [(m, m.__dict__.get("forward")) for m in heard]
+        self._forwards = [(m, own if isinstance(own, (QuickAttention, QuickMLP)) else None) for m, own in ours]
+
+    def still(self) -> bool:
+        if any(self._hooks) or every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+            return False
+        if any(held != parts for held, parts in self._parts):
+            return False
+        return all(m.__dict__.get("forward") is own for m, own in self._forwards)
+
+
 class QuickAttention:
     """The short way of one attention block.
 
@@ -48,7 +69,7 @@ class QuickAttention:
         self.linear: PackedLinear = module.q_proj.siblings.linear
         self.output = module.o_proj
         self.original = module.forward
-        self.watched = [module.q_proj, module.k_proj, module.v_proj]
+        self.found = Found([module.q_proj, module.k_proj, module.v_proj], [module])
         self.index, self.width = module.layer_idx, module.head_dim
         widths = module.q_proj.siblings.widths
         queries, keys = widths[0] // self.width, widths[1] // self.width
@@ -72,7 +93,7 @@ class QuickAttention:
         if mask is not None or hidden is None or hidden.shape[1] != 1 or positions is None or torch.is_grad_enabled():
             return None
         policy = getattr(cache, "policy", None)
-        if policy is None or any(module._forward_hooks or module._forward_pre_hooks for module in self.watched):
+        if policy is None or hidden.dtype != torch.float32 or not self.found.still():
             return None
         layer = cache.layers[self.index]
         return layer if isinstance(layer, LabLayer) else None
@@ -127,11 +148,11 @@ class QuickMLP:
     def __init__(self, module: nn.Module) -> None:
         self.linear: PackedLinear = module.gate_proj.siblings.linear
         self.down, self.act, self.original = module.down_proj, module.act_fn, module.forward
-        self.watched = [module.gate_proj, module.up_proj]
+        self.found = Found([module.gate_proj, module.up_proj], [module])
         self.middle = module.gate_proj.siblings.widths[0]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[1] != 1 or torch.is_grad_enabled() or any(m._forward_hooks or m._forward_pre_hooks for m in self.watched):
+        if x.shape[1] != 1 or x.dtype != torch.float32 or torch.is_grad_enabled() or not self.found.still():
             return self.original(x)
         rows = self.linear.rows(x.view(x.shape[0], -1))
         return self.down(self.gated(rows).unsqueeze(1))
@@ -149,16 +170,17 @@ def quicken(model: PreTrainedModel) -> int:
     mlps = {name: m for name, m in model.named_modules() if _mlp_like(m)}
     if not attentions:
         return 0
-    seen = _observe(model, attentions, mlps)
+    far = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    rounds = [_observe(model, attentions, mlps, None, 1.0), _observe(model, attentions, mlps, far, _LOUD)]
     turns, replaced = Turns(), 0
     for name, module in attentions.items():
-        quick = _same_attention(module, seen[name], turns)
-        if quick is not None:
-            module.forward = quick
+        quick = [_same_attention(module, seen[name], turns) for seen in rounds]
+        if all(quick):
+            module.forward = quick[0]
             replaced += 1
     for name, module in mlps.items():
-        found, quick = seen[name], QuickMLP(module)
-        if found.output is not None and _close(quick(found.inputs["x"]), found.output):
+        quick, found = QuickMLP(module), [seen[name] for seen in rounds]
+        if all(x.output is not None and "x" in x.inputs and _close(quick(x.inputs["x"]), x.output) for x in found):
             module.forward = quick
             replaced += 1
     return replaced
@@ -188,8 +210,14 @@ def _mlp_like(module: nn.Module) -> bool:
     return hasattr(module, "act_fn") and _siblings([module.gate_proj, module.up_proj]) is not None
 
 
-def _observe(model: PreTrainedModel, attentions: dict[str, nn.Module], mlps: dict[str, nn.Module]) -> dict[str, Seen]:
-    """One decode step after a two-token prompt, recorded under an attention function that answers noise."""
+def _observe(
+    model: PreTrainedModel, attentions: dict[str, nn.Module], mlps: dict[str, nn.Module], positions: int | None, gain: float
+) -> dict[str, Seen]:
+    """One decode step after a two-token prompt, recorded under an attention function that answers noise.
+
+    positions: put the step at the last of so many, where a model's forward takes positions. gain: multiplies what enters every
+    block.
+    """
     seen = {name: Seen() for name in (*attentions, *mlps)}
     by_module = {id(module): seen[name] for name, module in attentions.items()}
 
@@ -203,7 +231,12 @@ def _observe(model: PreTrainedModel, attentions: dict[str, nn.Module], mlps: dic
 
     def before(found: Seen):
         def hook(module, args, kwargs):
-            found.inputs = {**kwargs, **({"hidden_states": args[0], "x": args[0]} if args else {})}
+            if args:
+                args = (args[0] * gain, *args[1:])
+                found.inputs = {**kwargs, "hidden_states": args[0], "x": args[0]}
+            else:
+                found.inputs = kwargs = {name: x * gain if name in ("hidden_states", "x") else x for name, x in kwargs.items()}
+            return args, kwargs
         return hook
 
     def after(found: Seen):
@@ -222,7 +255,9 @@ def _observe(model: PreTrainedModel, attentions: dict[str, nn.Module], mlps: dic
         model.set_attn_implementation(_OBSERVE)
         cache = DynamicCache(config=model.config)
         model(torch.tensor([[1, 2]]), past_key_values=cache, use_cache=True)
-        model(torch.tensor([[3]]), past_key_values=cache, use_cache=True)
+        takes = positions is not None and "position_ids" in inspect.signature(model.forward).parameters
+        where = {"position_ids": torch.tensor([[positions - 1]])} if takes else {}
+        model(torch.tensor([[3]]), past_key_values=cache, use_cache=True, **where)
     finally:
         model.set_attn_implementation(previous)
         for hook in hooks:

@@ -18,9 +18,9 @@ SERVED = ("llama", "mistral", "qwen2")
 OTHERS = ("qwen3", "gemma2", "gpt2", "olmo2", "cohere", "phi3")
 
 
-def pair(family: str, mode: str = "float32") -> tuple[Any, Any, int]:
+def pair(family: str, mode: str = "float32", **changes: Any) -> tuple[Any, Any, int]:
     """(packed model, its quickened twin, blocks replaced)."""
-    plain = tiny_models.build(family)
+    plain = tiny_models.build(family, **changes)
     replace_norms(plain)
     pack(plain, mode, find_siblings(plain))
     quick = copy.deepcopy(plain)
@@ -98,3 +98,42 @@ def test_a_step_that_gives_other_numbers_is_not_replaced() -> None:
     block.forward = halved
     mlps = plain.config.num_hidden_layers
     assert quicken(plain) == 2 * mlps - 1 and block.forward is halved
+
+
+BY_POSITION = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16, llama_4_scaling_beta=0.5,
+                   beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
+HIDDEN = {  # what three tokens in front of a text do not show: queries that grow with the position, numbers clipped where large
+    "ministral3": dict(head_dim=16, rope_parameters=BY_POSITION), "olmo": dict(clip_qkv=6.0),
+}
+
+
+@pytest.mark.parametrize("family", HIDDEN)
+def test_what_shows_far_on_or_in_large_numbers_only_is_found(family: str) -> None:
+    plain, quick, replaced = pair(family, **HIDDEN[family])
+    assert replaced == plain.config.num_hidden_layers  # the MLPs
+    ids = list(range(3, 60))
+    assert torch.allclose(run(plain, "dense", ids), run(quick, "dense", ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "o_proj", "gate_proj", "act_fn"])
+def test_what_takes_a_parts_place_is_used(name: str) -> None:
+    plain, quick, _ = pair("llama")
+    for model in (plain, quick):
+        torch.manual_seed(1)
+        layer = model.model.layers[1]
+        block = layer.mlp if hasattr(layer.mlp, name) else layer.self_attn
+        old = getattr(block, name)
+        setattr(block, name, torch.nn.Tanh() if name == "act_fn" else torch.nn.Linear(old.in_features, old.out_features))
+    assert torch.allclose(run(plain, "dense", [3, 4, 5], steps=2), run(quick, "dense", [3, 4, 5], steps=2), atol=1e-4)
+
+
+def test_a_forward_that_takes_a_projections_place_is_used() -> None:
+    plain, quick, _ = pair("llama")
+    for model in (plain, quick):
+        model.model.layers[0].self_attn.q_proj.forward = lambda x: x
+    assert torch.allclose(run(plain, "dense", [3, 4, 5], steps=2), run(quick, "dense", [3, 4, 5], steps=2), atol=1e-4)
+
+
+def test_a_model_that_was_cast_later_takes_its_own_way() -> None:
+    plain, quick, _ = pair("llama")
+    assert torch.equal(run(plain.bfloat16(), "dense", [3, 4, 5], steps=2), run(quick.bfloat16(), "dense", [3, 4, 5], steps=2))
