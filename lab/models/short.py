@@ -20,7 +20,7 @@ from lab.engine.pipeline import dense_fits, dense_row, run
 from lab.engine.policy import Policy
 from lab.models.norms import FastRMSNorm
 from lab.models.packed import PackedLinear
-from lab.models.quick import QuickAttention, QuickMLP, turning
+from lab.models.quick import Found, QuickAttention, QuickMLP, turning
 
 _TOLERANCE = 1e-5
 _PROMPT = (1, 2, 3)
@@ -57,21 +57,23 @@ class ShortStep:
         base = model.base_model
         self.model, self.base, self.head = model, base, model.get_output_embeddings()
         self.blocks, self.last = [_Block(layer) for layer in base.layers], base.norm.rows
-        own = {base, *base.layers}  # where the lab's own hooks may be: `attach`, `depth.install`
-        self.empty = [hooks for m in model.modules() if m not in own for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.empty += [layer._forward_hooks for layer in base.layers]
-        self.few = [m._forward_pre_hooks for m in own]
-        self.layers = list(base.layers)
+        self.own = [base, *base.layers]  # where the lab's own hooks may be: `attach`, `depth.install`
+        every = list(model.modules())
+        self.found = Found([m for m in every if m not in self.own], every)
+        self.empty = [layer._forward_hooks for layer in base.layers]
+        self.few = [m._forward_pre_hooks for m in self.own]
 
     def __call__(self, ids: torch.Tensor, cache: LabCache) -> torch.Tensor | None:
         """ids int64 [B,1] -> logits float32 [B,V], the new keys and values stored; None, and nothing done, where a technique
         looks at hidden states, somebody has hung a hook on a module or replaced one, or a layer is not the lab's."""
         policy, layers = cache.policy, cache.layers
-        if policy.enterers or policy.trimmer is not None or len(layers) != len(self.blocks) or self._hooked():
+        if policy.enterers or policy.trimmer is not None or len(layers) != len(self.blocks) or self._changed():
             return None
         if not all(isinstance(layer, LabLayer) and layer.is_initialized for layer in layers):
             return None
         x = self.base.embed_tokens(ids)
+        if x.dtype != torch.float32:  # the model was cast after it was loaded
+            return None
         positions = self.base.rotary_emb(x, torch.full((1, 1), layers[0].seen))
         x, turn = x.view(len(ids), -1), turning(positions)
         dense = policy.bare and policy.probe is None and all(dense_fits(layer) for layer in layers)
@@ -82,12 +84,12 @@ class ShortStep:
             policy.forward_done(ids, x.view(len(ids), 1, -1))
         return self.head(x).float()
 
-    def _hooked(self) -> bool:
-        """Whether anything but the lab itself listens to a module or stands for a layer."""
+    def _changed(self) -> bool:
+        """Whether anything but the lab itself listens to a module, or something stands for one that did not at first."""
         own = 1 if getattr(self.model, "_lab_depth", False) else 0
-        if any("forward" in layer.__dict__ for layer in self.layers):
+        if any(self.empty) or len(self.base._forward_hooks) > 1 or any(len(hooks) > own for hooks in self.few):
             return True
-        return any(self.empty) or len(self.base._forward_hooks) > 1 or any(len(hooks) > own for hooks in self.few)
+        return any("forward" in m.__dict__ for m in self.own) or not self.found.still()
 
 
 @torch.no_grad()

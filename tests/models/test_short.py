@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Callable
 
 import pytest
 import tiny_models
@@ -140,3 +141,89 @@ def test_hidden_states_that_a_technique_looks_at(counted: list[bool]) -> None:
     counted.clear()
     run(model, "dense", True, steps=2)
     assert counted == [True, True]
+
+
+def _halved(module: nn.Module) -> None:
+    """Put a forward before the module's own."""
+    own = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = own(*args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            return out / 2
+        for name in ("logits", "last_hidden_state"):
+            if hasattr(out, name):
+                setattr(out, name, getattr(out, name) / 2)
+                return out
+        return (out[0] / 2, *out[1:])
+
+    module.forward = forward
+
+
+def _exchanged(model: Any) -> None:
+    layers = model.model.layers
+    layers[1].mlp, layers[2].mlp = layers[2].mlp, layers[1].mlp
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "the model's forward": _halved,
+    "the base's forward": lambda m: _halved(m.model),
+    "the head's forward": lambda m: _halved(m.lm_head),
+    "an attention's forward": lambda m: _halved(m.model.layers[1].self_attn),
+    "an MLP's forward": lambda m: _halved(m.model.layers[1].mlp),
+    "a product's forward": lambda m: _halved(m.model.layers[1].self_attn.o_proj),
+    "two MLPs": _exchanged,
+    "a norm": lambda m: setattr(m.model.layers[1], "input_layernorm", nn.Identity()),
+    "the last norm": lambda m: setattr(m.model, "norm", nn.Identity()),
+    "the head": lambda m: m.set_output_embeddings(nn.Linear(64, 128)),
+    "an activation": lambda m: setattr(m.model.layers[1].mlp, "act_fn", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_takes_a_modules_place_is_used(name: str, counted: list[bool]) -> None:
+    model = quick("llama")
+    assert shorten(model)
+    before, _ = run(model, "dense", True, steps=2)
+    counted.clear()
+    CHANGES[name](model)
+    found, _ = run(model, "dense", True, steps=2)
+    wanted, _ = run(model, "dense", False, steps=2)
+    assert counted == [False, False] and torch.equal(found, wanted) and not torch.allclose(found[1:], before[1:], atol=1e-2)
+
+
+def test_a_hook_on_every_module_is_called() -> None:
+    model, called = quick("llama"), []
+    assert shorten(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    try:
+        run(model, "dense", True, steps=2)
+    finally:
+        handle.remove()
+    projection = model.model.layers[1].self_attn.q_proj
+    assert called.count(model.model.norm) == called.count(projection) == 3  # the prompt and two steps
+
+
+def test_a_model_that_was_cast_later_takes_its_own_way(counted: list[bool]) -> None:
+    model = quick("llama")
+    assert shorten(model)
+    counted.clear()
+    run(model.bfloat16(), "dense", True, steps=2)
+    assert counted == [False, False]
+
+
+def test_a_copy_takes_short_steps_of_its_own(counted: list[bool]) -> None:
+    """Norms, whose weights training may change, and hooks are the copy's, not the first model's."""
+    model = quick("llama")
+    assert shorten(model)
+    twin = copy.deepcopy(model)
+    twin.model.layers[0].input_layernorm.weight.mul_(2)
+    counted.clear()
+    session = Session(twin, "dense")
+    session.prefill(IDS)
+    found, wanted = session.step(torch.tensor([3])), Session(twin, "dense").prefill([*IDS, 3])
+    assert counted == [True] and torch.allclose(found, wanted, atol=1e-4)
+    twin.model.norm.register_forward_hook(lambda *_: None)
+    counted.clear()
+    run(twin, "dense", True, steps=1), run(model, "dense", True, steps=1)
+    assert counted == [False, True]
