@@ -214,6 +214,8 @@ def _layer(module: torch.nn.Module) -> _Layer:
     parts = _children(attention) - {"q_norm", "k_norm"}
     _demand(parts == {"q_proj", "k_proj", "v_proj", "o_proj"}, "its attention is put together differently")
     _demand(not list(attention.parameters(recurse=False)), "its attention has parameters of its own")
+    # queries that grow with the position (Ministral 3) may begin to long after the step that is compared
+    _demand("position_ids" not in inspect.signature(attention.forward).parameters, "its attention looks at positions itself")
     _demand(_children(mlp) - {"act_fn"} == {"gate_proj", "up_proj", "down_proj"}, "its layers have another kind of mlp")
     norms = None
     if hasattr(attention, "q_norm"):

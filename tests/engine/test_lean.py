@@ -32,6 +32,7 @@ OTHERS = {
     "stablelm": ({}, "put together|norms|fused"),
     "smollm3": (dict(no_rope_layers=[1, 0, 1]), "layer 1"),
     "cohere": ({}, "put together"),
+    "ministral3": (dict(head_dim=16), "positions"),
 }
 
 
