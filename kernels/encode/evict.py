@@ -30,7 +30,7 @@ def evict(
 
     tags   int32 [lanes, cap > n-1], the entries' positions; entry n-1 is the newest. Afterwards tags[:, n-1] names the
            position after it, which is the next row's where rows come one by one.
-    add    float32 [lanes, n] that is added to `stat`, whose sums are then the score.
+    add    float [lanes, n] that is added to `stat`, whose sums are then the score.
     score  float [lanes, n]; None drops the oldest. Of equals the later entry leaves (rule R4).
     first, last  positions below `first` and the newest `last` positions never leave; where all are protected the newest does.
     stat   float32 [lanes, cap] moved along; the freed place is set to 0.

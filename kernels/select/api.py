@@ -168,7 +168,7 @@ def attend_best(
     way: "joined" chooses the pages inside the launch that reads them (16-bit tiers without bias or rotation, in q's dtype, no
     softcap, pages of 1 to 64 entries, a power of two); "steps" takes the three calls; "auto" joins where it can and few enough
     pages are left to choose from, as every program of a joined launch repeats the last round.
-    front: entries of the same k and v that are read besides, at least one a lane. last and want as for `top_pages`; softcap,
+    front: entries of the same k and v that are read besides, in any lanes. last and want as for `top_pages`; softcap,
     sink and gate as for `kernels.decode.attend`.
     """
     if way not in ("auto", "joined", "steps"):

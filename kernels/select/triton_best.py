@@ -198,7 +198,11 @@ def read_kernel(
     p, keep, total = _finalists(
         len_ptr, key_ptr, page_ptr, want_ptr, lane, parts, keep_count, count, last, PAGE, SLICE, PP, BOUNDS, WANT)
     share = c - FRONT  # below 0 for those in front, whose pages are then none
-    if share * PAGES >= total:
+    nothing = share * PAGES >= total
+    if FRONT:
+        many = tl.load(front_len_ptr + lane).to(tl.int32)
+        nothing = tl.where(c < FRONT, c * (PAGES * PAGE) >= many, nothing)  # a lane may hold fewer in front than another
+    if nothing:
         tl.store(lse_ptr + row, tl.full([NQ], float("-inf"), tl.float32), mask=live)
         return
     # the pages at places c*PAGES .. of the ascending list, without writing the list
@@ -213,7 +217,6 @@ def read_kernel(
     at = first + tl.minimum(tl.maximum(at, 0), n - 1)
     if FRONT:
         ahead = c * (PAGES * PAGE) + i
-        many = tl.load(front_len_ptr + lane).to(tl.int32)
         ok = tl.where(c < FRONT, ahead < many, ok)
         at = tl.where(c < FRONT, tl.load(front_ptr + lane).to(tl.int64) + tl.minimum(ahead, many - 1), at)
     at *= D
