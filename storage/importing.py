@@ -39,6 +39,8 @@ def read_file(path: Path) -> list[Run]:
             runs = _parquet(path)
         elif head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
             runs = _json(path)
+        elif not head:
+            raise StorageError(f"{path.name} is empty", "Expected runs exported by Attention Lab", reason="invalid")
         else:
             csv = head.startswith((b"run_id,", b"\xef\xbb\xbfrun_id,"))
             raise StorageError(
@@ -166,11 +168,16 @@ def _parquet(path: Path) -> list[Run]:
                 raise
             except duckdb.Error as exc:
                 raise StorageError(
-                    f"{path.name} is not a whole Parquet file: {str(exc).splitlines()[0]}",
+                    f"{path.name} is not a whole Parquet file: {_said(exc, plain, path)}",
                     "Expected runs exported by Attention Lab",
                     "It may have been cut off: export or copy it again",
                     reason="invalid",
                 ) from exc
+
+
+def _said(exc: duckdb.Error, copy: Path, path: Path) -> str:
+    """The first line of what DuckDB says, of the file that the person gave and without the name of the kind of error."""
+    return str(exc).splitlines()[0].replace(str(copy), path.name).split(" Error: ", 1)[-1]
 
 
 def _parquet_runs(connection: duckdb.DuckDBPyConnection, file: str, name: str) -> list[Run]:

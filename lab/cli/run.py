@@ -16,8 +16,14 @@ from typing import Any
 
 from lab.errors import LabError
 
-EXITS = ("exit status: 0 every variant ran, 1 a variant could not run (the others are saved, as a partial run), 2 nothing could be "
-         "run or it could not be saved, 130 stopped by Ctrl-C (what was written so far is saved)")
+EXITS = ("exit status: 0 every variant ran, 1 a variant could not run (the others are saved, as a partial run), 2 nothing ran, or "
+         "its result could not be written, 130 stopped by Ctrl-C (what was written so far is saved)")
+ENDS = {
+    "partial": "partial: a variant could not run, the others did",
+    "failed": "failed: no variant could run",
+    "cancelled": "cancelled: stopped by hand, and what was written until then is kept",
+    "interrupted": "interrupted: the lab ended before this run did, and what was kept last is here, without figures",
+}
 EXIT_OF = {"complete": 0, "partial": 1, "failed": 1, "cancelled": 130}
 
 
@@ -57,7 +63,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def act(args: argparse.Namespace) -> int:
-    from storage import StorageError, Store
+    from storage import StorageError
 
     from lab.engine.sampling import Sampling
     from lab.measure.experiment import Experiment
@@ -71,13 +77,10 @@ def act(args: argparse.Namespace) -> int:
     say = Say(quiet=args.quiet)
     loaded = load_model(args, say)
     experiment = Experiment(loaded, request)
-    # With --db the file asked for is used or refused; without it a locked default file must not cost the run.
-    store = None if args.no_save else Store.open(args.db, fallback=args.db is None)
+    store = None if args.no_save else open_store(args.db)
     unsaved: StorageError | None = None
     try:
         if store is not None:
-            if store.notice:
-                say.line(store.notice)
             store.begin(experiment.record)
         run(experiment, say, None if store is None else store.checkpoint)
         if store is not None:
@@ -95,6 +98,19 @@ def act(args: argparse.Namespace) -> int:
     if unsaved is not None:
         raise unsaved
     return EXIT_OF[experiment.record["status"]]
+
+
+def open_store(path: Path | None) -> Any:
+    """The store at `path`, which is used or refused; the lab's own file, where it cannot be used, does not cost the run: None, told."""
+    from storage import StorageError, Store
+
+    try:
+        return Store.open(path)
+    except StorageError as problem:
+        if path is not None:
+            raise
+        print(f"{problem} This run is not saved; --json FILE keeps it.", file=sys.stderr)  # quiet is about progress
+        return None
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -182,31 +198,36 @@ def write_json(record: dict[str, Any], path: Path) -> None:
 
 
 def table(record: dict[str, Any], out) -> None:
-    """The figures of a run as text."""
+    """The figures of a run as text; an imported record may lack any of them."""
     from lab.measure.told import sentences
 
-    print(f"run {record['run_id']} · {record['model']['id']} · {record['model']['weights']} weights · {record['device']}", file=out)
+    model = record.get("model") or {}
+    weights = f"{model['weights']} weights" if model.get("weights") else None
+    print(" · ".join(filter(None, [f"run {record['run_id']}", model.get("id"), weights, record.get("device")])), file=out)
+    if record["status"] in ENDS:
+        print(ENDS[record["status"]], file=out)
     head = f"{'':2} {'variant':<36} {'TTFT':>9} {'per token':>10} {'KV':>10} {'ratio':>6} {'kept':>6} {'read':>6} "
     head += f"{'agree':>6} {'KL':>7} {'fork':>5}"
     print(head, file=out)
     for v in record["variants"]:
-        if v["error"]:
+        if v.get("error"):
             print(f"{v['letter']:2} {v['spec']:<36.36} {v['error']}", file=out)
             continue
-        ratio = v["kv_bytes"] / v["kv_bytes_dense"] if v["kv_bytes"] is not None and v["kv_bytes_dense"] else None
+        size, dense = v.get("kv_bytes"), v.get("kv_bytes_dense")
+        ratio = size / dense if size is not None and dense else None
         reads = v.get("reads")
         read = reads["attend"] + reads["choose"] if reads else None
         cells = [
-            _number(v["ttft_ms"], "{:.0f} ms"), _number(v["tpot_ms"], "{:.1f} ms"),
-            _number(v["kv_bytes"] and v["kv_bytes"] / 2**20, "{:.2f} MiB"), _number(ratio, "{:.2f}x"),
-            _number(v["kept_fraction"], "{:.0%}"), _number(read, "{:.0%}"),
-            _number(v["top1_agreement"], "{:.2f}"), _number(v["kl_mean"], "{:.3f}"),
-            _number(v["first_divergence"], "{}"),
+            _number(v.get("ttft_ms"), "{:.0f} ms"), _number(v.get("tpot_ms"), "{:.1f} ms"),
+            _number(size and size / 2**20, "{:.2f} MiB"), _number(ratio, "{:.2f}x"),
+            _number(v.get("kept_fraction"), "{:.0%}"), _number(read, "{:.0%}"),
+            _number(v.get("top1_agreement"), "{:.2f}"), _number(v.get("kl_mean"), "{:.3f}"),
+            _number(v.get("first_divergence"), "{}"),
         ]
         widths = (9, 10, 10, 6, 6, 6, 6, 7, 5)
         print(f"{v['letter']:2} {v['spec']:<36.36} " + " ".join(f"{c:>{w}}" for c, w in zip(cells, widths)), file=out)
     for v in record["variants"]:
-        for sentence in [] if v["error"] else sentences(v):
+        for sentence in [] if v.get("error") else sentences(v):
             print(f"{v['letter']:2} {sentence}", file=out)
 
 
@@ -219,15 +240,10 @@ class Say:
 
     def __init__(self, quiet: bool = False) -> None:
         self.live = not quiet and sys.stderr.isatty()
-        self.quiet = quiet
 
     def progress(self, fraction: float, text: str) -> None:
         if self.live:
             print(f"\r\x1b[K{fraction:4.0%} {text[:100]}", end="", file=sys.stderr, flush=True)
-
-    def line(self, text: str) -> None:
-        if not self.quiet:
-            print(text, file=sys.stderr)
 
     def clear(self) -> None:
         if self.live:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from lab.cli.run import table, write_json
+from lab.errors import LabError
 
 
 def add(verbs: argparse._SubParsersAction) -> None:
@@ -53,13 +54,15 @@ def add(verbs: argparse._SubParsersAction) -> None:
 
 
 def _with_store(args: argparse.Namespace, act: Callable, reads: bool) -> int:
-    """Run `act` on the store; while the app holds the file, verbs that only read look at a copy."""
+    """Run `act` on the store; verbs that only read look at a copy of a file that is held by the app or may not be written."""
     from storage import Store, StorageError
 
+    if reads and args.db is not None and not args.db.exists():
+        raise LabError(f"There is no file {args.db}", "Expected a database that runs were saved into", "Check the name")
     try:
         store = Store.open(args.db)
     except StorageError as error:
-        if not reads or error.reason != "locked":
+        if not reads or error.reason not in ("locked", "denied"):
             raise
         store = Store.open_snapshot(args.db)
         print(store.notice, file=sys.stderr)
@@ -76,7 +79,8 @@ def _list(store: Any, args: argparse.Namespace) -> None:
     if not rows:
         print('No runs yet. Make one: python -m lab run --prompt "..." --variant dense --variant h2o')
     for row in rows:
-        print(f"{row['run_id']}  {row['status']:<11} {row['name'] or row['prompt'] or '':<32.32}  {'  |  '.join(row['specs'])}")
+        about = " ".join((row["name"] or row["prompt"] or "").split())  # a line each
+        print(f"{row['run_id']}  {row['status']:<11} {about:<32.32}  {'  |  '.join(row['specs'])}")
 
 
 def _show(store: Any, args: argparse.Namespace) -> None:
@@ -86,7 +90,7 @@ def _show(store: Any, args: argparse.Namespace) -> None:
         return
     table(record, None)
     for v in record["variants"]:
-        print(f"\n[{v['letter']}] {v['spec']}\n{v['text']}")
+        print(f"\n[{v['letter']}] {v['spec']}\n{v.get('text') or ''}")
 
 
 def _compare(store: Any, args: argparse.Namespace) -> None:

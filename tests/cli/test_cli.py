@@ -290,6 +290,46 @@ def test_a_database_that_another_process_holds_can_be_read_and_says_what_to_do(t
         holder.wait()
 
 
+def test_verbs_that_read_look_at_a_copy_where_the_file_may_not_be_written(tiny, files, monkeypatch, capsys):
+    from storage import connection
+
+    assert run(files, "--variant", "dense") == 0
+    path, make = files / "runs.duckdb", connection._make
+
+    def refuse(file):  # the tests may run as root, who has every permission
+        if file == path:
+            raise PermissionError(13, "Permission denied")
+        make(file)
+
+    monkeypatch.setattr(connection, "_make", refuse)
+    run_id, db = json.loads((files / "out.json").read_text())["run_id"], ["--db", str(path)]
+    capsys.readouterr()
+    assert main(["runs", "list", *db]) == 0
+    told = capsys.readouterr()
+    assert run_id in told.out and "as they were" in told.err
+    assert main(["runs", "rename", run_id, "x", *db]) == 2 and "no permission" in capsys.readouterr().err
+
+
+def test_reading_a_database_that_is_not_there_makes_none(tmp_path, capsys):
+    assert main(["runs", "list", "--db", str(tmp_path / "typo" / "runs.duckdb")]) == 2
+    assert "There is no file" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_is_shown_as_one_and_listed_on_one_line(tmp_path, capsys):
+    from storage import Store
+
+    path = tmp_path / "runs.duckdb"
+    with Store.open(path) as store:
+        run_id = store.begin({
+            "model": {"id": "m", "weights": "int4"}, "device": "cpu", "prompt": {"text": "one\ntwo"},
+            "variants": [{"letter": "A", "spec": "dense", "error": None}],
+        })
+    assert main(["runs", "list", "--db", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{run_id}  interrupted {'one two':<32}  dense"]
+    assert main(["runs", "show", run_id, "--db", str(path)]) == 0
+    assert "the lab ended before this run did" in capsys.readouterr().out
+
+
 @pytest.mark.model
 def test_the_real_thing(tmp_path):
     prompt = tmp_path / "p.txt"
