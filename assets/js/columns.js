@@ -10,18 +10,32 @@ let held = null;
 const line = (name, ...value) => h("div", {class: "tipline"}, h("span", {}, name), h("b", {class: "num"}, ...value));
 const alternatives = (title, list) => !list || !list.length ? null : h("div", {class: "tipalt"}, h("small", {}, title),
   list.map(([text, p]) => h("div", {}, h("code", {}, text), h("i", {style: `width:${Math.max(1, parseFloat(p) * 90)}px`}), h("span", {class: "num"}, p))));
+// Of two variants at one token: every figure says whose it is, and of which token where theirs differ.
+const NOTES = {
+  same: (me, ref) => `${me} and ${ref} wrote this token after the same text.`,
+  fork: (me, ref, f) => ["The first difference: after the same text ", me, " wrote ", h("code", {}, f.t), f.r ? [", ", ref, " wrote ",
+    h("code", {}, f.r)] : "", "."],
+  after: (me, ref) => `After the first difference: ${me}’s own text, which ${ref} has not read.`,
+  forced: (me, ref) => `${ref}’s token, as ${me} sees it after ${ref}’s text.`,
+};
+const CHOICES = {same: "here", fork: "here", after: "after its own text", forced: "after the reference’s text"};
+function probabilities(f, me, ref) {
+  const of = (who, text) => [`${who}’s probability`, f.k === "fork" && text ? [" of ", h("code", {}, text)] : ""];
+  return [[of(me, f.t), f.p], [of(me, f.r), f.vp], [of(ref, f.r), f.rp]].map(([name, p]) => p && p !== "–" ? line(name, p) : null);
+}
 function show(span) {
   if (!span || !span.dataset.h) return hide();
-  const f = JSON.parse(span.dataset.h);
-  swap(tip, 
-    h("div", {class: "tiphead"}, h("code", {}, f.t), h("span", {class: "soft"}, `token ${f.n}`)),
-    f.p && f.p !== "–" ? line("probability", f.p) : null,
-    f.vp ? line("probability here", f.vp) : null, f.rp ? line("in the reference", f.rp) : null,
-    f.h ? line("entropy", f.h) : null,
-    f.kl ? line("KL", f.kl) : null,
-    f.ok === undefined ? null : line("top choice", f.ok ? "same as the reference" : "differs"),
+  const f = JSON.parse(span.dataset.h), cols = props.value.cols, ref = cols[0].letter, me = cols[span.closest(".col").dataset.i].letter;
+  const says = NOTES[f.k];
+  swap(tip,
+    h("div", {class: "tiphead"}, h("code", {}, f.t), h("span", {class: "soft"}, `token ${f.n} of ${f.k === "forced" ? ref : me}`)),
+    says ? h("div", {class: "tipnote"}, says(me, ref, f)) : null,
+    probabilities(f, me, ref),
+    f.h ? line(`${me}’s entropy`, f.h) : null,
+    f.kl ? line(`KL(${ref} ‖ ${me})`, f.kl) : null,
+    f.ok === undefined ? null : line(`${me}’s top choice`, f.ok ? `${ref}’s token` : `not ${ref}’s token`),
     f.c ? line("cache", f.c) : null, f.ms ? line("step", f.ms) : null,
-    alternatives("this variant's choices", f.alt), alternatives(f.alt && f.alt.length ? "given the reference's text" : "this variant's choices", f.top));
+    alternatives(`${me}’s choices ${CHOICES[f.k] || "here"}`, f.alt));
   tip.hidden = false;
   const r = span.getBoundingClientRect(), w = tip.offsetWidth, t = tip.offsetHeight;
   tip.style.left = Math.max(8, Math.min(innerWidth - w - 8, r.left)) + "px";

@@ -69,7 +69,8 @@ class LiveRun:
             variant["first_divergence"] = n
         fork = variant["first_divergence"]
         seen = variant["fidelity"][n] if n < len(variant["fidelity"]) and (fork is None or n <= fork) else None
-        self._fragments[i].append(tokens.token(item, seen, n, fork=fork == n, kl=seen["kl"] if seen else None))
+        theirs = tokens.text_at(self.record["variants"][0], n) if n == fork else None
+        self._fragments[i].append(tokens.token(item, seen, n, tokens.place_of(n, fork, not i), theirs))
         self.text = f"writing token {n + 1:,}"
         self.fraction = None
 

@@ -19,6 +19,7 @@ class Address:
     layer: int | str | None = None  # a number, or "mean" or "max" over layers
     head: int | str | None = None
     minus: str | None = None
+    unknown: str = ""  # what was named as a tab and is none
 
     @classmethod
     def read(cls, query: Any) -> Address:
@@ -32,7 +33,8 @@ class Address:
         return cls(tab if tab in TABS else "compare", run or None, letter if letter in ("A", "B", "C", "D") else None,
                    layer if (layer := str(query.get("layer") or "")) in ("mean", "max") else number("layer"),
                    head if head in ("mean", "max", "rollout") else number("head"),
-                   minus if (minus := str(query.get("minus") or "")) in ("A", "B", "C", "D") else None)
+                   minus if (minus := str(query.get("minus") or "")) in ("A", "B", "C", "D") else None,
+                   tab[:40] if tab not in ("", *TABS) else "")
 
 
 @dataclass(frozen=True)

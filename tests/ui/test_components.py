@@ -62,9 +62,37 @@ def test_every_component_escapes(evil):
     assert "<script" not in figures.step_latency(evil).to_json()
 
 
+def card_of(fragment):
+    """What the hover card of one token is drawn from."""
+    return json.loads(html.unescape(re.search(r'data-h="([^"]*)"', fragment)[1]))
+
+
+def test_a_hover_card_holds_one_list_and_names_whose_token_it_is(record):
+    reference, variant = record["variants"][:2]
+    fork = variant["first_divergence"]
+    own = [card_of(f) for f in tokens.own_text(variant, reference)]
+    assert [c["k"] for c in own] == ["same"] * fork + ["fork"] + ["after"] * (len(own) - fork - 1)
+    assert all(("vp" in c) == ("r" in c) == (c["k"] == "fork") and "top" not in c for c in own)
+    assert own[fork]["r"] == format.visible(reference["tokens"][fork]["text"]) != own[fork]["t"]
+    forced = [card_of(f) for f in tokens.forced_text(variant, reference)]
+    assert all(c["k"] == "forced" and "p" not in c and c["vp"] and c["alt"] for c in forced)
+    assert {card_of(f)["k"] for f in tokens.own_text(reference)} == {""}
+
+
+def test_letters_of_equal_curves_stand_apart_inside_the_chart(record):
+    import copy
+
+    equal = copy.deepcopy(record)
+    equal["variants"] = [{**equal["variants"][0], "letter": letter} for letter in "ABCD"]
+    drawn = charts.kv_chart(equal)
+    heights = sorted(float(y) for y in re.findall(r'<text class="tag[^>]* y="([\d.]+)"', drawn))
+    assert len(heights) == 4 and heights[0] >= 12 and heights[-1] <= charts.HEIGHT - charts.BOTTOM + 4
+    assert all(b - a >= 11.9 for a, b in zip(heights, heights[1:]))
+
+
 def test_hover_card_survives_the_attribute(record):
-    fragment = tokens.own_text(record["variants"][1])[3]
-    card = json.loads(html.unescape(re.search(r'data-h="([^"]*)"', fragment)[1]))
+    fragment = tokens.own_text(record["variants"][1], record["variants"][0])[3]
+    card = card_of(fragment)
     assert card["n"] == 4 and card["c"].startswith("kept") and card["kl"].endswith("nats")
     assert card["alt"][2][0] == "⏎"
 
@@ -72,7 +100,7 @@ def test_hover_card_survives_the_attribute(record):
 def test_underlines_end_at_the_first_divergence_and_the_fork_is_marked_once(record):
     variant = record["variants"][1]
     fork = variant["first_divergence"]
-    fragments = tokens.own_text(variant)
+    fragments = tokens.own_text(variant, record["variants"][0])
     assert sum("forkbar" in f for f in fragments) == 1 and "forkbar" in fragments[fork]
     assert not any(re.search(r'class="[^"]*k[123]', f) for f in fragments[fork + 1:])
     forced = tokens.forced_text(variant, record["variants"][0])
@@ -134,7 +162,7 @@ def test_a_stream_ends_in_what_the_saved_run_shows(record):
 
 
 def test_address_ignores_nonsense():
-    assert Address.read({"tab": "<b>", "layer": "-1", "head": "x", "variant": "Z"}) == Address()
+    assert Address.read({"tab": "<b>", "layer": "-1", "head": "x", "variant": "Z"}) == Address(unknown="<b>")
     assert Address.read({"tab": "runs", "run": "r", "layer": "7", "head": "mean"}) == Address("runs", "r", None, 7, "mean")
 
 

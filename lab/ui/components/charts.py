@@ -8,6 +8,7 @@ from ..format import duration, esc, missing, size
 
 WIDTH, HEIGHT = 560, 170
 LEFT, RIGHT, TOP, BOTTOM = 74, 20, 12, 28
+LABEL = 12.0  # height of a letter beside its curve
 
 
 def _series(record: dict[str, Any]) -> list[tuple[str, list[tuple[int, float]]]]:
@@ -37,10 +38,14 @@ def kv_chart(record: dict[str, Any]) -> str:
         return HEIGHT - BOTTOM - y / top * (HEIGHT - TOP - BOTTOM)
     parts = [f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>'
              f'<text x="{LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{esc(size(y))}</text>' for y in (0, top / 2, top)]
+    rising = sorted(series, key=lambda one: one[1][-1][1])
     places: dict[str, float] = {}
-    lowest = HEIGHT - BOTTOM + 12.0
-    for letter, points in sorted(series, key=lambda one: one[1][-1][1]):  # labels that would touch are moved up
-        lowest = places[letter] = min(py(points[-1][1]), lowest - 12)
+    lowest = HEIGHT - BOTTOM + LABEL
+    for letter, points in rising:  # labels that would touch are moved up
+        lowest = places[letter] = min(py(points[-1][1]), lowest - LABEL)
+    highest = TOP - LABEL
+    for letter, _ in reversed(rising):  # and down again where that would lift them out of the picture
+        highest = places[letter] = max(places[letter], highest + LABEL)
     for letter, points in series:
         path = "M" + "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in points)
         end = places[letter]
