@@ -7,16 +7,23 @@ from typing import Any
 
 import gradio as gr
 
+from lab.errors import LabError
+
 from . import assets, attention, compare, diagnostics, memory, modelpick, runs
 from .components import cards, charts, columns
 from .controller import Lab, on_space, sentence
-from .state import Address
+from .state import TABS, Address
 from .theme import theme
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
-# Gradio selects the first tab while the page loads; the address must not follow before it was read.
-ARRIVED = "() => { window.alArrived = true; }"
+# What feeds the model goes one after another. Each such event names the limit: Gradio reads it at an event's first press alone.
+ONE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+# Gradio selects the first tab while the page loads; the address must not follow before it was read. Then it names the tab that is
+# shown, whatever it named before.
+ARRIVED = """tab => { const u = new URL(location.href), asked = u.searchParams.get('tab');
+  if (asked !== null && asked !== tab) { u.searchParams.set('tab', tab); history.replaceState(null, '', u); }
+  window.alArrived = true; }"""
 # A tab that was chosen is a place to come back to; Back and Forward choose tabs, and are not places themselves.
 TAB_ADDRESS = """() => {{ if (!window.alArrived) return; const u = new URL(location.href), back = window.alBack;
   if (back) {{ if (back === '{tab}') window.alBack = null; return; }}
@@ -46,6 +53,7 @@ def build(lab: Lab | None = None) -> gr.Blocks:
         view = gr.State("recorded" if lab.has_example else "")
         followed = gr.State("recorded" if lab.has_example else "")  # what the other tabs show
         owner = gr.Textbox("", visible="hidden", label="visitor", elem_id="owner")
+        shown_tab = gr.Textbox("compare", visible="hidden", label="tab", elem_id="shown-tab")
         header = gr.HTML(header_of(lab, "recorded"), apply_default_css=False, elem_id="header", js_on_load=PAGE)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Compare", id="compare") as tab_compare:
@@ -64,39 +72,42 @@ def build(lab: Lab | None = None) -> gr.Blocks:
         # As with Run, the press is answered at once and the button rests; no later press is lost while the first one ends.
         asked = pick.load.click(modelpick.waiter(lab), None, [pick.status, pick.load], **QUIET)
         changed = asked.then(modelpick.loader(lab, lambda: header_of(lab, None)), [pick.source, pick.weights],
-                             [pick.status, c.model, header, pick.load], concurrency_id="model", show_progress="hidden",
+                             [pick.status, c.model, header, pick.load], **ONE, show_progress="hidden",
                              trigger_mode="multiple", **PRIVATE)
         changed.failure(modelpick.refused, None, [pick.status, pick.load], **QUIET)
         changed.then(compare.token_counter(lab), [c.prompt, c.settings], c.info, **QUIET)
         shown = [c.prompt, c.setup, c.settings, c.columns, c.charts, c.saved, c.banner, c.status, c.model]
-        att.replay(attention.replayer(lab), None, [att, att_status], concurrency_id="model", show_progress="hidden",
+        att.replay(attention.replayer(lab), None, [att, att_status], **ONE, show_progress="hidden",
                    trigger_mode="multiple", **PRIVATE)
         # What reads the run alone may go on beside a generation; what feeds the model waits for its turn. The page offers no
         # second press while one is under way; one that comes before the last answer is wholly over is answered too.
         work = diagnostics.runner(lab)
         probe.compute(work, None, probed, show_progress="hidden", trigger_mode="multiple", concurrency_limit=2, **PRIVATE)
-        probe.probe(work, None, probed, show_progress="hidden", trigger_mode="multiple", concurrency_id="model", **PRIVATE)
+        probe.probe(work, None, probed, show_progress="hidden", trigger_mode="multiple", **ONE, **PRIVATE)
         mem.control.pick(memory.picker(lab), followed, [mem.picked, *mem.outputs[4:]], trigger_mode="multiple", **QUIET)
-        opened = table.open(opener(lab), c.settings, [view, tabs, *shown], trigger_mode="multiple", **QUIET)
+        opened = [part.open(opener(lab), c.settings, [view, tabs, *shown], trigger_mode="multiple", **QUIET)
+                  for part in (table, c.unfinished)]
         arrived = demo.load(None, None, owner, js=OWNER, **PRIVATE)
-        looked = arrived.then(arrival(lab), owner, [view, tabs, att, *shown], **QUIET)
+        looked = arrived.then(arrival(lab), owner, [shown_tab, view, tabs, att, *shown], **QUIET)
         rest = [followed, header, att, *mem.outputs, table, *probed]
-        for event in (ran, opened):
+        for event in (ran, *opened):
             event.then(follow(lab), [view, followed, mem.picked], rest, **QUIET)
-        all_shown = looked.then(follow(lab), [view, followed, mem.picked], rest, **QUIET)
-        all_shown.then(None, None, None, js=ARRIVED, **PRIVATE)
+        now = [c.prompt, c.setup, c.settings]
+        restored = looked.then(None, now, [*now, c.unfinished], js="(...now) => window.alRun.restored(...now)", **PRIVATE)
+        all_shown = restored.then(follow(lab), [view, followed, mem.picked], rest, **QUIET)
+        all_shown.then(None, shown_tab, None, js=ARRIVED, **PRIVATE)
     demo.queue(default_concurrency_limit=4, max_size=32)
     return demo
 
 
 def _compare_events(lab: Lab, c: compare.Parts, view: gr.State, owner: gr.Textbox) -> Any:
-    outputs = [c.columns, c.status, c.run, c.stop, view, c.saved, c.model, c.banner, c.charts]
-    asked = c.run.click(compare.waiter(lab), None, [c.run, c.stop, c.status], **QUIET)
-    ran = asked.then(compare.runner(lab), [c.prompt, c.setup, c.settings, owner], outputs, concurrency_id="model",
-                     concurrency_limit=1, trigger_mode="multiple", show_progress="minimal", show_progress_on=c.status, **PRIVATE)
-    ran.failure(compare.refused(lab), None, [c.run, c.stop, c.status], **QUIET)
+    outputs = [c.columns, c.status, c.run, c.stop, view, c.saved, c.model, c.banner, c.charts, c.unfinished]
+    c.run.click(None, [c.prompt, c.setup, c.settings], None, js="(...now) => window.alRun.pressed(...now)", **PRIVATE)
+    asked = c.run.click(compare.waiter(lab), None, [c.run, c.stop, c.status, c.unfinished], **QUIET)
+    ran = asked.then(compare.runner(lab), [c.prompt, c.setup, c.settings, owner], outputs, **ONE, trigger_mode="multiple", show_progress="minimal", show_progress_on=c.status, **PRIVATE)
+    ran.failure(compare.refused(lab), None, [c.run, c.stop, c.status, c.unfinished], **QUIET)
     c.stop.click(compare.stopping(lab), None, c.status, **QUIET).then(
-        compare.stopper(lab), None, [c.run, c.stop, c.status], **QUIET)
+        compare.stopper(lab), None, [c.run, c.stop, c.status, c.unfinished], **QUIET)
     c.settings.preset(compare.apply_preset(lab), c.settings, [c.prompt, c.setup, c.settings, c.status, c.banner],
                       trigger_mode="multiple", **QUIET)
     c.info.ready(lambda *now: (compare.token_counter(lab)(*now), cards.model_card(lab.facts(), lab.loaded)),
@@ -142,18 +153,21 @@ def arrival(lab: Lab) -> Any:
     def arrived(owner: str, request: gr.Request) -> tuple[Any, ...]:
         address = Address.read(dict(request.query_params))
         tab = gr.Tabs(selected=address.tab) if address.tab != "compare" else gr.skip()
+        nowhere = LabError(f'There is no tab "{address.unknown}"', f"The tabs are {', '.join(TABS)}", "This is Compare")
+        told = cards.error(sentence(nowhere)) if address.unknown else None
         if address.run is None:
             key = "recorded" if lab.has_example else ""
             att = attention.value(lab, key, address) if address.variant or address.layer is not None else gr.skip()
             model = cards.model_card(lab.facts(), True) if lab.loaded else gr.skip()
-            return (gr.skip(), tab, att, *[gr.skip()] * 8, model)
+            return (address.tab, gr.skip(), tab, att, *[gr.skip()] * 7, told or gr.skip(), model)
         try:
             key = lab.open(address.run, owner or "nobody")
         except Exception as problem:
             # told in Compare's status line, so that is the tab to see, whatever the address names
             compare_tab = gr.Tabs(selected="compare")
-            return (gr.skip(), compare_tab, gr.skip(), *[gr.skip()] * 7, cards.error(sentence(problem)), gr.skip())
-        return (key, tab, attention.value(lab, key, address), *shown_as_saved(lab, key, {}))
+            return ("compare", gr.skip(), compare_tab, gr.skip(), *[gr.skip()] * 7, cards.error(sentence(problem)), gr.skip())
+        saved = shown_as_saved(lab, key, {})
+        return (address.tab, key, tab, attention.value(lab, key, address), *saved[:7], told or saved[7], saved[8])
     return arrived
 
 

@@ -21,8 +21,9 @@ def script(*names: str) -> str:
 
 @cache
 def head() -> str:
-    """What the page runs before anything else: a queue stream that no event's answers are lost on."""
-    return f"<script>{(FOLDER / 'js' / 'stream.js').read_text(encoding='utf-8')}</script>"
+    """What the page runs before anything else: a queue stream that no event's answers are lost on, and a memory of the run that
+    is going, for the page that comes after it."""
+    return "".join(f"<script>{(FOLDER / 'js' / f'{name}.js').read_text(encoding='utf-8')}</script>" for name in ("stream", "remember"))
 
 
 @cache

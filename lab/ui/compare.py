@@ -23,6 +23,7 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 DEFAULT = {"mode": "greedy", "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": 0, "max_new_tokens": 64,
            "timing": "interleaved", "samples": 1, "chat": False, "truncate": False, "preset": ""}
 EXAMPLE = "Recorded example: press Run to make your own."
+OVER = {"over": True}  # nothing is running any more: the page forgets what it remembered of a run
 BEFORE = "Press Run for what is set above: anything below was made with other settings."
 
 
@@ -37,6 +38,7 @@ class Parts:
     columns: gr.HTML
     charts: gr.HTML
     banner: gr.HTML
+    unfinished: gr.HTML
     saved: gr.HTML
     model: gr.HTML
     status: gr.HTML
@@ -69,6 +71,8 @@ def build(lab: Lab) -> Parts:
                     run = gr.Button("Run", variant="primary", elem_id="run", scale=0, min_width=76)
                     stop = gr.Button("Stop", elem_id="stop", scale=0, min_width=76, interactive=False)
                     status = gr.HTML(cards.status("Ready"), apply_default_css=False, elem_id="status")
+            unfinished = gr.HTML({}, html_template="", apply_default_css=False, elem_id="unfinished",
+                                 js_on_load=assets.script("unfinished"), server_functions=[left(lab)])
             setup = gr.HTML(first["setup"], html_template="", catalog=lab.catalog(), apply_default_css=False, elem_id="setup",
                             js_on_load=assets.script("setup"), server_functions=[planner(lab)])
             banner = gr.HTML(cards.banner(EXAMPLE) if record else "", apply_default_css=False, elem_id="banner")
@@ -80,7 +84,7 @@ def build(lab: Lab) -> Parts:
     for told in (prompt.change, settings.chat):
         told(token_counter(lab), [prompt, settings], info, trigger_mode="always_last", queue=False, show_progress="hidden",
              **PRIVATE)
-    return Parts(info, prompt, setup, settings, results, plots, banner, saved, model, status, run, stop, pick)
+    return Parts(info, prompt, setup, settings, results, plots, banner, unfinished, saved, model, status, run, stop, pick)
 
 
 SIDE_TOGGLE = """const b = element.querySelector('button');
@@ -111,6 +115,20 @@ def savers(lab: Lab) -> list[Any]:
         except Exception as problem:
             return {"error": sentence(problem)}
     return [rename, export]
+
+
+def left(lab: Lab) -> Any:
+    """What has become of a run that a page left before its end: "going", "interrupted", "ended", or "none" that is kept."""
+    def state(ask: dict[str, Any]) -> dict[str, Any]:
+        run_id = str((ask or {}).get("run_id"))
+        if run_id in lab.under_way():
+            return {"state": "going"}
+        try:
+            status = lab.library.status(run_id, owner_of(lab, ask))
+        except Exception:  # deleted, somebody else's, or never begun: there is nothing to open
+            return {"state": "none"}
+        return {"state": "interrupted" if status == "interrupted" else "ended"}
+    return state
 
 
 def owner_of(lab: Lab, ask: dict[str, Any]) -> str:
@@ -191,13 +209,15 @@ def runner(lab: Lab) -> Any:
 
 
 def frame(*, columns: Any = None, status: Any = None, running: bool | None = None, key: Any = None, saved: Any = None,
-          model: Any = None, banner: Any = None, charts: Any = None) -> tuple[Any, ...]:
-    """One yield: (columns, status, run, stop, view key, saved, model, banner, charts); what is None stays as it is."""
+          model: Any = None, banner: Any = None, charts: Any = None, began: str | None = None) -> tuple[Any, ...]:
+    """One yield: (columns, status, run, stop, view key, saved, model, banner, charts, unfinished); what is None stays as it is.
+    `began`: id of the run that the page remembers until one yield says that nothing is running any more."""
     def kept(value: Any) -> Any:
         return gr.skip() if value is None else value
     run = gr.skip() if running is None else gr.Button(interactive=not running)
     stop = gr.skip() if running is None else gr.Button(interactive=running)
-    return kept(columns), kept(status), run, stop, kept(key), kept(saved), kept(model), kept(banner), kept(charts)
+    unfinished = OVER if running is False else {"run_id": began} if began else gr.skip()
+    return kept(columns), kept(status), run, stop, kept(key), kept(saved), kept(model), kept(banner), kept(charts), unfinished
 
 
 def _run(lab: Lab, prompt: str, setup: dict[str, Any], decoding: dict[str, Any], owner: str, cancel: Any) -> Iterator[Any]:
@@ -221,7 +241,7 @@ def _run(lab: Lab, prompt: str, setup: dict[str, Any], decoding: dict[str, Any],
     for event in lab.run(prompt, variants, settings, cancel, owner):
         if not begun:  # a request that is refused leaves the results before it in sight
             begun = True
-            yield frame(columns=live.columns(), banner="", charts="", saved=saved_value(None))
+            yield frame(columns=live.columns(), banner="", charts="", saved=saved_value(None), began=cancel.run_id)
         if isinstance(event, Outcome):
             outcome = event
             continue
@@ -279,7 +299,7 @@ def waiter(lab: Lab) -> Any:
     def wait(request: gr.Request) -> Any:
         busy = lab.wait(visitor_of(request))
         told = cards.status("Another run is under way; yours waits for its turn.", busy=True) if busy else gr.skip()
-        return gr.Button(interactive=False), gr.Button(interactive=True), told
+        return gr.Button(interactive=False), gr.Button(interactive=True), told, {}
     return wait
 
 
@@ -288,7 +308,7 @@ def refused(lab: Lab) -> Any:
     def again(request: gr.Request) -> Any:
         lab.leave(visitor_of(request))
         told = LabError("The run could not be queued", "At most 32 visitors wait at a time", "Press Run again in a moment")
-        return gr.Button(interactive=True), gr.Button(interactive=False), cards.error(sentence(told))
+        return gr.Button(interactive=True), gr.Button(interactive=False), cards.error(sentence(told)), OVER
     return again
 
 
@@ -309,7 +329,8 @@ def stopper(lab: Lab) -> Any:
     def stop(request: gr.Request) -> Any:
         visitor = visitor_of(request)
         if lab.unqueue(visitor):
-            return gr.Button(interactive=True), gr.Button(interactive=False), cards.status("Taken out of the queue; nothing was run.")
+            told = cards.status("Taken out of the queue; nothing was run.")
+            return gr.Button(interactive=True), gr.Button(interactive=False), told, OVER
         told = gr.skip() if lab.stop(visitor) else cards.status("The run was over already.")
-        return gr.skip(), gr.skip(), told
+        return gr.skip(), gr.skip(), told, gr.skip()
     return stop

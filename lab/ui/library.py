@@ -53,6 +53,10 @@ class StoreLibrary:
         record, names = self.store.get(run_id, owner or None)
         return record, {name: self.store.array(run_id, name, owner or None) for name in names}
 
+    def status(self, run_id: str, owner: str = "") -> str:
+        """How a run ended. Raises StorageError when it is not there or not this visitor's."""
+        return str(self.store.get(run_id, owner or None)[0]["status"])
+
     def rows(self, owner: str = "") -> list[dict[str, Any]]:
         """The runs table, newest first."""
         return [{"run_id": row["run_id"], "name": row["name"] or "", "tags": list(row["tags"] or []),

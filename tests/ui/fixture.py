@@ -261,6 +261,8 @@ class FakeLab(Lab):
         for i, variant in enumerate(record["variants"]):
             stack = self.stack(variants[i])
             variant.update(spec=stack.spec, title=stack.title, techniques=stack.describe())
+        begun = [{**v, "tokens": [], "token_ids": [], "fidelity": [], "finish": None} for v in record["variants"]]
+        self.library.begin({**record, "variants": begun}, owner if self.public else "")
         for i, variant in enumerate(record["variants"]):
             yield Progress(i, 0.5, "reading the prompt")
             time.sleep(self.step_s)

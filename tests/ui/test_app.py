@@ -264,14 +264,12 @@ def test_a_run_that_is_being_generated_is_not_called_interrupted():
 
     lab = fixture.FakeLab(step_s=0)
     listing = runs.functions(lab)[0]
-    record = fixture.record_and_arrays("20260102-000001-fake")[0]
-    lab.library.begin(record)
     job = lab.begin("visitor")
     walk = lab.run("a prompt", [{"techniques": []}], {"max_new_tokens": 2}, job)
     next(walk)
-    assert {r["run_id"]: r["status"] for r in listing({})["rows"]}[record["run_id"]] == "being generated"
+    assert {r["run_id"]: r["status"] for r in listing({})["rows"]}[job.run_id] == "being generated"
     lab.end("visitor")
-    assert {r["run_id"]: r["status"] for r in listing({})["rows"]}[record["run_id"]] == "interrupted"
+    assert {r["run_id"]: r["status"] for r in listing({})["rows"]}[job.run_id] == "interrupted"
 
 
 def test_stop_is_said_before_the_job_is_asked_to_end():
@@ -285,5 +283,5 @@ def test_stop_is_said_before_the_job_is_asked_to_end():
     lab.end("visitor")
     assert "over already" in compare.stopper(lab)(who)[2]
     lab.begin("another"), lab.wait("visitor")
-    run, stop, told = compare.stopper(lab)(who)
-    assert run.interactive and not stop.interactive and "Taken out of the queue" in told
+    run, stop, told, unfinished = compare.stopper(lab)(who)
+    assert run.interactive and not stop.interactive and "Taken out of the queue" in told and unfinished == compare.OVER
