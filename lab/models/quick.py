@@ -42,7 +42,7 @@ class Seen:
 
 
 class Found:
-    """Modules as they were found: nobody listens to one of `heard`, stands for its forward, or has replaced a part of `whole`."""
+    """Modules as they were found: nobody listens to or stands for one of `heard`, or has replaced a part of `whole`."""
 
     def __init__(self, heard: list[nn.Module], whole: list[nn.Module]) -> None:
         self._hooks = [hooks for m in heard for hooks in (m._forward_hooks, m._forward_pre_hooks)]
