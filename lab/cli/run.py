@@ -16,8 +16,8 @@ from typing import Any
 
 from lab.errors import LabError
 
-EXITS = ("exit status: 0 every variant ran, 1 a variant could not run (the others are saved, as a partial run), 2 nothing ran, or "
-         "its result could not be written, 130 stopped by Ctrl-C (what was written so far is saved)")
+EXITS = ("exit status: 0 every variant ran, 1 a variant could not run (the others are saved, as a partial run), 2 nothing "
+         "ran or its result could not be written, 130 stopped by Ctrl-C (what was written so far is saved)")
 ENDS = {
     "partial": "partial: a variant could not run, the others did",
     "failed": "failed: no variant could run",
@@ -40,7 +40,8 @@ def add(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=1, help="continuations per variant; they share the prompt's entries in memory until a technique changes them")
+    parser.add_argument("--samples", type=int, default=1,
+                        help="continuations per variant; they share the prompt's entries in memory until a technique changes them")
     parser.add_argument("--timing", choices=("interleaved", "clean"), default="interleaved")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     parser.add_argument("--truncate", action="store_true", help="cut a prompt that does not fit, from the front")
@@ -101,7 +102,8 @@ def act(args: argparse.Namespace) -> int:
 
 
 def open_store(path: Path | None) -> Any:
-    """The store at `path`, which is used or refused; the lab's own file, where it cannot be used, does not cost the run: None, told."""
+    """The store at `path`, which is used or refused. The lab's own file, where it cannot be used, does not cost the run: that is
+    told, and the answer is None."""
     from storage import StorageError, Store
 
     try:

@@ -48,6 +48,6 @@ def check_address(host: str | None, port: int | None) -> None:
             raise LabError(f"Port {port} is in use, perhaps by another Attention Lab",
                            fix="Give another one with --port, or none: then the first free port from 7860 is taken") from None
         if problem.errno in (errno.EACCES, errno.EPERM):
-            raise LabError(f"This user may not listen on port {port}", fix="Give a port from 1024, such as --port 7860") from None
+            raise LabError(f"This user may not listen on port {port}", fix="Give one from 1024, such as --port 7860") from None
         raise LabError(f"{host} is no address of this machine",
                        "It listens on one of its own: 127.0.0.1 for itself, 0.0.0.0 for the network") from None

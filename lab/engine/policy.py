@@ -135,7 +135,8 @@ class Policy:
                 f"{self.scorer.title} would keep {total} of {prompt} entries but must protect {first + last} "
                 f"({first} first, {last} last)",
                 "The budget has to be larger than the entries that are always kept",
-                f"Raise the budget to {needed} entries ({math.ceil(100 * needed / prompt) / 100:.2f} of the prompt), protect fewer{longer}"
+                f"Raise the budget to {needed} entries ({math.ceil(100 * needed / prompt) / 100:.2f} of the prompt), "
+                f"protect fewer{longer}"
                 if needed < prompt
                 else "A prompt this short fits whole: give a longer one, lower the protected window, or set budget=1",
                 self._remedy(prompt, float(needed) if needed < prompt else 1.0),

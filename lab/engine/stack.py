@@ -36,7 +36,7 @@ class Stack:
         """Read "h2o(budget=0.25)+kivi(bits=2)"; "dense" is the dense model.
 
         Raises LabError for an unknown technique or parameter (with the near names), a value out of range, techniques that
-        exclude each other, and where a name is missing: in empty text (often a shell variable without a value), or beside a "+".
+        exclude each other, and a missing name: empty text (often a shell variable without a value), or nothing beside a "+".
         """
         if registry is None:
             from lab.techniques import registry as load  # techniques know the engine, so the engine asks late
@@ -44,10 +44,11 @@ class Stack:
             registry = load()
         parts = _split(text, "+")
         if not text.strip():
-            raise LabError("The variant is empty", 'Write name or name(parameter=value,...), joined by "+"; dense is the model as it is')
+            raise LabError("The variant is empty", 'Write name or name(parameter=value,...), joined by "+"',
+                           "dense is the model as it is")
         if not all(p.strip() for p in parts):
-            raise LabError(f'In "{text.strip()}" a technique is missing beside a "+"', 'A "+" joins two techniques, as in h2o+kivi',
-                           'Write the missing name, or take the "+" away')
+            raise LabError(f'In "{text.strip()}" a technique is missing beside a "+"',
+                           'A "+" joins two techniques, as in h2o+kivi', 'Write the missing name, or take the "+" away')
         return cls.of(_parse_one(p, registry) for p in parts if p.strip().lower() != "dense")
 
     @property

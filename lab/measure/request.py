@@ -40,7 +40,8 @@ class RunRequest:
         if not self.prompt.strip():
             raise LabError("The prompt is empty", "A prompt has at least one character", "Type a prompt, or choose a preset")
         if any("\ud800" <= char <= "\udfff" for char in self.prompt):  # halves of characters: bytes that were no UTF-8
-            raise LabError("The prompt holds bytes that are no text", "A prompt is text in UTF-8", "Type it again, or save it as UTF-8")
+            raise LabError("The prompt holds bytes that are no text", "A prompt is text in UTF-8",
+                           "Type it again, or save it as UTF-8")
         if not 1 <= len(self.variants) <= MAX_VARIANTS:
             raise LabError(f"{len(self.variants)} variants were given", f"A run compares 1 to {MAX_VARIANTS} variants")
         if not 1 <= self.max_new_tokens <= 100_000:

@@ -243,8 +243,9 @@ def test_bytes_that_are_no_text_are_told(tiny, monkeypatch, capsys, arguments):
 
 def test_a_mark_of_byte_order_and_the_line_ends_of_windows_are_not_part_of_a_prompt(tiny, tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
-    args = ["run", "--prompt-file", str(tmp_path / "p.txt"), "--max-new-tokens", "2", "--no-save", "--json", str(tmp_path / "o.json")]
-    assert main(args) == 0 and json.loads((tmp_path / "o.json").read_text())["prompt"]["text"] == "one\ntwo"
+    out = tmp_path / "o.json"
+    args = ["run", "--prompt-file", str(tmp_path / "p.txt"), "--max-new-tokens", "2", "--no-save", "--json", str(out)]
+    assert main(args) == 0 and json.loads(out.read_text())["prompt"]["text"] == "one\ntwo"
 
 
 def test_a_locked_default_database_does_not_cost_the_run(tiny, files, monkeypatch, capsys):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def app(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "app.py"), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "app.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_app_py_shows_its_options_and_refuses_misspelt_ones():
