@@ -237,6 +237,9 @@ class FakeLab(Lab):
         return (len(split(text)) + 9 * chat) if text else 0
 
     def predict(self, stack, facts, prompt, total, samples=1):
+        if any(isinstance(t, HeavyHitters) and t.budget < 0.05 for t in stack.techniques):
+            raise LabError("H2O must protect more", "A twentieth is the least", "Raise it",
+                           {"technique": HeavyHitters.name, "parameter": "budget", "value": 0.05})
         dense = facts["kv_bytes_per_token"] * (prompt + samples * (total - prompt))
         return dense * (0.25 if "h2o" in stack.spec else 1) * (0.2 if "kivi" in stack.spec else 1), dense
 

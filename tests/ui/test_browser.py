@@ -93,6 +93,21 @@ def test_cards_toggle_block_undo_and_predict(page):
     expect(page.locator(".card")).to_have_count(3)
 
 
+def test_a_card_that_could_not_run_offers_the_budget_that_could(page):
+    page.click('[data-key="edit-1"]')
+    page.fill('[data-key="al-1-h2o-budget"]', "0.02")
+    page.press('[data-key="al-1-h2o-budget"]', "Enter")
+    expect(page.locator(".card.vB > .why")).to_contain_text("must protect")
+    expect(page.locator(".card.vB .kv")).to_have_count(0)
+    offered = page.locator('[data-key="remedy-1"]')
+    expect(offered).to_have_text("Set budget to 5%")
+    offered.click()
+    expect(page.locator(".card.vB .kv")).to_contain_text("tokens")
+    expect(page.locator('[data-key="al-1-h2o-budget"]')).to_have_value("0.05")
+    page.click('[data-key="undo"]')
+    expect(offered).to_be_visible()
+
+
 def test_a_field_keeps_what_is_typed_while_its_card_is_predicted_anew(page):
     def predict(tokens):
         page.evaluate("n => { dispatchEvent(new CustomEvent('al-prompt', {detail: {tokens: n}})); }", tokens)
