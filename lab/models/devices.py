@@ -62,7 +62,7 @@ def plan(device: str, dtype: str, weights: str, device_map: Any) -> Plan:
     if device_map is not None and torch.cuda.is_available():
         if importlib.util.find_spec("accelerate") is None:
             raise LabError("Spreading a model over several devices needs the accelerate package",
-                           fix="Run `pip install accelerate`, or leave device_map out")
+                           fix="Run `pip install accelerate`, or name one device")
         where = torch.device("cuda", 0)
     else:
         device_map = None
