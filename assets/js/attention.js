@@ -4,7 +4,7 @@ const LOST = "The server did not answer. Reload the page.";
 const S = {
   value: {}, key: null, letter: null, minus: null, limit: null, fork: null, layer: null, over: null, head: 0, pool: "max", log: true,
   pin: null, cursor: null, want: null, shown: null, got: null, rev: null, waiting: null, row: 0, now: null, tokens: [],
-  seen: null, tried: new Set(), failed: new Set(),
+  seen: null, tried: new Set(), failed: new Map(),
   ask: () => ({key: S.key, letter: S.letter, minus: S.minus, layer: S.layer, over: S.over, head: S.head}),
   whole: () => S.head === "rollout" || S.over !== null,
   drawn: () => { note(); },
@@ -24,7 +24,8 @@ const S = {
     const col = (S.pin || S.cursor || {col: i}).col;
     S.setPin({row: i, col: Math.min(col, i)}, reveal, i, home);
   },
-  replay: () => { S.wait(); trigger("replay", S.ask()); },
+  name: () => `${S.key}/${S.letter}/${S.layer}`, // of a replay: which were asked for by themselves, and what ended others
+  replay: () => { S.failed.delete(S.name()); S.wait(); trigger("replay", S.ask()); },
   replaying: () => !!S.waiting && S.waiting.key === S.key && S.waiting.letter === S.letter,
   waits: () => `Waits for the replay of variant ${S.letter}.`, // said by what needs the captured attention
   wait: async () => { // while a variant is replayed the cover says how far it is
@@ -34,21 +35,24 @@ const S = {
       await new Promise(done => setTimeout(done, 700));
       const a = await server.replays({key, letter}).catch(() => null);
       if (S.waiting !== mine || S.key !== key || S.letter !== letter || !a || a.fraction === undefined) return;
-      if (a.fraction === null) continue;
+      if (a.fraction === null) {
+        swap(cover, h("p", {}, a.after ? `Variant ${letter} waits for the replay of variant ${a.after}.` : words)); continue;
+      }
       swap(cover, h("p", {}, `${words} ${Math.round(a.fraction * 100)}%`), h("div", {class: "row center"}, h("button",
         {type: "button", class: "plain", onclick: () => server.replays({key, letter, drop: true}).catch(() => null)}, "Cancel")));
     }
   },
   trouble: t => {
     drawing = null; busy(false);
-    const name = `${S.key}/${S.letter}/${S.layer}`;
+    const name = S.name();
     if (t.auto && !S.failed.has(name)) {
       if (S.tried.has(name)) S.wait(); else { S.tried.add(name); S.replay(); }
     } else {
       const offered = (S.now.layers || []).slice(0, 12).map(l =>
         h("button", {type: "button", class: "plain", onclick: () => S.choose({layer: l, over: null})}, `Show layer ${l}`));
       say(null); cover.hidden = false;
-      swap(cover, h("p", {}, t.error), h("div", {class: "row center"}, offered,
+      swap(cover, h("p", {}, t.replay && S.failed.has(name) ? `Variant ${S.letter} could not be replayed. ${S.failed.get(name)}`
+        : t.error), h("div", {class: "row center"}, offered,
         t.replay ? h("button", {type: "button", class: "plain", onclick: S.replay}, `Replay to capture layer ${S.layer}`)
           : null));
     }

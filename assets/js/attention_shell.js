@@ -180,7 +180,8 @@ function start() {
       h("button", {type: "button", onclick: () => { const t = compare(); if (t) t.click(); }}, "Go to Compare"))); return;
   }
   if (!element.contains(stage)) swap(element, tools, exporting, tokbox, stage, gridbox, cachebox, tokview);
-  palette(); if (value.failed) S.failed.add(value.failed);
+  palette(); if (value.failed) S.failed.set(...value.failed);
+  for (const v of value.variants) for (const layer of v.layers) S.tried.delete(`${value.key}/${v.letter}/${layer}`);
   // What an address names is shown also where the tab was looked at before the address was read.
   const s = value.sel || {}, named = Object.values(s).some(x => x !== null && x !== undefined) && value.rev !== S.rev;
   const moved = S.key !== value.key || named; S.rev = value.rev;

@@ -65,6 +65,8 @@ function drawBars(a) {
     h("td", {class: "num"}, text(b.weight)));
   swap(bars, h("div", {class: "h"}, name, h("code", {}, fmt.tok(S.tokens[a.row])), S.minus || rolled ? " " : " looks ",
     h("span", {class: "num"}, `row ${fmt.int(a.row)}`)),
+    S.minus && !a.bars.length ? h("p", {class: "soft note"}, `Nothing differs on this row: ${S.letter} and ${S.minus} give every `
+      + `token the same weight.${a.row < S.now.prompt ? " It is a row of the prompt." : ""}`) : null,
     h("table", {}, h("caption", {class: "sr"}, "largest attention weights of this row"), h("tbody", {}, a.bars.map(bar),
       a.others > 0 ? h("tr", {}, h("td", {class: "soft"}, `${fmt.int(a.others)} other${a.group > 1 ? " groups" : "s"}`),
         h("td", {}, h("i", {class: "tailbar", style: `width:${(a.tail || 0) / top * 100}%`})),
@@ -87,7 +89,8 @@ async function drawHeads() {
     h("td", {class: "num"}, h("i", {class: "minibar", style: `width:${(rate(i) || 0) * 28}px`}),
       rate(i) === null ? "–" : rate(i).toFixed(2)),
     h("td", {class: "num"}, fmt.int(a.mean_distance[i])));
-  swap(figures, h("div", {class: "h"}, `Heads of layer ${S.layer}`), h("table", {},
+  swap(figures, h("div", {class: "h"}, `Heads of layer ${S.layer} · `,
+    S.minus ? `${S.letter} alone` : S.letter), h("table", {},
     h("thead", {}, h("tr", {}, HEADINGS.map(([name, title]) => h("th", {scope: "col", title}, name)))),
     h("tbody", {}, a.entropy.map(row))));
 }

@@ -63,7 +63,7 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
             with gently(lab):
                 return work(run, ask)
         except Exception as problem:
-            return {"error": sentence(problem)}
+            return {"error": asking(lab, run, sentence(problem))}
 
     def tile(ask: dict[str, Any]) -> dict[str, Any]:
         told = Told()
@@ -131,6 +131,11 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
     return [tile, drawing, cell, row, largest, stats, cache, life, heads, texts, attended, exported, replays, tokens]
 
 
+def asking(lab: Lab, run: OpenRun, told: str) -> str:
+    """A failure as `sentence` tells it, which asks for the run's model only while that is not in memory."""
+    return told.replace("Load the run's model and replay it", "Replay it") if lab.replays_by_itself(run) else told
+
+
 def words(run: OpenRun, letter: str) -> list[str]:
     """Token texts of the prompt and of what a variant wrote, as far as they were fed."""
     generated = [str(t.get("text") or "") for t in run.variant(letter).get("tokens") or []]
@@ -172,10 +177,14 @@ class Replay(Told):
 
 
 def replaying(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
-    """How far a variant's replay is, {"fraction": None} when none is under way; `drop` gives it up."""
+    """How far a variant's replay is, {"fraction": None, "after"} when it is not under way; `drop` gives it up.
+
+    `after`: the variant of this run whose replay is under way instead, or None.
+    """
     task = run.tasks.get(("replay", str(ask.get("letter"))))
     if task is None or task.join(0):
-        return {"fraction": None}
+        others = [name[1] for name, other in list(run.tasks.items()) if name[0] == "replay" and not other.join(0)]
+        return {"fraction": None, "after": others[0] if others else None}
     if ask.get("drop"):
         task.cancel()
     return {"fraction": task.fraction, "text": task.text}
@@ -199,7 +208,8 @@ def replayer(lab: Lab) -> Any:
         while not task.join(0.3):
             yield gr.skip(), cards.status(f"{task.text} variant {letter} to capture its attention", task.fraction, True)
         if task.problem is not None:
-            yield {**value(lab, key), "replayed": True, "failed": f"{key}/{letter}/{layer}"}, cards.error(task.problem)
+            failed = [f"{key}/{letter}/{layer}", task.problem]
+            yield {**value(lab, key), "replayed": True, "failed": failed}, cards.error(task.problem)
             return
         yield {**value(lab, key), "replayed": True}, ""
     return replay

@@ -272,6 +272,12 @@ def test_a_run_that_is_being_generated_is_not_called_interrupted():
     assert {r["run_id"]: r["status"] for r in listing({})["rows"]}[job.run_id] == "interrupted"
 
 
+def test_what_feeds_the_model_has_one_limit_whatever_is_pressed_first(lab):
+    """Gradio takes a group's limit from the events that were pressed so far."""
+    limits = {f.name: f.concurrency_limit for f in build(lab).fns.values() if f.concurrency_id == "model"}
+    assert {"run", "change", "replay", "work"} <= set(limits) and set(limits.values()) == {1}
+
+
 def test_stop_is_said_before_the_job_is_asked_to_end():
     from types import SimpleNamespace
 

@@ -111,7 +111,7 @@ def test_two_pages_follow_one_replay_and_one_may_cancel_it(lab, run, monkeypatch
     told = {fn.__name__: fn for fn in attention.functions(lab)}["replays"]
     assert told({"key": key, "letter": "B"})["fraction"] in (0, 0.5) and told({"key": key, "letter": "A"})["fraction"] is None
     told({"key": key, "letter": "B", "drop": True})
-    assert "cancelled" in list(second)[-1][1] and list(first)[-1][0]["failed"] == f"{key}/B/5"
+    assert "cancelled" in list(second)[-1][1] and list(first)[-1][0]["failed"][0] == f"{key}/B/5"
 
 
 def test_what_replays_brought_leaves_first_where_room_is_short():
