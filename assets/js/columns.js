@@ -13,22 +13,24 @@ const alternatives = (title, list) => !list || !list.length ? null : h("div", {c
 // Of two variants at one token: every figure says whose it is, and of which token where theirs differ.
 const NOTES = {
   same: (me, ref) => `${me} and ${ref} wrote this token after the same text.`,
-  fork: (me, ref, f) => ["The first difference: after the same text ", me, " wrote ", h("code", {}, f.t), f.r ? [", ", ref, " wrote ",
-    h("code", {}, f.r)] : "", "."],
+  fork: (me, ref, f) => ["The first difference: after the same text ", me, " wrote ", h("code", {}, f.t),
+    f.r ? [", ", ref, " wrote ", h("code", {}, f.r)] : "", "."],
   after: (me, ref) => `After the first difference: ${me}’s own text, which ${ref} has not read.`,
   forced: (me, ref) => `${ref}’s token, as ${me} sees it after ${ref}’s text.`,
 };
 const CHOICES = {same: "here", fork: "here", after: "after its own text", forced: "after the reference’s text"};
 function probabilities(f, me, ref) {
   const of = (who, text) => [`${who}’s probability`, f.k === "fork" && text ? [" of ", h("code", {}, text)] : ""];
-  return [[of(me, f.t), f.p], [of(me, f.r), f.vp], [of(ref, f.r), f.rp]].map(([name, p]) => p && p !== "–" ? line(name, p) : null);
+  return [[of(me, f.t), f.p], [of(me, f.r), f.vp], [of(ref, f.r), f.rp]]
+    .map(([name, p]) => p && p !== "–" ? line(name, p) : null);
 }
 function show(span) {
   if (!span || !span.dataset.h) return hide();
-  const f = JSON.parse(span.dataset.h), cols = props.value.cols, ref = cols[0].letter, me = cols[span.closest(".col").dataset.i].letter;
-  const says = NOTES[f.k];
+  const f = JSON.parse(span.dataset.h), cols = props.value.cols;
+  const ref = cols[0].letter, me = cols[span.closest(".col").dataset.i].letter, says = NOTES[f.k];
   swap(tip,
-    h("div", {class: "tiphead"}, h("code", {}, f.t), h("span", {class: "soft"}, `token ${f.n} of ${f.k === "forced" ? ref : me}`)),
+    h("div", {class: "tiphead"}, h("code", {}, f.t),
+      h("span", {class: "soft"}, `token ${f.n} of ${f.k === "forced" ? ref : me}`)),
     says ? h("div", {class: "tipnote"}, says(me, ref, f)) : null,
     probabilities(f, me, ref),
     f.h ? line(`${me}’s entropy`, f.h) : null,

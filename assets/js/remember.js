@@ -1,6 +1,7 @@
-/* What this page remembers of a run that has not ended. Loading the page again ends the run, and nobody can be asked before that
-   (Gradio closes its stream first), so the prompt, the settings and the variants are given back afterwards. They lie in the
-   session storage: another tab has its own. Kept: {prompt, settings, variants, page: the run in the address, run_id once it began}. */
+/* What this page remembers of a run that has not ended. Loading the page again ends the run, and nobody can be asked before
+   that (Gradio closes its stream first), so the prompt, the settings and the variants are given back afterwards. They lie in
+   the session storage: another tab has its own.
+   Kept: {prompt, settings, variants, page: the run in the address, run_id once it began}. */
 window.alRun = (() => {
   const NAME = "attention-lab-run";
   const kept = () => { try { return JSON.parse(sessionStorage.getItem(NAME)); } catch { return null; } };
@@ -19,7 +20,8 @@ window.alRun = (() => {
     restored: (prompt, setup, settings) => {
       const run = kept();
       if (!run || run.page !== page()) return [prompt, setup, settings, run ? {left: run.run_id || "", set: false} : {}];
-      return [run.prompt, {...setup, variants: run.variants}, {...settings, ...run.settings}, {left: run.run_id || "", set: true}];
+      return [run.prompt, {...setup, variants: run.variants}, {...settings, ...run.settings},
+        {left: run.run_id || "", set: true}];
     },
   };
 })();

@@ -11,11 +11,12 @@ const SAYS = {
 let told = 0;
 function tell(state, v) {
   const text = SAYS[state] + (v.set ? SET : ""), close = () => { told++; alRun.forget(); element.replaceChildren(); };
-  const open = state === "interrupted" || state === "ended" ? () => { close(); trigger("open", {run_id: v.left, owner: owner()}); }
-    : null;
+  const open = state === "interrupted" || state === "ended"
+    ? () => { close(); trigger("open", {run_id: v.left, owner: owner()}); } : null;
   swap(element, h("div", {class: "banner row unfinished", role: "status"}, h("span", {}, text),
     open ? h("button", {type: "button", class: "plain", "data-key": "open", onclick: open}, "Open it") : null,
-    h("button", {type: "button", class: "quiet", "data-key": "close", "aria-label": "close this message", onclick: close}, "×")));
+    h("button", {type: "button", class: "quiet", "data-key": "close", "aria-label": "close this message", onclick: close},
+      "×")));
   if (!element.offsetParent) toast(text, open && "Open it", open); // another tab of the page is in sight
 }
 async function follow(v) { // a run that was just left ends within a step; one in another tab goes on

@@ -19,8 +19,8 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 # What feeds the model goes one after another. Each such event names the limit: Gradio reads it at an event's first press alone.
 ONE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-# Gradio selects the first tab while the page loads; the address must not follow before it was read. Then it names the tab that is
-# shown, whatever it named before.
+# Gradio selects the first tab while the page loads; the address must not follow before it was read. Then it names the tab that
+# is shown, whatever it named before.
 ARRIVED = """tab => { const u = new URL(location.href), asked = u.searchParams.get('tab');
   if (asked !== null && asked !== tab) { u.searchParams.set('tab', tab); history.replaceState(null, '', u); }
   window.alArrived = true; }"""
@@ -104,7 +104,8 @@ def _compare_events(lab: Lab, c: compare.Parts, view: gr.State, owner: gr.Textbo
     outputs = [c.columns, c.status, c.run, c.stop, view, c.saved, c.model, c.banner, c.charts, c.unfinished]
     c.run.click(None, [c.prompt, c.setup, c.settings], None, js="(...now) => window.alRun.pressed(...now)", **PRIVATE)
     asked = c.run.click(compare.waiter(lab), None, [c.run, c.stop, c.status, c.unfinished], **QUIET)
-    ran = asked.then(compare.runner(lab), [c.prompt, c.setup, c.settings, owner], outputs, **ONE, trigger_mode="multiple", show_progress="minimal", show_progress_on=c.status, **PRIVATE)
+    ran = asked.then(compare.runner(lab), [c.prompt, c.setup, c.settings, owner], outputs, **ONE,
+                     trigger_mode="multiple", show_progress="minimal", show_progress_on=c.status, **PRIVATE)
     ran.failure(compare.refused(lab), None, [c.run, c.stop, c.status, c.unfinished], **QUIET)
     c.stop.click(compare.stopping(lab), None, c.status, **QUIET).then(
         compare.stopper(lab), None, [c.run, c.stop, c.status, c.unfinished], **QUIET)

@@ -23,7 +23,8 @@ def script(*names: str) -> str:
 def head() -> str:
     """What the page runs before anything else: a queue stream that no event's answers are lost on, and a memory of the run that
     is going, for the page that comes after it."""
-    return "".join(f"<script>{(FOLDER / 'js' / f'{name}.js').read_text(encoding='utf-8')}</script>" for name in ("stream", "remember"))
+    scripts = ((FOLDER / "js" / f"{name}.js").read_text(encoding="utf-8") for name in ("stream", "remember"))
+    return "".join(f"<script>{script}</script>" for script in scripts)
 
 
 @cache

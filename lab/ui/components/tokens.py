@@ -73,7 +73,8 @@ def token(item: dict[str, Any], fidelity: dict[str, Any] | None, index: int, pla
     names = " ".join(filter(None, ("t", kl_class((fidelity or {}).get("kl")), "fork" if fork else "")))
     text = esc(item.get("text") or "").replace("\n", '<i class="nl">⏎</i>\n')
     mark = '<b class="forkbar" role="img" aria-label="first divergence"></b>' if fork else ""
-    return f'{mark}<span class="{names}" data-i="{index}" data-h="{esc(card(item, fidelity, index, place, theirs))}">{text}</span>'
+    told = esc(card(item, fidelity, index, place, theirs))
+    return f'{mark}<span class="{names}" data-i="{index}" data-h="{told}">{text}</span>'
 
 
 def own_text(variant: dict[str, Any], reference: dict[str, Any] | None = None) -> list[str]:
