@@ -190,18 +190,18 @@ class OpenRun:
         """Arrays that a replay brought."""
         with self._lock:
             self._replayed |= {name for name in arrays if name.startswith("qk/") and name not in self.arrays}
-            self.arrays.update(arrays)
+            self.arrays = {**self.arrays, **arrays}  # whoever reads the arrays before it goes on reading those
             self._forget()
 
     def replayed_bytes(self) -> int:
         """Bytes of queries and keys that replays brought."""
-        return sum(self.arrays[name].nbytes for name in self._replayed)
+        with self._lock:
+            return sum(self.arrays[name].nbytes for name in self._replayed)
 
     def let_go(self) -> None:
         """Drop what replays brought; it can be captured again."""
         with self._lock:
-            for name in self._replayed:
-                self.arrays.pop(name, None)
+            self.arrays = {name: array for name, array in self.arrays.items() if name not in self._replayed}
             self._replayed.clear()
             self._forget()
 

@@ -188,3 +188,12 @@ def test_a_kept_overview_knows_which_layers_have_a_window():
     kept_layer = run.stored("A", 0, 0)
     assert [c.window for c in kept_layer.captures] == [16, None, 16]
     assert np.array_equal(np.isnan(kept_layer.view(None, None, 64, 64, "max").values), np.isnan(live))
+
+
+def test_who_reads_the_arrays_goes_on_while_a_replay_brings_more(long_run):
+    run = OpenRun(long_run.record, dict(long_run.arrays))
+    reading = iter(run.arrays.items())
+    next(reading)
+    run.add({"qk/D/0/q": np.zeros((1, 1, 4), np.float16)})
+    run.let_go()
+    assert len(list(reading)) == len(long_run.arrays) - 1
