@@ -106,3 +106,22 @@ def rope_of(model: torch.nn.Module, layer: int) -> Rope:
         "Renumbering positions needs rotary embeddings",
         "Switch renumbering off, or use a model with rotary embeddings such as Llama, Qwen or SmolLM",
     )
+
+
+def forget_growth(model: torch.nn.Module) -> bool:
+    """Set angles that grow with the text (dynamic NTK) back to those of a short one; True where a model has such angles.
+
+    transformers keeps the angles of the longest text a model has met, and the next text, such as a variant that is compared,
+    would be read at those. It also goes back to the first angles at any block of low positions: a prompt must be fed whole.
+    """
+    found = False
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layers, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if kind != "dynamic" or not hasattr(module, "max_seq_len_cached"):
+                continue
+            found, prefix = True, f"{layers}_" if layers else ""
+            now, first = getattr(module, f"{prefix}inv_freq"), getattr(module, f"{prefix}original_inv_freq")
+            module.register_buffer(f"{prefix}inv_freq", first.to(now.device, copy=True), persistent=False)
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+    return found

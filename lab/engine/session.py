@@ -12,6 +12,7 @@ import torch
 from kernels import first_use
 from lab.engine.cache import LabCache
 from lab.engine.graph import GraphedDecode, why_not
+from lab.engine.rope import forget_growth
 from lab.engine.stack import Stack
 from lab.engine.steady import FILLING, Unfit
 from lab.engine.tap import Tap
@@ -90,7 +91,8 @@ class Session:
         for layer in self.cache.lab_layers:
             layer.tap = Tap() if self.capture or layer.index in (taps or ()) else None
         tokens = torch.tensor([ids], device=self.device)
-        whole = self.stack.one("trim") is not None  # what goes on is chosen from all of the prompt
+        grows = forget_growth(self.model)
+        whole = grows or self.stack.one("trim") is not None  # trim chooses from all of the prompt
         size = len(ids) if whole else self.stack.prompt_block or self.chunk or len(ids)
         spent, logits = 0.0, None
         for at in range(0, len(ids), size):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import llama, tokens
+from tiny_models import build, llama, tokens
 
 from lab.engine.sampling import Sampling
 from lab.engine.session import Session
@@ -21,6 +21,27 @@ def test_prefill_and_step_equal_the_model():
         want = llama()(torch.tensor([ids])).logits[0, 34:]
     assert torch.allclose(torch.cat(got), want, atol=1e-4)
     assert session.last_ms > 0 and got[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("before", [0, 200, 40])
+def test_angles_that_grow_with_the_text_are_those_of_this_text(before):
+    """Dynamic NTK: what the model has read before, and in what chunks a prompt is fed, changes nothing."""
+    def fresh():
+        return build("llama", head_dim=16, max_position_embeddings=32,
+                     rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0})
+
+    ids, model = tokens(80).tolist(), fresh()
+    session = Session(model, "dense", chunk=16, new_tokens=5)
+    if before:
+        session.prefill(tokens(before, seed=1).tolist())
+    got = [session.prefill(ids[:76])] + [session.step(torch.tensor([t])) for t in ids[76:]]
+    reference, cache, want = fresh(), None, []
+    with torch.no_grad():
+        for part in (ids[:76], *([t] for t in ids[76:])):
+            out = reference(torch.tensor([part]), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            want.append(out.logits[:, -1])
+    assert torch.allclose(torch.cat(got), torch.cat(want), atol=1e-4)
 
 
 def test_progress_is_shown_between_chunks_and_the_caller_may_stop():
