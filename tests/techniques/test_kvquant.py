@@ -31,7 +31,7 @@ def fed(spec: str) -> Session:
 
 
 def test_all_outliers_are_exact_to_half_precision_and_the_first_token_is_exact():
-    dense, coded = fed(""), fed("kvquant(outliers=1)")
+    dense, coded = fed("dense"), fed("kvquant(outliers=1)")
     for a, b in zip(dense.cache.lab_layers, coded.cache.lab_layers):
         order = b.positions()[0, 0].argsort()
         for x, y in ((a.all_keys(), b.all_keys()), (a.all_values(), b.all_values())):
@@ -40,7 +40,7 @@ def test_all_outliers_are_exact_to_half_precision_and_the_first_token_is_exact()
 
 
 def test_error_falls_with_bits_and_outliers():
-    dense = fed("").cache.lab_layers[1].all_keys()
+    dense = fed("dense").cache.lab_layers[1].all_keys()
     errors = []
     for spec in ("kvquant(bits=2,sinks=0)", "kvquant(sinks=0)", "kvquant(bits=4,sinks=0)", "kvquant(bits=4,outliers=0.2,sinks=0)"):
         errors.append(float((fed(spec).cache.lab_layers[1].all_keys() - dense).square().mean()))
