@@ -95,8 +95,9 @@ def append(tier: TierView, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor
 
         for target, x in ((tier.k, k), (tier.v, v)):
             if len(slots):
-                home(scatter_kernel)[(len(slots),)](x.contiguous(), slots, target, D=tier.dim, DP=triton.next_power_of_2(tier.dim),
-                                              num_warps=1)
+                home(scatter_kernel)[(len(slots),)](
+                    x.contiguous(), slots, target, D=tier.dim, DP=triton.next_power_of_2(tier.dim), num_warps=1,
+                )
         return
     if tier.code != "affine" or tier.k_group is not None:
         raise ValueError("append encodes per token and affine; per-channel and table codes are written block by block.")

@@ -10,9 +10,9 @@ def channels_kernel(
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr, BW: tl.constexpr,
     NAMES: tl.constexpr,
 ):
-    """One block of x [n,G,D], BW bytes wide: its rows to slots slot[i] .. slot[i]+G of code [slots,W] uint8, the scale and zero
-    of its channels to row row[i] of scale, zero [rows,D] float16; with NAMES that row's number to the slots of group int32 [slots].
-    A slot below 0 is skipped.
+    """One block of x [n,G,D], BW bytes wide: its rows to slots slot[i] .. slot[i]+G of code [slots,W] uint8, the scale and
+    zero of its channels to row row[i] of scale, zero [rows,D] float16; with NAMES that row's number to the slots of group
+    int32 [slots]. A slot below 0 is skipped.
 
     A byte holds channels that lie W apart, so a program reads 8/BITS tiles of BW channels, and each channel is reduced,
     rounded and packed in registers: x is read once.

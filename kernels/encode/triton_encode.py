@@ -13,7 +13,8 @@ def _round(x):
 @triton.jit
 def _encode(
     x_ptr, r, slot, ok, code_ptr, scale_ptr, zero_ptr,
-    D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BR: tl.constexpr,
+    D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    BR: tl.constexpr,
 ):
     """Rows r int64 [BR] of x [.,D] coded into slots slot int64 [BR], where ok bool [BR]."""
     PARTS: tl.constexpr = 8 // BITS

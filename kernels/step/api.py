@@ -131,7 +131,8 @@ def _run(end: str, x, norm, eps, weight, bias, y, rows: int, where: tuple | None
     home(product_kernel)[(triton.cdiv(rows, c.rows),)](
         x, x if norm is None else norm, weight, x if bias is None else bias, y, *(where or (x,) * 8), rows, eps, first,
         B=batch, K=columns, BN=c.rows, BK=c.width, TILES=c.tiles, END=end, NORM=int(norm is not None), BIAS=bias is not None,
-        PDL=overlap, num_warps=c.warps, **(sizes or dict(D=2, HQ=0, HK=0, TAGS=False)), **({"launch_pdl": True} if overlap else {}),
+        PDL=overlap, num_warps=c.warps, **(sizes or dict(D=2, HQ=0, HK=0, TAGS=False)),
+        **({"launch_pdl": True} if overlap else {}),
     )
 
 

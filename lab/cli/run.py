@@ -41,7 +41,8 @@ def add(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=1,
-                        help="continuations per variant; they share the prompt's entries in memory until a technique changes them")
+                        help="continuations per variant; they share the prompt's entries in memory until a technique changes "
+                             "them")
     parser.add_argument("--timing", choices=("interleaved", "clean"), default="interleaved")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     parser.add_argument("--truncate", action="store_true", help="cut a prompt that does not fit, from the front")

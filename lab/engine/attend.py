@@ -74,9 +74,9 @@ def samples_row(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [B,Hk,G,d], lse [B,Hk,G]) of one row per sample over the exact rows they have in common and over their own.
 
-    q [B,Hk,G,d]; common (keys, values), segments of one sequence; keys, values [B,Hk,n,d]. The common rows are read once, for the
-    rows of all samples together; the two parts are merged exactly. mask: additive, [1,Hk,G,N] on the common rows, where lanes hold
-    equally many.
+    q [B,Hk,G,d]; common (keys, values), segments of one sequence; keys, values [B,Hk,n,d]. The common rows are read once, for
+    the rows of all samples together; the two parts are merged exactly. mask: additive, [1,Hk,G,N] on the common rows, where
+    lanes hold equally many.
     """
     batch, rows = q.shape[0], stacked(q)
     if common[0].rows.level:

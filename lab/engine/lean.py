@@ -55,7 +55,8 @@ class _Layer:
 
 @dataclass
 class Place:
-    """Where a step's new rows go: row slot[b*Hk + h] of k, v [slots,d], and the position to tag[tag_slot] where positions are kept."""
+    """Where a step's new rows go: row slot[b*Hk + h] of k, v [slots,d], and the position to tag[tag_slot] where positions are
+    kept."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -84,7 +85,8 @@ class Seen:
 class Lean:
     """The parts of a model and the buffers of one captured step.
 
-    place(store) says where a layer's new rows go; read(store, q, scale) -> [B,1,Hq,d] attends with a layer's stored rows, the newest included.
+    place(store) says where a layer's new rows go; read(store, q, scale) -> [B,1,Hq,d] attends with a layer's stored rows, the
+    newest included.
     """
 
     layers: list[_Layer]
@@ -203,13 +205,15 @@ def prepare(
     _demand(cos.shape[-1] == dim and dim % 2 == 0, "only part of each head is turned")
     made = lambda *shape, kind=dtype: torch.empty(shape, dtype=kind, device=device)  # noqa: E731
     return Lean(
-        layers, base.embed_tokens.weight, _norm(base.norm), _Linear(head.weight, head.bias), kv, stores, position, first, cos, sin,
-        made(batch, width, kind=torch.float32), made(batch, heads, dim), made(batch, layers[0].gate_up.weight.shape[0] // 2), place, read,
+        layers, base.embed_tokens.weight, _norm(base.norm), _Linear(head.weight, head.bias), kv, stores, position, first,
+        cos, sin, made(batch, width, kind=torch.float32), made(batch, heads, dim),
+        made(batch, layers[0].gate_up.weight.shape[0] // 2), place, read,
     )
 
 
 def _layer(module: torch.nn.Module) -> _Layer:
-    _demand(_children(module) == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}, "its layers are put together differently")
+    _demand(_children(module) == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+            "its layers are put together differently")
     attention, mlp = module.self_attn, module.mlp
     parts = _children(attention) - {"q_norm", "k_norm"}
     _demand(parts == {"q_proj", "k_proj", "v_proj", "o_proj"}, "its attention is put together differently")
@@ -220,12 +224,13 @@ def _layer(module: torch.nn.Module) -> _Layer:
     norms = None
     if hasattr(attention, "q_norm"):
         norms = _norm(attention.q_norm), _norm(attention.k_norm)
-        _demand(norms[0].weight.shape == norms[1].weight.shape and norms[0].eps == norms[1].eps, "queries and keys are normed differently")
+        _demand(norms[0].weight.shape == norms[1].weight.shape and norms[0].eps == norms[1].eps,
+                "queries and keys are normed differently")
         _demand(norms[0].weight.shape[0] == attention.head_dim, "whole rows of queries are normed, not heads")
     return _Layer(
         module, _norm(module.input_layernorm), _joined([attention.q_proj, attention.k_proj, attention.v_proj]), norms,
-        _linear(attention.o_proj), _norm(module.post_attention_layernorm), _joined([mlp.gate_proj, mlp.up_proj]), _linear(mlp.down_proj),
-        float(attention.scaling),
+        _linear(attention.o_proj), _norm(module.post_attention_layernorm), _joined([mlp.gate_proj, mlp.up_proj]),
+        _linear(mlp.down_proj), float(attention.scaling),
     )
 
 
@@ -233,7 +238,8 @@ def _joined(modules: list[torch.nn.Module]) -> _Linear:
     """The one matrix that sibling layers share after `lab.models.fuse`."""
     found = [getattr(m, "siblings", None) for m in modules]
     _demand(found[0] is not None and all(x is found[0] for x in found), "its sibling products are not fused")
-    _demand([m.index for m in modules] == list(range(len(modules))) == list(range(len(found[0].widths))), "its products are fused in another order")
+    _demand([m.index for m in modules] == list(range(len(modules))) == list(range(len(found[0].widths))),
+            "its products are fused in another order")
     return _linear(found[0].linear)
 
 

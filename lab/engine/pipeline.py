@@ -84,7 +84,8 @@ def dense_fits(store: LabLayer) -> bool:
 
 
 def dense_row(store: LabLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Store one row k, v [B,Hk,1,d] and attend with q [B,Hq,1,d] to everything stored: [B,1,Hq,d]. For layers that `dense_fits`."""
+    """Store one row k, v [B,Hk,1,d] and attend with q [B,Hq,1,d] to everything stored: [B,1,Hq,d]. For layers that
+    `dense_fits`."""
     batch, heads, n = q.shape[0], store.heads, store.exact_k.rows.lens[0]
     keys, values = store.exact_k.rows.whole("x"), store.exact_v.rows.whole("x")
     keys.narrow(2, n, 1).copy_(k)
@@ -114,8 +115,8 @@ def _append(policy: Policy, handle: Handle, q: torch.Tensor, call: Call) -> Laye
     if trimmed is not None:
         if keep is not None and not bool(call.mask.all()):
             raise LabError(
-                f"{policy.trimmer.title} cannot choose among the tokens of padded prompts", "All prompts of a batch have one length",
-                "Feed the prompts one at a time",
+                f"{policy.trimmer.title} cannot choose among the tokens of padded prompts",
+                "All prompts of a batch have one length", "Feed the prompts one at a time",
             )
         store.start_tracking()
         pos_q = (first + trimmed).expand(q.shape[0], -1)

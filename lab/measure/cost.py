@@ -126,8 +126,9 @@ def predict(
     entries = sum(x.entries for x in layers)
     return Prediction(
         prompt, total, element, sum(x.kv_bytes for x in layers), sum(x.kv_bytes for x in full), entries,
-        entries / full_entries, sum(x.read_entries for x in layers) / full_entries, sum(x.read_bytes for x in layers) / full_bytes,
-        sum(x.probe_bytes for x in layers) / full_bytes, step_flops, step_bytes, flops, flops + intensity * moved, layers,
+        entries / full_entries, sum(x.read_entries for x in layers) / full_entries,
+        sum(x.read_bytes for x in layers) / full_bytes, sum(x.probe_bytes for x in layers) / full_bytes,
+        step_flops, step_bytes, flops, flops + intensity * moved, layers,
     )
 
 
@@ -238,8 +239,9 @@ class _Plan:
         return alone if trials == 1 else trials * alone - (trials - 1) * self.shared(layer, total)
 
     def shared(self, layer: int, total: int) -> int:
-        """Bytes of one layer that trials of the prompt hold once: its entries as the prompt left them, where no trial has had to
-        change one by now (an eviction parts them; codes of the prompt stay common, exact rows that are still to be coded do not)."""
+        """Bytes of one layer that trials of the prompt hold once: its entries as the prompt left them, where no trial has had
+        to change one by now (an eviction parts them; codes of the prompt stay common, exact rows that are still to be coded
+        do not)."""
         before, now = (self.entries(layer, np.array([n])) for n in (self.prompt, total))
         new = total - self.prompt
         if self.window(layer) and not self.policy.tracks:

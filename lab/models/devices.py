@@ -44,8 +44,8 @@ class Plan:
 def plan(device: str, dtype: str, weights: str, device_map: Any) -> Plan:
     """Turn what the user asked for into a Plan.
 
-    ``all`` spreads the model over every GPU through accelerate. On the CPU ``auto`` means float32 activations over packed weights. On CUDA it means bfloat16, or float16 where the
-    card has no bfloat16.
+    ``all`` spreads the model over every GPU through accelerate. On the CPU ``auto`` means float32 activations over packed
+    weights. On CUDA it means bfloat16, or float16 where the card has no bfloat16.
 
     Raises:
         LabError: a device that is not there, an unknown name, or a combination that makes no sense.

@@ -50,7 +50,8 @@ def _fuse_norms(model: nn.Module) -> int:
     replaced = 0
     for name, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
-        if not type(module).__name__.endswith("RMSNorm") or isinstance(module, FastRMSNorm) or not isinstance(weight, torch.Tensor):
+        if (not type(module).__name__.endswith("RMSNorm") or isinstance(module, FastRMSNorm)
+                or not isinstance(weight, torch.Tensor)):
             continue
         probe = equivalent(copy.deepcopy(module).float().cpu())
         if probe is None or not torch.equal(probe.weight, weight.detach().float().cpu()):

@@ -98,7 +98,8 @@ def load(
                 torch.cuda.empty_cache()
             raise LabError(f"There is not enough memory for {located.id} on {chosen.device}",
                            fix="Choose a smaller model or dtype" + (
-                               ", or device all, which spreads it over every GPU" if torch.cuda.device_count() > 1 else "")) from error
+                               ", or device all, which spreads it over every GPU" if torch.cuda.device_count() > 1 else ""
+                           )) from error
     facts = describe(model, parameters, id=located.id, source=source, revision=located.revision,
                      dtype=chosen.dtype_name, weights=held, weights_kl=kl)
     progress(1.0, f"{located.id} is ready")

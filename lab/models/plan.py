@@ -25,7 +25,8 @@ def facts_of(source: str, dtype: str = "bfloat16", progress: Progress = nothing)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as problem:
         reason = str(problem).strip().splitlines()
-        raise LabError(f"{source} has no configuration that can be used ({reason[0][:160] if reason else type(problem).__name__})",
+        raise LabError(f"{source} has no configuration that can be used "
+                       f"({reason[0][:160] if reason else type(problem).__name__})",
                        "A hub id, a folder with config.json or a config.json of a causal language model was expected") from None
     return describe(model, model.num_parameters(), id=Path(source).name if Path(source).exists() else source, source=source,
                     revision="", dtype=dtype, weights=dtype, weights_kl=None)

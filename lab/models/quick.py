@@ -249,7 +249,8 @@ def _observe(
     attach.AttentionMaskInterface.register(_OBSERVE, attach.mask)
     hooks = []
     for name, module in (*attentions.items(), *mlps.items()):
-        hooks += [module.register_forward_pre_hook(before(seen[name]), with_kwargs=True), module.register_forward_hook(after(seen[name]))]
+        hooks += [module.register_forward_pre_hook(before(seen[name]), with_kwargs=True),
+                  module.register_forward_hook(after(seen[name]))]
     previous = model.config._attn_implementation
     try:
         model.set_attn_implementation(_OBSERVE)

@@ -16,6 +16,7 @@ def registry() -> dict[str, type[Technique]]:
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Technique) and value.__module__ == module.__name__ and hasattr(value, "name"):
+            if (isinstance(value, type) and issubclass(value, Technique) and value.__module__ == module.__name__
+                    and hasattr(value, "name")):
                 found[value.name] = value
     return dict(sorted(found.items()))

@@ -15,7 +15,9 @@ class AShape(Technique):
 
     name: ClassVar[str] = "a_shape"
     title: ClassVar[str] = "A-shape prefill"
-    paper: ClassVar[Paper] = Paper("MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", "2407.02490", 2024)
+    paper: ClassVar[Paper] = Paper(
+        "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", "2407.02490", 2024
+    )
     slots: ClassVar[tuple[str, ...]] = ("select",)
     help: ClassVar[str] = (
         "While the prompt is read, each token looks only at the first few tokens and at a window before it, so the work "

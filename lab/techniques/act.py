@@ -23,7 +23,8 @@ class ACT(Technique):
     name: ClassVar[str] = "act"
     title: ClassVar[str] = "ACT"
     paper: ClassVar[Paper] = Paper(
-        "Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training through Attention Calibration", "2406.15765", 2024
+        "Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training through "
+        "Attention Calibration", "2406.15765", 2024
     )
     slots: ClassVar[tuple[str, ...]] = ("weigh", "calibrate")
     help: ClassVar[str] = (

@@ -19,7 +19,9 @@ class AdaKV(Technique):
 
     name: ClassVar[str] = "adakv"
     title: ClassVar[str] = "AdaKV"
-    paper: ClassVar[Paper] = Paper("Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference", "2407.11550", 2024)
+    paper: ClassVar[Paper] = Paper(
+        "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference", "2407.11550", 2024
+    )
     slots: ClassVar[tuple[str, ...]] = ("allocate",)
     help: ClassVar[str] = (
         "Some heads look at a few tokens, others at many. AdaKV guarantees each head a share of the budget and gives the "

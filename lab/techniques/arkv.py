@@ -33,7 +33,9 @@ class Arkv(Technique):
         "past is dropped and most of the rest is quantised. It ranks with its own score and 8-bit floats unless the stack "
         "names others. The claim is about 97% of the quality at a quarter of the memory; test it against integer codes."
     )
-    does_not_save: ClassVar[str] = "Until the budget is exceeded nothing is quantised, and the whole prompt is held until it ends."
+    does_not_save: ClassVar[str] = (
+        "Until the budget is exceeded nothing is quantised, and the whole prompt is held until it ends."
+    )
     whole_cache: ClassVar[bool] = True
     watches: ClassVar[bool] = True
     sets_tiers: ClassVar[bool] = True

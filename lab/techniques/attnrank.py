@@ -46,7 +46,8 @@ class AttnRank(Technique):
     def validate(self) -> None:
         spans = self.spans()
         if any(b[0] != a[1] + 1 for a, b in zip(spans, spans[1:])):
-            raise LabError(f'attnrank: documents="{self.documents}" leave gaps or overlap', "Each starts right after the one before")
+            raise LabError(f'attnrank: documents="{self.documents}" leave gaps or overlap',
+                           "Each starts right after the one before")
 
     @property
     def learns(self) -> bool:
@@ -85,7 +86,9 @@ class AttnRank(Technique):
             if f"profile_{count}" in learnt:
                 return learnt[f"profile_{count}"]
             near = min((n for n in learnt), key=lambda n: abs(int(n.split("_")[1]) - count))
-            return torch.nn.functional.interpolate(learnt[near].view(1, 1, -1), size=count, mode="linear", align_corners=True).flatten()
+            return torch.nn.functional.interpolate(
+                learnt[near].view(1, 1, -1), size=count, mode="linear", align_corners=True
+            ).flatten()
         places = torch.arange(count).float()
         return (places - (count - 1) / 2).abs() + 0.01 * places  # the end slightly before the start
 

@@ -24,8 +24,8 @@ class AutoSelect(Technique):
     help: ClassVar[str] = (
         "A two-layer scorer reads each token's hidden state at the cut and says how much it matters. It was trained by "
         "adding noise to tokens with low scores: to keep the text predictable, it had to spare the important ones. Made for "
-        "image patches; text tokens are less redundant, so expect more loss. The shipped scorer learnt on hidden passkeys: it keeps "
-        "those (8 of 8 unseen ones answered from half the prompt), and knows no other kind of question."
+        "image patches; text tokens are less redundant, so expect more loss. The shipped scorer learnt on hidden passkeys: it "
+        "keeps those (8 of 8 unseen ones answered from half the prompt), and knows no other kind of question."
     )
     saves: ClassVar[str] = "memory and reads"
     does_not_save: ClassVar[str] = "Layers before the cut see and store the whole prompt."

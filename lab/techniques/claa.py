@@ -27,8 +27,8 @@ class CLAA(Technique):
         "After some layers, the attention of the last tokens shows which prompt tokens matter; only those go on to deeper "
         "layers. One layer's ranking is shaky, so CLAA takes the best score a token got in several. Baselines rank by one layer "
         "(FastKV), by raw scores of the last token (GemFilter), or by what a draft answer looks at (speculative prefill; the "
-        "draft is the model's own lower layers). Controls: the oracle looks at the model's real answer first, random does not look. Dropped tokens are gone for later "
-        "questions."
+        "draft is the model's own lower layers). Controls: the oracle looks at the model's real answer first, random does "
+        "not look. Dropped tokens are gone for later questions."
     )
     saves: ClassVar[str] = "memory and reads"
     does_not_save: ClassVar[str] = (

@@ -20,14 +20,19 @@ class D2OBudget(Technique):
 
     name: ClassVar[str] = "d2o_budget"
     title: ClassVar[str] = "D2O variance budgets"
-    paper: ClassVar[Paper] = Paper("D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference of Large Language Models", "2406.13035", 2024)
+    paper: ClassVar[Paper] = Paper(
+        "D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference of Large Language Models",
+        "2406.13035", 2024
+    )
     slots: ClassVar[tuple[str, ...]] = ("allocate",)
     help: ClassVar[str] = (
         "Where a layer's attention is spread evenly, many tokens matter; where it sits on a few, few do. Layers whose "
         "attention varies little get more of the same total. The variance is measured on the last prompt rows and compared "
         "between layers, which is the lab's reading of a sentence in the paper."
     )
-    does_not_save: ClassVar[str] = "The total stays the same as with equal budgets; the whole cache is held until the prompt ends."
+    does_not_save: ClassVar[str] = (
+        "The total stays the same as with equal budgets; the whole cache is held until the prompt ends."
+    )
     whole_cache: ClassVar[bool] = True
     watches: ClassVar[bool] = True
 

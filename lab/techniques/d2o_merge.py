@@ -22,7 +22,10 @@ class D2OMerge(Technique):
 
     name: ClassVar[str] = "d2o_merge"
     title: ClassVar[str] = "D2O merging"
-    paper: ClassVar[Paper] = Paper("D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference of Large Language Models", "2406.13035", 2024)
+    paper: ClassVar[Paper] = Paper(
+        "D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference of Large Language Models",
+        "2406.13035", 2024
+    )
     slots: ClassVar[tuple[str, ...]] = ("edit", "reduce")
     help: ClassVar[str] = (
         "Each evicted token looks for the kept token whose key is most like its own. If they are similar enough, their "
@@ -32,8 +35,8 @@ class D2OMerge(Technique):
     does_not_save: ClassVar[str] = "It changes what eviction loses, not how much memory it frees."
 
     beta: float = param(0.7, "How quickly the similarity threshold follows the newest evictions.", min=0, max=1)
-    threshold: float = param(0.0, "A fixed threshold on the cosine instead of the moving one; 0 lets it move, above 1 never merges.",
-                             min=0, max=2)
+    threshold: float = param(0.0, "A fixed threshold on the cosine instead of the moving one; 0 lets it move, above 1 never "
+                             "merges.", min=0, max=2)
     keys: bool = param(False, "Average keys too; keys at different positions are turned differently, so this blurs both.")
     multiplicity: bool = param(False, "Add the logarithm of the number of merged tokens to an entry's logit.")
 

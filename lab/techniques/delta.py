@@ -17,7 +17,9 @@ class Delta(Technique):
 
     name: ClassVar[str] = "delta"
     title: ClassVar[str] = "Delta correction"
-    paper: ClassVar[Paper] = Paper("Delta Attention: Fast and Accurate Sparse Attention Inference by Delta Correction", "2505.11254", 2025)
+    paper: ClassVar[Paper] = Paper(
+        "Delta Attention: Fast and Accurate Sparse Attention Inference by Delta Correction", "2505.11254", 2025
+    )
     slots: ClassVar[tuple[str, ...]] = ("combine",)
     help: ClassVar[str] = (
         "Sparse prefill shifts each layer's output. Delta computes every gamma-th row densely, sees by how much that row "

@@ -72,7 +72,9 @@ class Dwb(Technique):
 
     name: ClassVar[str] = "dwb"
     title: ClassVar[str] = "Don't Waste Bits"
-    paper: ClassVar[Paper] = Paper("Don't Waste Bits! Adaptive KV-Cache Quantization for Lightweight On-Device LLMs", "2604.04722", 2026)
+    paper: ClassVar[Paper] = Paper(
+        "Don't Waste Bits! Adaptive KV-Cache Quantization for Lightweight On-Device LLMs", "2604.04722", 2026
+    )
     slots: ClassVar[tuple[str, ...]] = ("observe", "allocate", "calibrate")
     help: ClassVar[str] = (
         "A small trained network looks at how uncertain the model was at a token, how rare the token is and how its attention "
@@ -93,14 +95,16 @@ class Dwb(Technique):
 
     def validate(self) -> None:
         if 0 < self.target < 2:
-            raise LabError(f"dwb: target={self.target:g} cannot be reached", "The narrowest tier has 2 bits: target is 0 or from 2 to 16")
+            raise LabError(f"dwb: target={self.target:g} cannot be reached",
+                           "The narrowest tier has 2 bits: target is 0 or from 2 to 16")
 
     @property
     def label(self) -> str:
         return f"DWB {self.target:g}-bit" if self.target else "DWB"
 
     def planned_codes(self, entries: int, head_dim: int, element: int, encoder: Technique) -> int:
-        """As if every token had the target's mean width (4 bits where there is no target); what really comes depends on the text."""
+        """As if every token had the target's mean width (4 bits where there is no target); what really comes depends on the
+        text."""
         target = self.target or 4.0
         low = max(b for b in WIDTHS if b <= target)
         high = min((b for b in WIDTHS if b > target), default=low)
@@ -150,7 +154,10 @@ class Dwb(Technique):
         chosen = controller().choose(scores, state["dwb_price"])
         for ctx in step.contexts:  # tags wait in each layer until they are applied
             waiting = ctx.state.get("dwb_tags")
-            ctx.state["dwb_tags"] = chosen.to(ctx.store.device, copy=True) if waiting is None else torch.cat([waiting, chosen.to(waiting.device)], 1)
+            ctx.state["dwb_tags"] = (
+                chosen.to(ctx.store.device, copy=True) if waiting is None
+                else torch.cat([waiting, chosen.to(waiting.device)], 1)
+            )
 
     def tiers(
         self, ctx: LayerContext, scores: torch.Tensor | None, keep: torch.Tensor | None

@@ -18,7 +18,10 @@ class ExpectedAttention(Technique):
 
     name: ClassVar[str] = "expected_attention"
     title: ClassVar[str] = "Expected Attention"
-    paper: ClassVar[Paper] = Paper("Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution", "2510.00636", 2025)
+    paper: ClassVar[Paper] = Paper(
+        "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution",
+        "2510.00636", 2025
+    )
     slots: ClassVar[tuple[str, ...]] = ("observe", "score")
     help: ClassVar[str] = (
         "The tokens that will be asked for in future are unknown, but queries of one head resemble each other. Expected "

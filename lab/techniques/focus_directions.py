@@ -48,7 +48,8 @@ class FocusDirections(Technique):
 
     def validate(self) -> None:
         if self.mode == "oracle" and self.relevant == "none":
-            raise LabError("focus_directions: the oracle needs the relevant positions", "relevant is a range", "Write relevant=120-180")
+            raise LabError("focus_directions: the oracle needs the relevant positions", "relevant is a range",
+                           "Write relevant=120-180")
         if self.relevant != "none":
             span(self.name, "relevant", self.relevant, "-")
 

@@ -50,7 +50,9 @@ class Fp8(Technique):
         "Stores numbers as tiny floating-point values: four bits of exponent and three of mantissa. Small numbers keep their "
         "relative precision next to large outliers, which whole numbers do not offer. Graphics cards read this format directly."
     )
-    does_not_save: ClassVar[str] = "There is only one width; with three bits of mantissa, whole numbers of 8 bits are often more exact."
+    does_not_save: ClassVar[str] = (
+        "There is only one width; with three bits of mantissa, whole numbers of 8 bits are often more exact."
+    )
 
     @property
     def label(self) -> str:

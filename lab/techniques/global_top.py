@@ -26,7 +26,9 @@ class GlobalTop(Technique):
         "tokens give their room to others. It needs scores that mean the same everywhere: attention weights do, norms and "
         "cosines do not."
     )
-    does_not_save: ClassVar[str] = "The total stays the same as with equal budgets; the whole cache is held until the prompt ends."
+    does_not_save: ClassVar[str] = (
+        "The total stays the same as with equal budgets; the whole cache is held until the prompt ends."
+    )
     whole_cache: ClassVar[bool] = True
     watches: ClassVar[bool] = True
 

@@ -70,7 +70,9 @@ class Portfolio(Technique):
     """What every budget over heads as return series has in common; a subclass names itself and gives `weights`."""
 
     slots: ClassVar[tuple[str, ...]] = ("observe", "allocate")
-    does_not_save: ClassVar[str] = "The total stays the same as with equal budgets; the whole cache is held until the prompt ends."
+    does_not_save: ClassVar[str] = (
+        "The total stays the same as with equal budgets; the whole cache is held until the prompt ends."
+    )
     whole_cache: ClassVar[bool] = True
     watches: ClassVar[bool] = True
 

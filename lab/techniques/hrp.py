@@ -17,7 +17,9 @@ class HRP(Portfolio):
 
     name: ClassVar[str] = "hrp"
     title: ClassVar[str] = "Risk-parity budgets"
-    paper: ClassVar[Paper] = Paper("Building Diversified Portfolios that Outperform Out of Sample", "Journal of Portfolio Management 42(4)", 2016)
+    paper: ClassVar[Paper] = Paper(
+        "Building Diversified Portfolios that Outperform Out of Sample", "Journal of Portfolio Management 42(4)", 2016
+    )
     help: ClassVar[str] = (
         "Groups heads whose contributions to the output rise and fall together, then halves the budget from group to group, "
         "the calmer half getting more. It avoids inverting a noisy matrix, which is where minimum-variance weights go wrong. "

@@ -17,7 +17,9 @@ class KeyDiff(Technique):
 
     name: ClassVar[str] = "keydiff"
     title: ClassVar[str] = "KeyDiff"
-    paper: ClassVar[Paper] = Paper("KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference", "2504.15364", 2025)
+    paper: ClassVar[Paper] = Paper(
+        "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference", "2504.15364", 2025
+    )
     slots: ClassVar[tuple[str, ...]] = ("score",)
     help: ClassVar[str] = (
         "Many keys point in nearly the same direction. KeyDiff drops those first and keeps the ones that stand out, without "

@@ -75,7 +75,9 @@ class KVQuant(Technique):
 
     name: ClassVar[str] = "kvquant"
     title: ClassVar[str] = "KVQuant"
-    paper: ClassVar[Paper] = Paper("KVQuant: Towards 10 Million Context Length LLM Inference with KV Cache Quantization", "2401.18079", 2024)
+    paper: ClassVar[Paper] = Paper(
+        "KVQuant: Towards 10 Million Context Length LLM Inference with KV Cache Quantization", "2401.18079", 2024
+    )
     slots: ClassVar[tuple[str, ...]] = ("encode", "calibrate")
     help: ClassVar[str] = (
         "Position encoding mixes the channels of a key, so KVQuant codes keys as they were before it and turns them again "

@@ -33,8 +33,8 @@ class MassiveActivations(Technique):
     )
     enters: ClassVar[bool] = True
 
-    mode: str = param("zero", "zero or mean: overwrite massive values with 0 or their calibrated mean. bias: add the sink's calibrated key and value to every softmax.",
-                      choices=("zero", "mean", "bias"))
+    mode: str = param("zero", "zero or mean: overwrite massive values with 0 or their calibrated mean. bias: add the sink's "
+                      "calibrated key and value to every softmax.", choices=("zero", "mean", "bias"))
     threshold: float = param(100.0, "A value is massive when it is larger than this ...", min=0, max=1e9)
     ratio: float = param(1000.0, "... and than this many times the median magnitude of the layer.", min=1, max=1e9)
     calibration: str = param("auto", "Calibration file for mean and bias; auto uses the one shipped for this model.")

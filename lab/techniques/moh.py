@@ -39,7 +39,8 @@ class MoH(Technique):
 
     def validate(self) -> None:
         if self.shared > self.active:
-            raise LabError(f"moh: shared={self.shared:g} is more than active={self.active:g}", "Shared heads are among the active ones")
+            raise LabError(f"moh: shared={self.shared:g} is more than active={self.active:g}",
+                           "Shared heads are among the active ones")
 
     @property
     def learns(self) -> bool:

@@ -18,7 +18,9 @@ class PyramidKV(Technique):
 
     name: ClassVar[str] = "pyramidkv"
     title: ClassVar[str] = "PyramidKV"
-    paper: ClassVar[Paper] = Paper("PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", "2406.02069", 2024)
+    paper: ClassVar[Paper] = Paper(
+        "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", "2406.02069", 2024
+    )
     slots: ClassVar[tuple[str, ...]] = ("allocate",)
     help: ClassVar[str] = (
         "Low layers spread attention over many tokens, high layers gather it on few. PyramidKV gives low layers a larger "

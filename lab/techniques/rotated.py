@@ -141,7 +141,9 @@ class Rotated(Technique):
         "quarot plain integers, inner adds one sign bit per channel that makes dot products right on average. With small "
         "heads the bell curve is less exact, and at few bits the signs add more noise than they remove bias."
     )
-    does_not_save: ClassVar[str] = "Codes are decoded at every read, which costs time on a CPU; the prompt is attended exactly first."
+    does_not_save: ClassVar[str] = (
+        "Codes are decoded at every read, which costs time on a CPU; the prompt is attended exactly first."
+    )
 
     bits: int = param(4, "Bits per number of a key.", choices=(2, 3, 4, 8), unit="bits")
     value_bits: int = param(0, "Bits per number of a value; 0: one less than keys in modes lloyd and inner, the same in quarot.",

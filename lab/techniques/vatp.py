@@ -17,14 +17,19 @@ class Vatp(Technique):
 
     name: ClassVar[str] = "vatp"
     title: ClassVar[str] = "VATP"
-    paper: ClassVar[Paper] = Paper("Attention Score is not All You Need for Token Importance Indicator in KV Cache Reduction: Value Also Matters", "2406.12335", 2024)
+    paper: ClassVar[Paper] = Paper(
+        "Attention Score is not All You Need for Token Importance Indicator in KV Cache Reduction: Value Also Matters",
+        "2406.12335", 2024
+    )
     slots: ClassVar[tuple[str, ...]] = ("observe", "score")
     help: ClassVar[str] = (
         "A token matters when it is looked at and when it has something to say: attention times the size of its value. "
         "Mode h2o sums the attention of all rows, mode scissorhands averages the last 400 and acts once, after the prompt. "
         "Attention sinks have tiny values and would be dropped, so the first tokens are always kept."
     )
-    does_not_save: ClassVar[str] = "It needs attention weights; with `wo` it also multiplies every value by the output projection."
+    does_not_save: ClassVar[str] = (
+        "It needs attention weights; with `wo` it also multiplies every value by the output projection."
+    )
 
     budget: float = param(0.5, BUDGET_HELP, min=0.001, max=1_000_000)
     mode: str = param("h2o", "Which attention: accumulated over all rows, or the mean of the last rows of the prompt.",

@@ -23,8 +23,8 @@ class XAttention(Technique):
     slots: ClassVar[tuple[str, ...]] = ("select",)
     help: ClassVar[str] = (
         "Cuts the attention of a prompt into square blocks and guesses each block's weight from a sample of its cells: "
-        "those on antidiagonals, which cross every column and every diagonal of the block. Each block of rows then reads the fewest "
-        "blocks that hold tau of the guessed weight. Short prompts gain nothing. Generated tokens read everything."
+        "those on antidiagonals, which cross every column and every diagonal of the block. Each block of rows then reads the "
+        "fewest blocks that hold tau of the guessed weight. Short prompts gain nothing. Generated tokens read everything."
     )
     saves: ClassVar[str] = "reads less, stores the same"
     does_not_save: ClassVar[str] = "Every key and value stays stored, and guessing itself costs 1/stride of dense attention."

@@ -26,9 +26,9 @@ class ZeroTuning(Technique):
     help: ClassVar[str] = (
         "Most heads park attention on the first token. Scaling just that weight by gamma makes all other weights of the "
         "head sharper (below 1) or flatter (above 1) while keeping their proportions. Calibration finds out head by head whether "
-        "more or less helps, and then which gamma. On the default model the table learnt from labelled questions made unseen right "
-        "answers likelier (46% to 61% right of 100, but 58% to 55% of another 60); that of low entropy only made it more certain, "
-        "58% to 40%; both cost 0.1 nat on prose."
+        "more or less helps, and then which gamma. On the default model the table learnt from labelled questions made unseen "
+        "right answers likelier (46% to 61% right of 100, but 58% to 55% of another 60); that of low entropy only made it more "
+        "certain, 58% to 40%; both cost 0.1 nat on prose."
     )
     saves: ClassVar[str] = "nothing"
     does_not_save: ClassVar[str] = "It steers the model; memory and reading stay the same."

@@ -63,7 +63,8 @@ def build(lab: Lab) -> Parts:
         with gr.Column(scale=1, min_width=0, elem_id="stage"):
             with gr.Column(elem_classes="panel promptpanel", elem_id="promptpanel"):
                 info = gr.HTML(token_counter(lab)(first["prompt"], first["settings"], record),
-                               html_template='<div class="h">Prompt</div>', apply_default_css=False, js_on_load=assets.script("prompt"))
+                               html_template='<div class="h">Prompt</div>', apply_default_css=False,
+                               js_on_load=assets.script("prompt"))
                 prompt = gr.Textbox(first["prompt"], show_label=False, label="Prompt", lines=3, max_lines=9, container=False,
                                     placeholder="Write a prompt, or choose a preset. Ctrl+Enter runs it.", elem_id="prompt",
                                     max_length=MAX_PROMPT_CHARS)

@@ -180,7 +180,8 @@ class Lab:
         except LabError as problem:
             return {"error": str(problem), "remedy": problem.remedy}
         return {"kv": {"text": size(mine), "ratio": ratio(mine, dense) if stack.techniques else "",
-                       "at": f"{prompt_tokens + max(0, new_tokens - 1):,} tokens" + (f", {samples} continuations" if samples > 1 else "")}}
+                       "at": f"{prompt_tokens + max(0, new_tokens - 1):,} tokens" + (
+                           f", {samples} continuations" if samples > 1 else "")}}
 
     def predict(self, stack: Any, facts: dict[str, Any], prompt: int, total: int, samples: int = 1) -> tuple[float, float]:
         """(bytes of this stack, bytes of the dense cache) once `total` tokens were fed, from lab.measure.cost; of all samples of
@@ -325,7 +326,8 @@ class Lab:
         request = RunRequest(
             prompt=prompt, variants=tuple(self.stack(v).spec for v in variants), max_new_tokens=settings["max_new_tokens"],
             sampling=Sampling(settings["temperature"], settings["top_k"], settings["top_p"], settings["seed"]),
-            timing=settings["timing"], samples=int(settings.get("samples") or 1), chat=bool(settings.get("chat")), truncate=bool(settings.get("truncate")))
+            timing=settings["timing"], samples=int(settings.get("samples") or 1), chat=bool(settings.get("chat")),
+            truncate=bool(settings.get("truncate")))
         experiment = Experiment(self.ensure_model(), request)
         job.attach(experiment.cancel)
         job.run_id = str(experiment.record["run_id"])

@@ -91,8 +91,9 @@ def tile(run: OpenRun, ask: dict[str, Any], progress: Any = None, cancel: Any = 
 
     `ask`: letter, minus (letter or nothing), layer, over ("mean"|"max" over layers or nothing), head, rows [r0, r1), cols
     [c0, c1), width, height, pool 'max'|'mean', log bool, exact (a rollout's single tokens). In the answer, `top` and `floor`:
-    weights of the last shade and of the first; `pool`: how it was pooled; `group`: columns of which only the mean is known; `coarse`: single tokens can be had by asking exactly; `stored`: an
-    overview kept with the run, whose queries and keys are gone.
+    weights of the last shade and of the first; `pool`: how it was pooled; `group`: columns of which only the mean is known;
+    `coarse`: single tokens can be had by asking exactly; `stored`: an overview kept with the run, whose queries and keys are
+    gone.
     """
     from lab.inspect.rollout import MOST_ROWS
     from lab.inspect.stored import is_kept

@@ -131,7 +131,8 @@ def _about(machine: Any) -> str:
         source = "measured once, when the app started"
     memory = f", {machine.memory / 1e9:,.0f} GB" if machine.memory else ""
     return (f'<p class="soft note">{esc(machine.name)}: {rate(machine.flops, "FLOP/s")} in {esc(machine.format)}, '
-            f'{rate(machine.bandwidth, "B/s")}{memory} ({source}). Bytes are the least there could be: each tensor moves once.</p>')
+            f'{rate(machine.bandwidth, "B/s")}{memory} ({source}). Bytes are the least there could be: '
+            "each tensor moves once.</p>")
 
 
 def _memory(lab: Lab, record: dict[str, Any], pick: Pick, machine: Any) -> tuple[Any, str]:

@@ -109,7 +109,8 @@ def agreement(scores: dict[str, np.ndarray], reference: np.ndarray, k: int = 5) 
 
 
 def marked_overlap(scores: dict[str, np.ndarray], marked: Sequence[int]) -> tuple[np.ndarray, float]:
-    """(share of the marked tokens among each method's top |marked|, NaN where a method says nothing, the level chance would give)."""
+    """(share of the marked tokens among each method's top |marked|, NaN where a method says nothing, the level chance would
+    give)."""
     t = len(next(iter(scores.values())))
     truth = np.zeros(t)
     truth[list(marked)] = 1

@@ -83,7 +83,8 @@ def columns(record: dict[str, Any] | None, live: bool = False) -> dict[str, Any]
         drawn.append({
             "letter": str(variant.get("letter") or "?"), "head": head(variant, i == 0), "dial": dial.dial(variant),
             "spec": str(variant.get("spec") or "dense"),
-            "own": tokens.own_text(variant, reference if i else None), "forced": tokens.forced_text(variant, reference) if i and not live else [],
+            "own": tokens.own_text(variant, reference if i else None),
+            "forced": tokens.forced_text(variant, reference) if i and not live else [],
             "note": note(variant), "strip": metrics.metrics(variant, reference if i else None),
             "writing": live and not variant.get("finish") and not variant.get("error"),
         })

@@ -43,7 +43,8 @@ def folded(
     lines = "".join(f'<tr><th scope="row">{name}</th>' + "".join(f'<td class="num">{esc(c)}</td>' for c in cells) + "</tr>"
                     for name, cells in body)
     table = (f'<div class="tablebox"><table class="lines"><caption class="sr">{esc(caption)}</caption>'
-             f"<thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>") if body else '<p class="soft note">Nothing to show for this run.</p>'
+             f"<thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>"
+             ) if body else '<p class="soft note">Nothing to show for this run.</p>'
     return f'{note}<details class="figtable"{" open" if opened else ""}><summary>{esc(summary)}</summary>{table}</details>'
 
 
@@ -68,7 +69,9 @@ def costs(record: dict[str, Any]) -> str:
             title += f'<span class="soft stores">{STORES_ALL}</span>' if stores_all(v) else ""
         figures = "".join(f'<td class="num" data-name="{esc(name)}">{esc(c)}</td>' for name, c in zip(COSTS, cells, strict=True))
         rows.append(f'<tr><th scope="row">{_letter(v)} {title}</th>{figures}</tr>')
-    head = '<th scope="col">variant</th>' + "".join(f'<th scope="col" title="{esc(t)}">{esc(name)}</th>' for name, t in COSTS.items())
+    head = '<th scope="col">variant</th>' + "".join(
+        f'<th scope="col" title="{esc(t)}">{esc(name)}</th>' for name, t in COSTS.items()
+    )
     return (f'<div class="tablebox"><table class="lines costs"><caption class="sr">measured cost of each variant</caption>'
             f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
 
