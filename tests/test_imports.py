@@ -70,7 +70,9 @@ def test_the_engine_does_not_know_who_uses_it():
 
 
 def test_techniques_know_the_engine_and_kernels_only():
-    assert breaches(files("lab/techniques"), allowed={"torch", "numpy", "kernels", "lab.engine", "lab.errors", "lab.techniques", "lab"}) == []
+    assert breaches(
+        files("lab/techniques"), allowed={"torch", "numpy", "kernels", "lab.engine", "lab.errors", "lab.techniques", "lab"}
+    ) == []
 
 
 def test_only_what_starts_the_browser_app_knows_it():

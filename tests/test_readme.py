@@ -42,7 +42,9 @@ def test_the_tables_of_the_read_side_are_the_measured_ones(name):
 
     result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     first, last = marks(name)
-    assert README.split(first)[1].split(last)[0].strip() == table(result, TABLES[name]), "run: python benchmarks/catalogue_read_table.py --readme"
+    assert README.split(first)[1].split(last)[0].strip() == table(result, TABLES[name]), (
+        "run: python benchmarks/catalogue_read_table.py --readme"
+    )
 
 
 def test_linked_files_exist():

@@ -40,8 +40,8 @@ ARCHITECTURES: dict[str, dict] = {
     "ministral": dict(head_dim=16, sliding_window=8),
 }
 SHAPES = {"gpt2": dict(vocab_size=VOCAB, n_embd=64, n_layer=3, n_head=4, n_positions=512),
-          "opt": dict(vocab_size=VOCAB, hidden_size=64, ffn_dim=96, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=64,
-                      max_position_embeddings=512, init_std=0.2)}
+          "opt": dict(vocab_size=VOCAB, hidden_size=64, ffn_dim=96, num_hidden_layers=3, num_attention_heads=4,
+                      word_embed_proj_dim=64, max_position_embeddings=512, init_std=0.2)}
 
 
 def config_of(name: str, **changes):

@@ -45,7 +45,9 @@ def run(files, *extra):
 def test_techniques_as_json(capsys):
     assert main(["techniques", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert {"streaming_llm", "h2o", "snapkv", "pyramidkv", "int_codes", "kivi", "zerotuning", "a_shape", "delta", "head_pruning"} <= set(rows)
+    assert {
+        "streaming_llm", "h2o", "snapkv", "pyramidkv", "int_codes", "kivi", "zerotuning", "a_shape", "delta", "head_pruning",
+    } <= set(rows)
     for row in rows.values():
         assert {"name", "title", "paper", "slots", "parameters"} <= set(row) and len(row["help"]) > 40
         for p in row["parameters"]:
@@ -72,7 +74,8 @@ def test_reads_and_break_even_are_told(tiny, files, capsys):
     reads = [v["reads"] for v in out["variants"]]
     assert reads[0] == {"attend": 1.0, "choose": 0.0, "pays": False}
     assert reads[1]["pays"] and 0 < reads[1]["attend"] + reads[1]["choose"] < 1
-    assert not reads[2]["pays"] and reads[2]["choose"] == pytest.approx(1.0, rel=0.05)  # bounds of single tokens are all keys twice
+    # bounds of single tokens are all keys twice
+    assert not reads[2]["pays"] and reads[2]["choose"] == pytest.approx(1.0, rel=0.05)
     text = capsys.readouterr().out
     assert " read " in text and text.count("stores everything") == 2
     assert "which pays" in text and "which does not pay" in text
@@ -255,7 +258,8 @@ def test_a_locked_default_database_does_not_cost_the_run(tiny, files, monkeypatc
     path = default_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = subprocess.Popen(
-        [sys.executable, "-c", f"import duckdb, sys; c = duckdb.connect({str(path)!r}); print('held', flush=True); sys.stdin.read()"],
+        [sys.executable, "-c",
+         f"import duckdb, sys; c = duckdb.connect({str(path)!r}); print('held', flush=True); sys.stdin.read()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )
     try:
@@ -337,10 +341,11 @@ def test_the_real_thing(tmp_path):
     prompt.write_text("The keeper of the lighthouse wrote one line each evening. " * 8 + "He wrote that", encoding="utf-8")
     command = [
         sys.executable, "-m", "lab", "run", "--model", "default", "--prompt-file", str(prompt), "--variant", "dense",
-        "--variant", "h2o(budget=0.25)+kivi(bits=2)", "--max-new-tokens", "8", "--seed", "0", "--json", str(tmp_path / "out.json"),
-        "--db", str(tmp_path / "r.duckdb"), "--device", "cpu",
+        "--variant", "h2o(budget=0.25)+kivi(bits=2)", "--max-new-tokens", "8", "--seed", "0",
+        "--json", str(tmp_path / "out.json"), "--db", str(tmp_path / "r.duckdb"), "--device", "cpu",
     ]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True,
+                          timeout=600)
     assert done.returncode == 0, done.stderr
     out = json.loads((tmp_path / "out.json").read_text())
     dense, small = out["variants"]

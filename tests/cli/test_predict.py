@@ -34,7 +34,8 @@ def test_figures_are_the_cost_models(folder, capsys):
                         weight_bytes=2 * out["model"]["parameters"])
     assert kivi["kv_bytes"] == said.kv_bytes and kivi["eflops"] == pytest.approx(said.eflops) and kivi["flops"] == said.flops
     assert dense["works"]["decode attention"]["intensity"] == pytest.approx(2 * 2 / 2)
-    assert dense["runs_out_after"] is None and dense["sequences_that_fit"] == int((16e9 - dense["weights"]) // (3 * 2 * 2 * 16 * 2 * 512))
+    assert dense["runs_out_after"] is None and dense["sequences_that_fit"] == int(
+        (16e9 - dense["weights"]) // (3 * 2 * 2 * 16 * 2 * 512))
 
 
 def test_a_table_that_says_it_is_predicted(folder, capsys):

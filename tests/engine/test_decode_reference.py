@@ -20,8 +20,9 @@ SHAPES = {
 }
 STACKS = [
     "dense", "h2o(budget=24)", "streaming_llm(budget=24,renumber=false)", "snapkv(budget=24,window=8)",
-    "int_codes(bits=8)", "int_codes(bits=2,group=16,sinks=2)", "kivi(bits=4,group=16,residual=16)", "kivi(bits=2,group=16,residual=32)",
-    "h2o(budget=40)+int_codes(bits=4,sinks=3)", "h2o(budget=40,recent=0.1)+kivi(group=16,residual=16)", "snapkv(budget=30,window=8)+kivi(group=16,residual=16)",
+    "int_codes(bits=8)", "int_codes(bits=2,group=16,sinks=2)", "kivi(bits=4,group=16,residual=16)",
+    "kivi(bits=2,group=16,residual=32)", "h2o(budget=40)+int_codes(bits=4,sinks=3)",
+    "h2o(budget=40,recent=0.1)+kivi(group=16,residual=16)", "snapkv(budget=30,window=8)+kivi(group=16,residual=16)",
 ]
 
 

@@ -11,7 +11,8 @@ from lab.engine.cache import LabCache
 from lab.engine.session import Session
 from lab.errors import LabError
 
-STACKS = ["dense", "h2o(budget=12)", "streaming_llm(budget=12)", "kivi(bits=4,group=16,residual=16)", "snapkv(budget=20,window=8)+int_codes(bits=4)"]
+STACKS = ["dense", "h2o(budget=12)", "streaming_llm(budget=12)", "kivi(bits=4,group=16,residual=16)",
+          "snapkv(budget=20,window=8)+int_codes(bits=4)"]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,8 @@ def test_hybrids_keep_their_linear_layers(name):
     """Layers without attention keep transformers' own state; samples and forks carry it too."""
     extra = dict(
         num_hidden_layers=4, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
-        linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
     ) if name != "lfm2" else dict(num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2)
     try:
         model = build(name, **extra)

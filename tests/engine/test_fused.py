@@ -11,8 +11,9 @@ from kernels.prefill import rectify
 from lab.engine import fused, pipeline
 from lab.engine.session import Session
 
-SPECS = ["dense", "h2o(budget=24)", "h2o(budget=24,recent=0.1)", "snapkv(budget=0.5,window=8)", "int_codes(bits=8)", "int_codes(bits=4)",
-         "int_codes(bits=2)", "h2o(budget=24)+int_codes(bits=4)", "snapkv(budget=0.4,window=8)+adakv", "streaming_llm(budget=20,renumber=false)"]
+SPECS = ["dense", "h2o(budget=24)", "h2o(budget=24,recent=0.1)", "snapkv(budget=0.5,window=8)", "int_codes(bits=8)",
+         "int_codes(bits=4)", "int_codes(bits=2)", "h2o(budget=24)+int_codes(bits=4)", "snapkv(budget=0.4,window=8)+adakv",
+         "streaming_llm(budget=20,renumber=false)"]
 
 
 def steps(model, spec, count=6, prompt=60):
@@ -50,7 +51,8 @@ def test_kernels_see_the_same_entries(spec, monkeypatch):
 
 
 @pytest.mark.parametrize("spec,by_kernel", [
-    ("rotated(mode=quarot,bits=4)", True), ("rotated(bits=8)", True), ("rotated(mode=quarot,bits=4)+h2o(budget=24)", False), ("rotated(bits=3)", False),
+    ("rotated(mode=quarot,bits=4)", True), ("rotated(bits=8)", True), ("rotated(mode=quarot,bits=4)+h2o(budget=24)", False),
+    ("rotated(bits=3)", False),
 ])
 def test_turned_codes_are_read_as_turned(spec, by_kernel, monkeypatch):
     """Codes of a rotated vector look like any others; read without the rotation they are noise. Its rounding may move a code."""
@@ -68,7 +70,9 @@ def test_windows_caps_and_sinks(architecture, monkeypatch):
     assert torch.allclose(steps(model, "dense"), expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("spec", ["kivi(group=16,residual=16)", "streaming_llm(budget=20)", "zerotuning(gamma=3)", "tova(budget=20)"])
+@pytest.mark.parametrize("spec", [
+    "kivi(group=16,residual=16)", "streaming_llm(budget=20)", "zerotuning(gamma=3)", "tova(budget=20)",
+])
 def test_what_the_kernels_do_not_serve_takes_the_torch_path(spec, monkeypatch):
     model = tiny_models.llama()
     expected = steps(model, spec)
@@ -76,7 +80,9 @@ def test_what_the_kernels_do_not_serve_takes_the_torch_path(spec, monkeypatch):
     assert torch.allclose(steps(model, spec), expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("spec", ["a_shape(sinks=2,window=16)", "a_shape(sinks=2,window=16)+h2o(budget=24)", "a_shape(window=16)+delta(gamma=8)"])
+@pytest.mark.parametrize("spec", [
+    "a_shape(sinks=2,window=16)", "a_shape(sinks=2,window=16)+h2o(budget=24)", "a_shape(window=16)+delta(gamma=8)",
+])
 def test_prompts(spec, monkeypatch):
     model = tiny_models.llama()
     expected = steps(model, spec)
@@ -85,8 +91,9 @@ def test_prompts(spec, monkeypatch):
 
 
 @pytest.mark.parametrize("spec,served,interpreted", [
-    ("rectified(block=16,share=0.5)", True, False), ("rectified(block=16,share=0.5)", True, True), ("xattention(block=16,tau=0.5)", True, False),
-    ("rectified(block=16,share=0.5,rectify=false)", True, False), ("rectified(block=8)", False, False), ("rectified(block=16)+h2o(budget=24)", False, False),
+    ("rectified(block=16,share=0.5)", True, False), ("rectified(block=16,share=0.5)", True, True),
+    ("xattention(block=16,tau=0.5)", True, False), ("rectified(block=16,share=0.5,rectify=false)", True, False),
+    ("rectified(block=8)", False, False), ("rectified(block=16)+h2o(budget=24)", False, False),
 ])
 @pytest.mark.parametrize("chunk", [512, 23])
 def test_prompts_by_blocks(spec, served, interpreted, chunk, monkeypatch):
@@ -116,8 +123,10 @@ def test_prompts_by_blocks(spec, served, interpreted, chunk, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("spec", SPECS + ["rotated(mode=quarot,bits=4)", "rotated(bits=4)",
-                                          "rectified(block=16,share=0.5)", "kivi(group=16,residual=16)", "a_shape(window=16)+delta(gamma=8)", "streaming_llm(budget=20)"])
+@pytest.mark.parametrize("spec", SPECS + [
+    "rotated(mode=quarot,bits=4)", "rotated(bits=4)", "rectified(block=16,share=0.5)", "kivi(group=16,residual=16)",
+    "a_shape(window=16)+delta(gamma=8)", "streaming_llm(budget=20)",
+])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_the_gpu(spec, dtype, monkeypatch):
     """Through Triton as through torch on the same device. In bfloat16 what is rounded decides which entry leaves and which code a

@@ -51,7 +51,8 @@ def life(session) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("spec,samples", [(spec, 1) for spec in (*GRAPHABLE, *CHOOSING, *CHANGING, *CODING)] + [
-    ("snapkv(budget=0.5,window=8)+adakv", 2), ("streaming_llm(budget=20)", 2), ("h2o(budget=20)", 2), ("kivi(group=16,residual=16)", 2)])
+    ("snapkv(budget=0.5,window=8)+adakv", 2), ("streaming_llm(budget=20)", 2), ("h2o(budget=20)", 2),
+    ("kivi(group=16,residual=16)", 2)])
 def test_the_body_is_an_ordinary_step(spec, samples):
     model = tiny_models.llama()
     session, _, ids = prepared(model, spec, samples)

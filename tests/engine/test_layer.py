@@ -252,7 +252,10 @@ class LayerMachine(RuleBasedStateMachine):
             bits[e["kbits"]] = bits.get(e["kbits"], 0) + 1
         assert {w: n for w, n in layer.bits_count().items() if n} == bits
         valid, keys, values, held = layer.valid(), layer.all_keys(), layer.all_values(), held_bits(layer)
-        tags = joined(layer.common.meta_view, layer.meta) if layer.common is not None and layer.common.meta is not None else layer.meta
+        tags = (
+            joined(layer.common.meta_view, layer.meta) if layer.common is not None and layer.common.meta is not None
+            else layer.meta
+        )
         pos, mass = layer.positions(), tags.padded("mass") if "mass" in tags.fields else None
         if layer.longest:
             for lane, entries in enumerate(lanes):

@@ -18,8 +18,10 @@ SHAPES = {
     "qwen2": {},
     "qwen3": {},
     "mistral": dict(sliding_window=None),
-    "llama3 angles": dict(name="llama", rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                                                         "high_freq_factor": 4.0, "original_max_position_embeddings": 64}),
+    "llama3 angles": dict(name="llama", rope_parameters={
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }),
 }
 OTHERS = {
     "granite, residuals": (dict(name="granite", residual_multiplier=0.5), "sum of layer"),

@@ -94,7 +94,8 @@ def reference(loaded, prose):
 
 @pytest.mark.parametrize("spec,most", [
     ("int_codes(bits=8)", 0.01), ("kivi(bits=8,group=64)", 0.01), ("kivi(bits=4)", 0.3), ("h2o(budget=0.5)", 1.0),
-    ("snapkv(budget=0.5)", 1.0), ("streaming_llm(budget=0.5)", 3.0), ("zerotuning(gamma=1)", 1e-5), ("a_shape(window=4096)", 1e-5),
+    ("snapkv(budget=0.5)", 1.0), ("streaming_llm(budget=0.5)", 3.0), ("zerotuning(gamma=1)", 1e-5),
+    ("a_shape(window=4096)", 1e-5),
 ])
 def test_techniques_stay_close_to_dense(loaded, prose, reference, spec, most):
     """Mean KL(dense || technique) in nats on real text, teacher-forced, is in the expected range."""

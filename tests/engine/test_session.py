@@ -115,7 +115,9 @@ def test_a_seed_repeats_and_temperature_follows_the_distribution():
     assert torch.allclose(torch.bincount(a, minlength=3) / 4000, torch.tensor([0.5, 0.3, 0.2]), atol=0.03)
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(temperature=11), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5), dict(temperature=float("nan"))])
+@pytest.mark.parametrize("bad", [
+    dict(temperature=-1), dict(temperature=11), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5), dict(temperature=float("nan")),
+])
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(LabError, match="out of range"):
         Sampling(**bad)

@@ -14,8 +14,9 @@ from lab.techniques import registry
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 STEPS = 12
-SPECS = ["dense", *sorted(registry()), "snapkv+pyramidkv+kivi", "h2o+cam", "h2o(budget=20)+d2o_merge", "streaming_llm(budget=20)+zerotuning(gamma=2)",
-         "h2o(budget=20)+int_codes(bits=4)", "a_shape(sinks=2,window=16)+delta(gamma=8)"]
+SPECS = ["dense", *sorted(registry()), "snapkv+pyramidkv+kivi", "h2o+cam", "h2o(budget=20)+d2o_merge",
+         "streaming_llm(budget=20)+zerotuning(gamma=2)", "h2o(budget=20)+int_codes(bits=4)",
+         "a_shape(sinks=2,window=16)+delta(gamma=8)"]
 
 
 def on_one(device: str) -> torch.nn.Module:
@@ -54,7 +55,9 @@ def test_two_cards_give_what_one_gives(spec: str) -> None:
     assert (bytes_here, round(kept_here, 9)) == (size, round(kept, 9))
 
 
-@pytest.mark.parametrize("spec", ["dense", "snapkv(budget=0.5,window=8)", "h2o(budget=20)", "streaming_llm(budget=20)", "int_codes(bits=4)", "kivi"])
+@pytest.mark.parametrize("spec", [
+    "dense", "snapkv(budget=0.5,window=8)", "h2o(budget=20)", "streaming_llm(budget=20)", "int_codes(bits=4)", "kivi",
+])
 def test_the_second_card_alone_captures_its_steps(spec: str) -> None:
     want, size, _, how = walk(on_one("cuda:0"), spec, graph=True)
     got, bytes_here, _, path = walk(on_one("cuda:1"), spec, graph=True)

@@ -1,7 +1,7 @@
 """Samples of one prompt hold its entries once: the same numbers as runs of their own, honest bytes, and each its own changes.
 
-The state machine is test_layer's, started as a prompt that is read and then shared: after every step each sample agrees with its own
-list of vectors, bytes are those of the tensors, and attention over the layer is that over the lists.
+The state machine is test_layer's, started as a prompt that is read and then shared: after every step each sample agrees with
+its own list of vectors, bytes are those of the tensors, and attention over the layer is that over the lists.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ SAMPLES = 4
 # tokens at which no outlier of KVQuant is a near tie: a batch multiplies weights in another order than one row does
 STREAMS = torch.stack([tiny_models.tokens(STEPS, seed=40 + n) for n in range(SAMPLES)])
 KEPT = {  # the prompt's entries stay common for the whole run
-    "dense", "int_codes", "int_codes(bits=4)", "int_codes(bits=2,group=16)", "int_codes(bits=4,sinks=2)", "fp8", "rotated(bits=3)",
-    "rotated(mode=quarot,bits=4)", "kvquant", "kivi(group=16,residual=16)", "kivi(group=16,residual=32,bits=4)", "think",
+    "dense", "int_codes", "int_codes(bits=4)", "int_codes(bits=2,group=16)", "int_codes(bits=4,sinks=2)", "fp8",
+    "rotated(bits=3)", "rotated(mode=quarot,bits=4)", "kvquant", "kivi(group=16,residual=16)",
+    "kivi(group=16,residual=32,bits=4)", "think",
     "snapkv(budget=0.5,window=8)", "snapkv(budget=0.5,window=8)+pyramidkv(window=8)", "snapkv(budget=0.5,window=8)+adakv",
     "keydiff(budget=0.5,window=8)", "dwb(target=4,interval=4)", "snapkv(budget=0.5,window=8)+int_codes(bits=4)",
     "snapkv(budget=0.5,window=8)+adakv+int_codes(bits=4)", "snapkv(budget=0.7,window=8)+kivi(group=16,residual=16)",
-    "snapkv(budget=0.5,window=8)+adakv+zerotuning(gamma=4)", "zerotuning(gamma=4)", "snapkv(budget=0.5,window=8)+zerotuning(gamma=4)", "int_codes+zerotuning(gamma=3)", "quest", "moh",
+    "snapkv(budget=0.5,window=8)+adakv+zerotuning(gamma=4)", "zerotuning(gamma=4)",
+    "snapkv(budget=0.5,window=8)+zerotuning(gamma=4)", "int_codes+zerotuning(gamma=3)", "quest", "moh",
     "head_pruning(heads=1)",
 }
 CHANGED = {  # entries leave while decoding, so every sample gets its own
@@ -195,7 +197,9 @@ def test_sequences_chosen_repeated_and_reordered_share_on():
     assert all(layer.common is None and not layer.is_initialized for layer in session.cache.lab_layers)
 
 
-@pytest.mark.parametrize("spec", ["dense", "snapkv(budget=0.5,window=8)", "int_codes(bits=4)", "kivi(group=16,residual=16)", "h2o(budget=20)"])
+@pytest.mark.parametrize("spec", [
+    "dense", "snapkv(budget=0.5,window=8)", "int_codes(bits=4)", "kivi(group=16,residual=16)", "h2o(budget=20)",
+])
 def test_a_new_turn_after_samples(spec):
     """Several rows at once on a shared cache, then steps again; and a script's own `generate` goes on with it."""
     session, alone = (Session(tiny_models.llama(), spec, new_tokens=STEPS) for _ in range(2))
@@ -224,7 +228,8 @@ class SharedMachine(LayerMachine):
 
     @initialize(
         heads=st.integers(1, 3), mode=st.sampled_from(["token", "channel", "sinks", "tiers"]), prompt=st.integers(5, 12),
-        samples=st.integers(2, 3), seed=st.integers(0, 9999), first=st.sampled_from(["nothing", "keep", "code"]), slack=st.integers(0, 3),
+        samples=st.integers(2, 3), seed=st.integers(0, 9999), first=st.sampled_from(["nothing", "keep", "code"]),
+        slack=st.integers(0, 3),
     )
     def start(self, heads, mode, prompt, samples, seed, first, slack):
         self.layer = LabLayer(0, 0, track=True, slack=slack)

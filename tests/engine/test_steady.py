@@ -30,7 +30,8 @@ DROPPING = {
     "streaming_llm(budget=20,sinks=0)+head_pruning(heads=1)": "Evicting",
     "h2o(budget=20)": "Evicting", "h2o(budget=20,norm=true)": "Evicting", "tova(budget=20)": "Evicting",
     "h2o(budget=75)": "Evicting", "keydiff(budget=20,window=4)": "Evicting", "knorm(budget=20,window=4)": "Evicting",
-    "random_score(budget=20,window=4)": "Evicting", "arkv_score(budget=20,window=4)": "Evicting", "h2o(budget=20)+pyramidkv(window=8)": "Evicting",
+    "random_score(budget=20,window=4)": "Evicting", "arkv_score(budget=20,window=4)": "Evicting",
+    "h2o(budget=20)+pyramidkv(window=8)": "Evicting",
 }
 CODING = {
     "int_codes": "CodedRows", "int_codes(bits=4)": "CodedRows", "int_codes(bits=2,group=16)": "CodedRows", "fp8": "CodedRows",

@@ -152,7 +152,10 @@ def test_deviation_chooses_its_layer_and_head_or_says_why_not():
     torch.manual_seed(0)
     captures = [Capture(torch.randn(4, 40, 8), torch.randn(2, 40, 8), layer=n) for n in (2, 5)]
     found = run("deviation", Session(captures=captures, options={"layer": 2, "head": 3}))
-    assert (found["shown_layer"], found["shown_head"]) == (2, 3) and found["kernel_rms"].shape == (3, 3) and (found["kernel_rms"][:, 0] < 0.01).all()
+    assert (
+        (found["shown_layer"], found["shown_head"]) == (2, 3) and found["kernel_rms"].shape == (3, 3)
+        and (found["kernel_rms"][:, 0] < 0.01).all()
+    )
     with pytest.raises(LabError, match="Captured layers are 2, 5"):
         run("deviation", Session(captures=captures, options={"layer": 3}))
     with pytest.raises(LabError, match="Heads are numbered 0 to 3"):

@@ -41,7 +41,9 @@ def test_the_layout_of_bytes_is_the_documented_one():
     x = torch.arange(8, dtype=torch.uint8)
     assert codes.pack(x, 4).tolist() == [j | (j + 4) << 4 for j in range(4)]
     x = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0], dtype=torch.uint8)
-    assert codes.pack(x, 2).tolist() == [int(x[j]) | int(x[j + 2]) << 2 | int(x[j + 4]) << 4 | int(x[j + 6]) << 6 for j in range(2)]
+    assert codes.pack(x, 2).tolist() == [
+        int(x[j]) | int(x[j + 2]) << 2 | int(x[j + 4]) << 4 | int(x[j + 6]) << 6 for j in range(2)
+    ]
 
 
 @given(SEEDS, BITS, st.sampled_from([8, 16, 32]), st.floats(-6, 3), st.floats(-300, 300))

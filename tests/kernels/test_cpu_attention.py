@@ -46,7 +46,9 @@ def test_row_blocks_do_not_matter(seed, block):
     assert torch.allclose(a[0], b[0], atol=1e-6) and torch.allclose(a[1], b[1], atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype,atol", [(torch.float32, 3e-5), (torch.bfloat16, 4e-2), (torch.float16, 4e-3), (torch.float64, 1e-5)])
+@pytest.mark.parametrize("dtype,atol", [
+    (torch.float32, 3e-5), (torch.bfloat16, 4e-2), (torch.float16, 4e-3), (torch.float64, 1e-5),
+])
 def test_dtypes(dtype, atol):
     q, k, v = qkv(1, 2, 2, 5, 12, dtype=dtype)
     out, lse = core.plain(q, k, v, 0.25)

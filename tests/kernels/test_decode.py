@@ -52,7 +52,8 @@ def test_sixteen_bits(dtype, dim, group):
 
 @pytest.mark.parametrize("bits,dim,g,group", [
     (4, 128, 64, 4), (4, 128, 128, 1), (4, 128, 32, 8), (8, 128, 64, 4), (2, 128, 64, 4), (4, 64, 64, 3),
-    (8, 64, 64, 3), (2, 64, 64, 3), (2, 64, 32, 3), (4, 80, 80, 5), (4, 96, 32, 2), (2, 256, 64, 4), (8, 256, 128, 2), (2, 80, 16, 1),
+    (8, 64, 64, 3), (2, 64, 64, 3), (2, 64, 32, 3), (4, 80, 80, 5), (4, 96, 32, 2), (2, 256, 64, 4), (8, 256, 128, 2),
+    (2, 80, 16, 1),
 ])
 def test_affine_tokens(bits, dim, g, group):
     q, tier = case(bits, [70 * LONG, 0, 33], dim, group, channels=g)
@@ -105,7 +106,9 @@ def test_more_parts_than_a_merge_takes_at_once():
         assert error(got.mass[0], mass[0]) <= 1e-2
 
 
-@pytest.mark.parametrize("bits,lengths", [(16, [1, 0, 31, 70 * LONG]), (16, [1100, 3]), (4, [1, 0, 31, 33, 70 * LONG]), (4, [1100])])
+@pytest.mark.parametrize("bits,lengths", [
+    (16, [1, 0, 31, 70 * LONG]), (16, [1100, 3]), (4, [1, 0, 31, 33, 70 * LONG]), (4, [1100]),
+])
 def test_weights_kept_as_bytes(bits, lengths):
     """Within half a step of the largest weight of their tile, nothing lost where weights differ by many powers of two."""
     q, tier = case(bits, lengths, 64, 3, **({} if bits == 16 else {"channels": 64}))
@@ -113,7 +116,8 @@ def test_weights_kept_as_bytes(bits, lengths):
     check(q, [tier], torch.bfloat16, want_mass=True, weights_as="bytes")
     tier.bias = -tier.bias
     check(q, [tier], torch.bfloat16, want_mass=True, weights_as="bytes")
-    check(q, [tier], torch.bfloat16, threshold=torch.full((3 * len(lengths),), 1e9, device=DEVICE), want_mass=True, weights_as="bytes")
+    check(q, [tier], torch.bfloat16, threshold=torch.full((3 * len(lengths),), 1e9, device=DEVICE), want_mass=True,
+          weights_as="bytes")
 
 
 @pytest.mark.parametrize("bits", [16, 4])

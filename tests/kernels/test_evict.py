@@ -15,7 +15,9 @@ def by_hand(pos, score, n, first, last):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton", "auto"])
-@pytest.mark.parametrize("n,first,last,kind", [(9, 0, 1, "score"), (40, 4, 1, "age"), (1100, 3, 20, "ties"), (6, 3, 3, "score"), (7, 0, 0, "score")])
+@pytest.mark.parametrize("n,first,last,kind", [
+    (9, 0, 1, "score"), (40, 4, 1, "age"), (1100, 3, 20, "ties"), (6, 3, 3, "score"), (7, 0, 0, "score"),
+])
 def test_evict(impl, n, first, last, kind):
     lanes, cap = 3, n + 3
     g = torch.Generator().manual_seed(n)
@@ -24,9 +26,15 @@ def test_evict(impl, n, first, last, kind):
     score = None if kind == "age" else torch.rand(lanes, n, generator=g)
     if kind == "ties":
         score = (score * 4).floor()
-    stat, k, v = torch.rand(lanes, cap, generator=g), torch.randn(lanes, cap, 16, generator=g), torch.randn(lanes, n + 1, 24, generator=g)
+    stat, k, v = (
+        torch.rand(lanes, cap, generator=g), torch.randn(lanes, cap, 16, generator=g),
+        torch.randn(lanes, n + 1, 24, generator=g),
+    )
     log, step = torch.zeros(4, lanes, dtype=torch.int32), torch.tensor([2])
-    want = [by_hand(tags[i].tolist(), tags[i].tolist() if score is None else score[i].tolist(), n, first, last) for i in range(lanes)]
+    want = [
+        by_hand(tags[i].tolist(), tags[i].tolist() if score is None else score[i].tolist(), n, first, last)
+        for i in range(lanes)
+    ]
     old = [x.clone() for x in (tags, stat, k, v)]
     tensors = [x.to(DEVICE) for x in (tags, stat, k, v, log, step)]
     got_tags, got_stat, got_k, got_v, got_log, at_step = tensors
@@ -77,6 +85,7 @@ def test_the_first_rows_turn_on(impl):
     base, quarter = (torch.randn(2, 3, 16, generator=g).to(DEVICE) for _ in range(2))
     cos, sin = (torch.randn(5, 16, generator=g).to(DEVICE) for _ in range(2))
     old = k.clone()
-    encode.evict(tags, 9, 3, 1, rows=(k, v), step=torch.tensor([2], device=DEVICE), front=encode.Front(base, quarter, cos, sin), impl=impl)
+    encode.evict(tags, 9, 3, 1, rows=(k, v), step=torch.tensor([2], device=DEVICE),
+                 front=encode.Front(base, quarter, cos, sin), impl=impl)
     assert torch.allclose(k[:, :3], base * cos[3] + quarter * sin[3], atol=1e-6)
     assert torch.equal(k[:, 3], old[:, 8]) and torch.equal(k[:, 4:], old[:, 4:])

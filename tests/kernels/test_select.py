@@ -68,7 +68,9 @@ def test_lanes_may_hold_different_numbers_in_front(way):
     generator, ahead = torch.Generator().manual_seed(0), torch.tensor([100, 5, 0], dtype=torch.int32, device=DEVICE)
     whole = make_tier(16, [300, 240, 160], 64, device=DEVICE, generator=generator, spare=5)
     q = torch.randn(1, 6, 64, generator=generator).to(DEVICE, torch.float16)
-    tier, front = replace(whole, start=whole.start + ahead, length=whole.length - ahead), replace(whole, length=ahead, capacity=100)
+    tier, front = (
+        replace(whole, start=whole.start + ahead, length=whole.length - ahead), replace(whole, length=ahead, capacity=100)
+    )
     mean, _ = select.page_summaries(tier, 16, "mean", impl="torch")
     pages = select.best_pages(q, mean, None, tier.length, 6, last=20, impl="torch")
     out = decode_reference.attend(q, [select.read_pages(tier, pages), front], 0.125)[0]

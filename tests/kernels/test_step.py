@@ -60,7 +60,9 @@ def test_embedding_and_logits(dtype, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize("batch,heads,kv,dim,columns", [(1, 9, 3, 64, 576), (2, 4, 2, 16, 40), (1, 2, 1, 80, 64), (3, 3, 3, 6, 32)])
+@pytest.mark.parametrize("batch,heads,kv,dim,columns", [
+    (1, 9, 3, 64, 576), (2, 4, 2, 16, 40), (1, 2, 1, 80, 64), (3, 3, 3, 6, 32),
+])
 def test_heads_turn_and_land(batch, heads, kv, dim, columns, norms, dtype, impl):
     h, norm = numbers(batch, columns) * 2, numbers(columns, dtype=dtype, seed=1)
     rows = (heads + 2 * kv) * dim
@@ -108,8 +110,9 @@ def test_a_captured_chain_gives_what_its_launches_give_one_by_one():
     half = lambda *shape, seed: numbers(*shape, dtype=torch.bfloat16, seed=seed) / shape[-1] ** 0.5  # noqa: E731
     table, norm = half(vocab, width, seed=0) * 20, numbers(width, dtype=torch.bfloat16, seed=1)
     parts = [
-        (half((heads + 2 * kv) * dim, width, seed=10 * i), half(width, heads * dim, seed=10 * i + 1), half(2 * inner, width, seed=10 * i + 2),
-         half(width, inner, seed=10 * i + 3), half(kv * 400, dim, seed=10 * i + 4) * 8, half(kv * 400, dim, seed=10 * i + 5) * 8)
+        (half((heads + 2 * kv) * dim, width, seed=10 * i), half(width, heads * dim, seed=10 * i + 1),
+         half(2 * inner, width, seed=10 * i + 2), half(width, inner, seed=10 * i + 3),
+         half(kv * 400, dim, seed=10 * i + 4) * 8, half(kv * 400, dim, seed=10 * i + 5) * 8)
         for i in range(layers)
     ]
     cos, sin = numbers(16, dim, dtype=torch.bfloat16, seed=4), numbers(16, dim, dtype=torch.bfloat16, seed=5)

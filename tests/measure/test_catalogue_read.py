@@ -16,7 +16,7 @@ from lab.engine.stack import Stack
 from lab.errors import LabError
 from lab.measure.ledger import Ledger
 from techniques.reading import run
-from tiny_models import build, llama, tokens
+from tiny_models import build, tokens
 
 N = 80  # prompt tokens
 
@@ -132,7 +132,8 @@ def test_prompts_meet_their_share(template):
     model = tiny()
     read, _ = common.read(model, tokens(128).tolist())
     spec = prefill.solve(model, {"prose": (read, [])}, template, 0.5, 0)
-    assert spec is not None and abs(prefill.sparse(model, read.ids, spec, 0)[2] / 0.5 - 1) < 0.25  # deeper layers see other inputs
+    # deeper layers see other inputs
+    assert spec is not None and abs(prefill.sparse(model, read.ids, spec, 0)[2] / 0.5 - 1) < 0.25
 
 
 def test_work_of_choosing():
@@ -217,9 +218,10 @@ def test_the_readmes_table_says_what_cannot_be_met():
     from benchmarks.catalogue_read_table import table
 
     def row(name: str, target: float | None, kl: float) -> dict:
-        values = [{"kl": kl, "perplexity": 4.0, "one": 1.0, "many": 0.5}, {"kl": kl + 0.2, "perplexity": 8.0, "one": 1.0, "many": 0.5}]
-        return {"policy": name, "target": target, "values": values, "kl": {"mean": kl + 0.1}, "choose": {"mean": 0.03 if target else 0.0},
-                "share": {"mean": target or 1.0}, "stored": {"mean": 1.0}}
+        values = [{"kl": kl, "perplexity": 4.0, "one": 1.0, "many": 0.5},
+                  {"kl": kl + 0.2, "perplexity": 8.0, "one": 1.0, "many": 0.5}]
+        return {"policy": name, "target": target, "values": values, "kl": {"mean": kl + 0.1},
+                "choose": {"mean": 0.03 if target else 0.0}, "share": {"mean": target or 1.0}, "stored": {"mean": 1.0}}
 
     dense = row("Dense", None, 0.0)
     dense["values"] = [{**v, "perplexity": p} for v, p in zip(dense["values"], (2.0, 4.0))]

@@ -34,7 +34,10 @@ def test_a_step_agrees_with_the_cost_model(spec, steps):
     assert total["read_entries"] == sum(x.read_entries for x in found.per_layer)
     assert total["flops"] == pytest.approx(sum(x.flops for x in found.per_layer))
     assert total["pays"] == found.saves
-    assert total["read_fraction"] == pytest.approx(found.read_bytes_fraction) and total["probe_fraction"] == pytest.approx(found.probe_fraction)
+    assert (
+        total["read_fraction"] == pytest.approx(found.read_bytes_fraction)
+        and total["probe_fraction"] == pytest.approx(found.probe_fraction)
+    )
 
 
 def test_an_evicting_step_reads_one_entry_more_than_it_keeps():
@@ -68,6 +71,7 @@ def test_a_selector_pays_when_choosing_is_cheap():
 def test_every_tensor_held_is_reported(spec):
     session, _ = run(spec, prompt=150, steps=5)
     for layer in session.cache.lab_layers:
-        held = sum(s.rows.live_bytes for s in (*layer.keys_side, *layer.values_side)) + (layer.meta.live_bytes if layer.meta else 0)
+        held = sum(s.rows.live_bytes for s in (*layer.keys_side, *layer.values_side)) + (
+            layer.meta.live_bytes if layer.meta else 0)
         state = sum(x.numel() * x.element_size() for x in layer.state.values() if isinstance(x, torch.Tensor))
         assert layer.live_bytes == held + state

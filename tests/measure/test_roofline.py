@@ -63,7 +63,10 @@ def test_weights_lie_packed_here_and_in_the_cards_format_there():
 def test_decode_work_is_the_cost_models(spec):
     found = roofline.works(FACTS, spec, 500, 520, CARD)
     said = cost.predict(FACTS, spec, 500, 520, 2, weight_bytes=2e6)
-    assert found["decode step"].flops == pytest.approx(said.step_flops) and found["decode step"].bytes == pytest.approx(said.step_bytes)
+    assert (
+        found["decode step"].flops == pytest.approx(said.step_flops)
+        and found["decode step"].bytes == pytest.approx(said.step_bytes)
+    )
     assert cost.stored(FACTS, spec, 500, 520, 2) == said.kv_bytes
     assert found["decode step"].seconds(CARD) == pytest.approx(said.step_time_bound(CARD))
 

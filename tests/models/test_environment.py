@@ -73,7 +73,9 @@ def test_naming_the_package_imports_neither_torch_nor_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=600)
 
 
-@pytest.mark.parametrize("verb", [["techniques", "--json"], ["run", "--prompt", "hi", "--no-save"], ["predict", "--prompt", "9"], ["serve"]])
+@pytest.mark.parametrize("verb", [
+    ["techniques", "--json"], ["run", "--prompt", "hi", "--no-save"], ["predict", "--prompt", "9"], ["serve"],
+])
 def test_every_verb_says_so_before_anything_breaks(tmp_path: Path, verb: list[str]) -> None:
     other = site(tmp_path, "0.12.0")
     code = f"import sys; sys.path.insert(0, {str(other)!r}); from lab.cli import main; sys.exit(main({verb!r}))"

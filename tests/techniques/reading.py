@@ -18,7 +18,8 @@ def model():
 
 def facts() -> dict:
     c = tiny_models.llama().config
-    return {"layers": c.num_hidden_layers, "heads": c.num_attention_heads, "kv_heads": c.num_key_value_heads, "head_dim": c.head_dim}
+    return {"layers": c.num_hidden_layers, "heads": c.num_attention_heads, "kv_heads": c.num_key_value_heads,
+            "head_dim": c.head_dim}
 
 
 def run(spec: str, prompt: int = 200, steps: int = 12, chunk: int | None = 512, seed: int = 0):
@@ -48,7 +49,9 @@ def ledger_agrees(spec: str, prompt: int = 200, steps: int = 12) -> None:
     assert sum(x.probe_bytes for x in found.per_layer) == sum(x.last_probe for x in session.cache.lab_layers)
 
 
-def context(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None, layer: int = 5, layers: int = 10, **changes) -> LayerContext:
+def context(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None, layer: int = 5, layers: int = 10, **changes
+) -> LayerContext:
     """A layer holding keys k [B,Hk,N,d] (values v) whose newest rows are q [B,Hq,T,d]; decode when T is 1."""
     store = LabLayer(layer)
     store.update(k, v if v is not None else k)

@@ -80,7 +80,9 @@ def test_quality_is_the_sheets_formula():
     session = Session(llama(), Stack((Look(budget=60, window=8),)), chunk=50)
     session.prefill(IDS[:120])
     with torch.no_grad():
-        weights = build("llama", head_dim=16, max_position_embeddings=2048)(torch.tensor([IDS[:120]]), output_attentions=True).attentions
+        weights = build("llama", head_dim=16, max_position_embeddings=2048)(
+            torch.tensor([IDS[:120]]), output_attentions=True
+        ).attentions
     for got, p in zip(found, weights):
         a = p[0, :, -8:, :112].double()
         entropy = -(a * a.clamp_min(1e-300).log()).sum()

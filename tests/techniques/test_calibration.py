@@ -19,7 +19,8 @@ from techniques.conftest import loaded
 def test_round_trip(tmp_path, calibrations):
     first = Calibration.load(calibrations / file_name("moh", "tiny-llama"))
     again = Calibration.load(first.save(tmp_path / "a" / "x.safetensors"))
-    assert (again.technique, again.version, again.model, again.revision, again.settings) == ("moh", 1, "tiny-llama", "1", first.settings)
+    assert (again.technique, again.version, again.model, again.revision, again.settings) == (
+        "moh", 1, "tiny-llama", "1", first.settings)
     assert torch.equal(first.tensors["importance"], again.tensors["importance"]) and again.note
     assert not list((tmp_path / "a").glob("*.part"))
 

@@ -41,7 +41,8 @@ def test_the_threshold_starts_at_the_mean_and_then_follows():
         unit = torch.nn.functional.normalize(drive.k[0, h], dim=-1)
         rest = [p for p in kept[h] + [40] if p not in now]
         best = float((unit[now] @ unit[rest].mT).amax())
-        assert torch.allclose(drive.layer.state["d2o_threshold"][0, h, 0], 0.6 * torch.tensor(best) + 0.4 * before[0, h, 0], atol=1e-5)
+        assert torch.allclose(drive.layer.state["d2o_threshold"][0, h, 0],
+                              0.6 * torch.tensor(best) + 0.4 * before[0, h, 0], atol=1e-5)
 
 
 def test_multiplicity_is_exact_when_keys_and_values_are_equal():

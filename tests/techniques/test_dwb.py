@@ -35,7 +35,10 @@ def test_mean_bits_follow_the_target_and_stay_in_the_set():
 
 
 def test_all_sixteen_is_dense_and_all_two_is_two_bit_codes():
-    outs = {spec: run(spec, 8).step(torch.tensor([4])) for spec in ("dense", "dwb(target=16)", "dwb(target=2,interval=1)", "int_codes(bits=2)")}
+    outs = {
+        spec: run(spec, 8).step(torch.tensor([4]))
+        for spec in ("dense", "dwb(target=16)", "dwb(target=2,interval=1)", "int_codes(bits=2)")
+    }
     assert torch.allclose(outs["dense"], outs["dwb(target=16)"], atol=1e-4)
     low = run("dwb(target=2,interval=1)", 8).cache.lab_layers[0]
     assert low.bits_count() == {2: 254, 16: 2}  # the newest token stays exact one step
@@ -90,7 +93,9 @@ def test_row_variance_is_that_of_the_attention_rows():
     cache.lab_layers[2].tap = Tap()
     with torch.no_grad():
         llama()(torch.tensor([IDS[:60]]), past_key_values=cache)
-        p = build("llama", head_dim=16, max_position_embeddings=2048)(torch.tensor([IDS[:60]]), output_attentions=True).attentions[2]
+        p = build("llama", head_dim=16, max_position_embeddings=2048)(
+            torch.tensor([IDS[:60]]), output_attentions=True
+        ).attentions[2]
     for i in (0, 7, 59):
         row = p[0, :, i, : i + 1].double()
         want = ((row.square().sum(-1) * (i + 1) - 1).clamp_min(0)).log1p().mean()
@@ -98,7 +103,9 @@ def test_row_variance_is_that_of_the_attention_rows():
     steps.close()
 
 
-@pytest.mark.parametrize("spec", ["dwb+snapkv(budget=60)", "dwb+h2o(budget=60)+cam", "dwb(target=5)+rotated", "dwb(target=5)+kivi(group=16,residual=16)"])
+@pytest.mark.parametrize("spec", [
+    "dwb+snapkv(budget=60)", "dwb+h2o(budget=60)+cam", "dwb(target=5)+rotated", "dwb(target=5)+kivi(group=16,residual=16)",
+])
 def test_other_slots_combine(spec):
     session = run(spec, 20)
     assert torch.isfinite(session.step(torch.tensor([3]))).all()

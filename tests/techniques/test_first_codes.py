@@ -24,7 +24,8 @@ def same_state(a: Drive, b: Drive) -> bool:
     a.layer.settle(), b.layer.settle()
     sides = [(s, t) for side in ("keys_side", "values_side") for s, t in zip(getattr(a.layer, side), getattr(b.layer, side))]
     return all(
-        s.rows.lens == t.rows.lens and all(torch.equal(s.rows.padded(n), t.rows.padded(n)) for n in s.rows.fields) for s, t in sides
+        s.rows.lens == t.rows.lens and all(torch.equal(s.rows.padded(n), t.rows.padded(n)) for n in s.rows.fields)
+        for s, t in sides
     )
 
 

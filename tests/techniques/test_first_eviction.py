@@ -95,7 +95,8 @@ def test_rotations_that_change_with_length_are_refused(kind):
         rope_of(model, 0)
 
 
-ROTARY = ["llama", "qwen3", "gemma2", "gemma3_text", "mistral", "olmo", "cohere", "cohere2", "gpt_oss", "phi", "glm", "starcoder2", "smollm3"]
+ROTARY = ["llama", "qwen3", "gemma2", "gemma3_text", "mistral", "olmo", "cohere", "cohere2", "gpt_oss", "phi", "glm",
+          "starcoder2", "smollm3"]
 
 
 @pytest.mark.parametrize("name", ROTARY)

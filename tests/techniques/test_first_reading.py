@@ -9,7 +9,7 @@ from drive import Drive
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import heads, visibility
-from tiny_models import llama, tokens
+from tiny_models import tokens
 
 from lab.engine.session import Session
 from lab.engine.stack import Stack
@@ -19,11 +19,14 @@ T = 300
 
 
 def naive(drive: Drive, n: int, **extra):
-    return heads(drive.q[0, :, :n], drive.k[0, :, :n], drive.v[0, :, :n], 0.25, extra.pop("visible", visibility(range(n), range(n))), **extra)
+    return heads(drive.q[0, :, :n], drive.k[0, :, :n], drive.v[0, :, :n], 0.25,
+                 extra.pop("visible", visibility(range(n), range(n))), **extra)
 
 
 # -- A-shape -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("shape", [{}, dict(softcap=3.0), dict(window=12), dict(window=30), dict(sink=torch.tensor([0.5, -1.0, 2.0, 0.0]))])
+@pytest.mark.parametrize("shape", [
+    {}, dict(softcap=3.0), dict(window=12), dict(window=30), dict(sink=torch.tensor([0.5, -1.0, 2.0, 0.0])),
+])
 @pytest.mark.parametrize("chunks", [[60], [25, 35], [59, 1]])
 def test_a_shape_reads_sinks_and_window(shape, chunks):
     """Row i reads j < S or i - j < W, inside the model's own window; the row that stands alone in a chunk too."""

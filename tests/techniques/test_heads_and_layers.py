@@ -225,8 +225,10 @@ def test_flux_labels_are_costs_below_tolerance():
 def test_flux_sequences_of_a_batch_route_independently():
     technique = Flux(sinks=2, window=8)
     shared = routers(True)
-    shared["learnt/flux"] = {**shared["learnt/flux"], "out_bias": torch.zeros(3, 2), "in_weight": torch.eye(4, 16).expand(3, 4, 16),
-                             "out_weight": torch.tensor([[0.0] * 4, [1.0] * 4]).expand(3, 2, 4)}
+    shared["learnt/flux"] = {
+        **shared["learnt/flux"], "out_bias": torch.zeros(3, 2), "in_weight": torch.eye(4, 16).expand(3, 4, 16),
+        "out_weight": torch.tensor([[0.0] * 4, [1.0] * 4]).expand(3, 2, 4),
+    }
     q = torch.cat([torch.full((1, 4, 40, 16), 1.0), torch.full((1, 4, 40, 16), -1.0)])
     ctx = context(q, random(2, 2, 40, 16), layer=1, layers=3, shared=shared)
     rows = technique.select(ctx)

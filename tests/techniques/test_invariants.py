@@ -73,8 +73,9 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def same(got: torch.Tensor, want: torch.Tensor, cache: LabCache, near: float = 2e-5) -> bool:
-    """Equal up to rounding, though the rows were computed in batches of other shapes. A number on the edge of two codes may then
-    take the other one, on one processor and not on the next: with codes, the whole may be a tenth off (two texts are 1.3 apart)."""
+    """Equal up to rounding, though the rows were computed in batches of other shapes. A number on the edge of two codes may
+    then take the other one, on one processor and not on the next: with codes, the whole may be a tenth off (two texts are 1.3
+    apart)."""
     coded = any(n and 0 < bits < 16 for layer in cache.lab_layers for bits, n in layer.bits_count().items())
     return far(got, want) < near or coded and float((got - want).norm() / want.norm()) < 0.1
 
@@ -186,7 +187,8 @@ def test_left_padding_changes_nothing(name):
     places = (mask.cumsum(-1) - 1).clamp_min(0)
     batch, single = LabCache(llama(), spec), LabCache(llama(), spec)
     with torch.no_grad():
-        both = [llama()(ids, attention_mask=mask[:, :PROMPT], position_ids=places[:, :PROMPT], past_key_values=batch).logits[1, -1]]
+        both = [llama()(ids, attention_mask=mask[:, :PROMPT], position_ids=places[:, :PROMPT],
+                        past_key_values=batch).logits[1, -1]]
         alone = [llama()(torch.tensor([short]), past_key_values=single).logits[0, -1]]
         for t in range(STEPS):
             new, n = torch.tensor([[IDS[PROMPT + t]]] * 2), PROMPT + t + 1

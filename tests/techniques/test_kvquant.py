@@ -42,7 +42,9 @@ def test_all_outliers_are_exact_to_half_precision_and_the_first_token_is_exact()
 def test_error_falls_with_bits_and_outliers():
     dense = fed("dense").cache.lab_layers[1].all_keys()
     errors = []
-    for spec in ("kvquant(bits=2,sinks=0)", "kvquant(sinks=0)", "kvquant(bits=4,sinks=0)", "kvquant(bits=4,outliers=0.2,sinks=0)"):
+    for spec in (
+        "kvquant(bits=2,sinks=0)", "kvquant(sinks=0)", "kvquant(bits=4,sinks=0)", "kvquant(bits=4,outliers=0.2,sinks=0)",
+    ):
         errors.append(float((fed(spec).cache.lab_layers[1].all_keys() - dense).square().mean()))
     assert errors == sorted(errors, reverse=True)
 

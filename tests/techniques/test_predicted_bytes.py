@@ -30,8 +30,9 @@ def test_prediction_is_exact(spec):
 
 
 SHARED = ("dense", "int_codes", "int_codes(bits=4,sinks=2)", "kivi(group=16,residual=32)", "kivi(group=32,residual=32,bits=4)",
-          "kivi", "snapkv(budget=50)+kivi(group=16,residual=16)", "h2o(budget=40)", "h2o(budget=150)", "streaming_llm(budget=0.5)",
-          "snapkv(budget=50)", "snapkv(budget=50)+int_codes(bits=2)", "snapkv(budget=50)+adakv", "snapkv(budget=50,window=8)+pyramidkv(window=8)")
+          "kivi", "snapkv(budget=50)+kivi(group=16,residual=16)", "h2o(budget=40)", "h2o(budget=150)",
+          "streaming_llm(budget=0.5)", "snapkv(budget=50)", "snapkv(budget=50)+int_codes(bits=2)", "snapkv(budget=50)+adakv",
+          "snapkv(budget=50,window=8)+pyramidkv(window=8)")
 
 
 @pytest.mark.parametrize("spec", [*(CASES[n].lossy for n in EXACT), *MORE, *SHARED])

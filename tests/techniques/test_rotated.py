@@ -62,7 +62,9 @@ def test_inner_product_mode_is_unbiased_over_seeds():
     assert abs(sum(plain) / len(plain) - true) > 0.05 * abs(true)  # the table alone shrinks products
 
 
-@pytest.mark.parametrize("codec", [NormalRotated(3, 1), NormalRotated(4, 1, True), AffineRotated(4, 64, 1), AffineRotated(2, 16, 1)])
+@pytest.mark.parametrize("codec", [
+    NormalRotated(3, 1), NormalRotated(4, 1, True), AffineRotated(4, 64, 1), AffineRotated(2, 16, 1),
+])
 def test_reading_codes_equals_decoding_them(codec):
     g = torch.Generator().manual_seed(2)
     x, q, p = (torch.randn(1, 2, n, 64, generator=g) for n in (9, 3, 3))
@@ -89,7 +91,9 @@ def test_more_bits_lose_less_and_rotation_tames_outliers():
     assert loss[1] < loss[0]
 
 
-@pytest.mark.parametrize("spec", ["rotated", "rotated(bits=2)", "rotated(mode=inner,bits=3)", "rotated(mode=quarot)", "rotated(bits=8)"])
+@pytest.mark.parametrize("spec", [
+    "rotated", "rotated(bits=2)", "rotated(mode=inner,bits=3)", "rotated(mode=quarot)", "rotated(bits=8)",
+])
 def test_predicted_bytes(spec):
     drive = Drive(spec, 33, dim=64, prompt=30)
     drive.feed(30), drive.feed(1)

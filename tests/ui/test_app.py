@@ -211,7 +211,8 @@ def test_a_column_that_could_not_run_is_told_in_the_status_line():
 
     lab = Broken(step_s=0)
     dense = {"techniques": []}
-    frames = list(compare._run(lab, "a prompt", {"variants": [dense, dense]}, dict(compare.DEFAULT, max_new_tokens=2), "", lab.begin("v")))
+    frames = list(compare._run(lab, "a prompt", {"variants": [dense, dense]}, dict(compare.DEFAULT, max_new_tokens=2), "",
+                               lab.begin("v")))
     assert "Done, but B could not run" in frames[-1][1]
 
 

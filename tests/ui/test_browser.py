@@ -359,8 +359,11 @@ def test_the_count_and_the_predicted_size_follow_the_chat_turn(page):
     expect(told).to_contain_text(words.format(before))
 
 
-INSIDE = """s => { const r = document.querySelector(s).getBoundingClientRect(), box = document.querySelector(s).closest('.tablebox')
-  .getBoundingClientRect(); return r.width > 0 && r.right <= box.right + 1 && r.left >= box.left - 1; }"""
+INSIDE = (
+    "s => { const r = document.querySelector(s).getBoundingClientRect(), "
+    "box = document.querySelector(s).closest('.tablebox')\n"
+    "  .getBoundingClientRect(); return r.width > 0 && r.right <= box.right + 1 && r.left >= box.left - 1; }"
+)
 
 
 @pytest.mark.parametrize("width", [1440, 900, 768, 390])

@@ -185,7 +185,9 @@ def test_small_times_and_large_rates():
     from lab.ui.format import duration, rate
 
     assert duration(0.0123) == "12.3 µs" and duration(0.0) == "0.0 ms" and duration(0.2) == "0.2 ms"
-    assert rate(9.89e14, "FLOP/s") == "989 TFLOP/s" and rate(320e9, "B/s") == "320 GB/s" and rate(None) == "–" and rate(12) == "12"
+    assert (
+        rate(9.89e14, "FLOP/s") == "989 TFLOP/s" and rate(320e9, "B/s") == "320 GB/s" and rate(None) == "–" and rate(12) == "12"
+    )
 
 
 def test_costs_say_what_a_step_reads_and_whether_choosing_pays(record):
@@ -193,7 +195,8 @@ def test_costs_say_what_a_step_reads_and_whether_choosing_pays(record):
     a, b, c = record["variants"]
     a["reads"] = {"attend": 1.0, "choose": 0.0, "pays": False}
     b.update(reads={"attend": 0.25, "choose": 0.0625, "pays": True}, saves=["reads less, stores the same"], kept_fraction=1.0)
-    c.update(reads={"attend": 0.4, "choose": 1.0, "pays": False}, saves=["memory", "reads less, stores the same"], kept_fraction=1.0)
+    c.update(reads={"attend": 0.4, "choose": 1.0, "pays": False}, saves=["memory", "reads less, stores the same"],
+             kept_fraction=1.0)
     rows = tables.costs(record).split("<tr>")[2:]
     cells = [re.findall(r'<td class="num"[^>]*>(.*?)</td>', row)[7:10] for row in rows]
     assert cells == [["100%", "–", "–"], ["25%", "6%", "pays"], ["40%", "100%", "does not pay"]]

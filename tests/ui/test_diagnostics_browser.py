@@ -1,4 +1,5 @@
-"""A diagnostic that runs, in a real Chromium: only its own panel shows it, what stands below keeps its title, Cancel is answered."""
+"""A diagnostic that runs, in a real Chromium: only its own panel shows it, what stands below keeps its title, Cancel is
+answered."""
 from __future__ import annotations
 
 import threading

@@ -1,4 +1,5 @@
-"""Leaving the queue, typing numbers out of range, Ctrl+Enter and the browser's Back button, in a real Chromium on the synthetic lab."""
+"""Leaving the queue, typing numbers out of range, Ctrl+Enter and the browser's Back button, in a real Chromium on the
+synthetic lab."""
 from __future__ import annotations
 
 import pytest
