@@ -170,7 +170,8 @@ def main() -> None:
         subprocess.run([python, Path(__file__).resolve(), "--peer", job], check=True, cwd=scratch)
         answer = json.loads(job.with_suffix(".out").read_text())
     kvzip.FIRST, kvzip.LATER = kvzip.FIRST + "\n", kvzip.LATER + "\n"  # kvpress puts a line break after the instruction
-    print(f"{len(ids)} tokens, {entries} kept per head in the mean, kvpress {REQUIREMENTS[0]} on transformers {answer['transformers']}")
+    print(f"{len(ids)} tokens, {entries} kept per head in the mean, "
+          f"kvpress {REQUIREMENTS[0]} on transformers {answer['transformers']}")
     print("| lab | kvpress | identical sets | overlap | why |\n|---|---|---|---|---|")
     rows = []
     for spec, press, why in pairs:
@@ -183,7 +184,8 @@ def main() -> None:
         rows.append({"lab": spec, "kvpress": press, "identical": same, "overlap": overlap, "why": why})
         print(f"| {spec} | {press} | {same:.1%} | {overlap:.3%} | {why} |", flush=True)
     if options.json:
-        print(write("against_kvpress", {"tokens": len(ids), "ratio": options.ratio, "transformers": answer["transformers"], "rows": rows}))
+        print(write("against_kvpress", {"tokens": len(ids), "ratio": options.ratio, "transformers": answer["transformers"],
+                                        "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from lab.engine.session import Session  # noqa: E402
 LIMIT = 1.25
 POLICIES = (
     "streaming_llm", "streaming_llm(renumber=false)", "h2o", "tova", "snapkv", "vatp(budget=0.25)", "vatp(budget=0.25,wo=true)",
-    "expected_attention", "keydiff", "knorm", "random_score", "arkv_score", "adakv+snapkv", "adakv+h2o", "global_top+snapkv", "h2o+cam", "h2o+d2o_merge",
+    "expected_attention", "keydiff", "knorm", "random_score", "arkv_score", "adakv+snapkv", "adakv+h2o",
+    "global_top+snapkv", "h2o+cam", "h2o+d2o_merge",
     "h2o+d2o_merge(multiplicity=true)", "arkv", "int_codes", "int_codes(bits=4)", "int_codes(bits=2)", "kivi", "snapkv+kivi",
     "zerotuning", "head_pruning(heads=1)", "rotated", "fp8", "kvquant", "think",
     "dwb", "dwb(interval=1)", "quest", "quest(budget=1024)", "block_topk",
@@ -93,7 +94,8 @@ def main() -> None:
     for spec in options.specs or POLICIES:
         rows.append(pair(loaded.model, ids, options.prompt, options.steps, spec))
         r = rows[-1]
-        print(f"{spec:40s} {r['kept']:5.2f} {r['dense_ms']:9.1f} {r['ms']:7.1f} {r['ratio']:6.2f} {r['mean_ratio']:6.2f}", flush=True)
+        print(f"{spec:40s} {r['kept']:5.2f} {r['dense_ms']:9.1f} {r['ms']:7.1f} {r['ratio']:6.2f} {r['mean_ratio']:6.2f}",
+              flush=True)
     over = [r for r in rows if r["ratio"] > LIMIT]
     print(f"\nabove {LIMIT} times dense: {len(over)} of {len(rows)}")
     for r in over:

@@ -289,7 +289,8 @@ def save(side: Side, options: argparse.Namespace, model: dict, found: dict, spec
     for (name, share), results in found.items():
         figures = {k: interval([r[k] for r in results]) for k in side.figures}
         rows.append({"policy": name, "target": share, "spec": specs[name, share], "seeds": len(results),
-                     **{k: {"mean": m, "half": None if math.isnan(h) else h} for k, (m, h) in figures.items()}, "values": results})
+                     **{k: {"mean": m, "half": None if math.isnan(h) else h} for k, (m, h) in figures.items()},
+                     "values": results})
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("part", "side_of")}
     unreached = [key for key, spec in specs.items() if spec is None]
     path = write(side.name, {"model": model, "settings": settings, "seconds": seconds, "rows": rows,

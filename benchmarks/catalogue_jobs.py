@@ -31,8 +31,8 @@ def swept(side: Side, options: argparse.Namespace) -> dict[Key, list[dict]]:
         file.unlink(missing_ok=True)
     threads = str(max(1, len(os.sched_getaffinity(0)) // options.jobs))
     running = [
-        subprocess.Popen([sys.executable, *sys.argv, "--side-of", side.name, "--part", str(n)], env=os.environ | {"OMP_NUM_THREADS": threads},
-                         stdout=subprocess.DEVNULL)
+        subprocess.Popen([sys.executable, *sys.argv, "--side-of", side.name, "--part", str(n)],
+                         env=os.environ | {"OMP_NUM_THREADS": threads}, stdout=subprocess.DEVNULL)
         for n in range(options.jobs)
     ]
     for one in running:
@@ -49,7 +49,8 @@ def swept(side: Side, options: argparse.Namespace) -> dict[Key, list[dict]]:
     for part in parts:
         specs |= {(name, share): None for name, share in part["unreached"]}
         specs |= {(r["policy"], r["target"]): r["spec"] for r in part["rows"]}
-        found |= {key: values for r in part["rows"] if len(values := r["values"]) > len(found.get(key := (r["policy"], r["target"]), []))}
+        found |= {key: values for r in part["rows"]
+                  if len(values := r["values"]) > len(found.get(key := (r["policy"], r["target"]), []))}
     order = {name: place for place, name in enumerate(["Dense", *side.policies])}
     found = dict(sorted(found.items(), key=lambda x: order[x[0][0]]))
     save(side, options, parts[0]["model"], found, specs, time.time() - began)

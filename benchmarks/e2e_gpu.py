@@ -1,13 +1,14 @@
 """Milliseconds per token of whole decode steps on one GPU, beside what a user would pick instead, in one run.
 
-    python benchmarks/e2e_gpu.py [--prompt 512] [--tokens 48] [--context 32768] [--no-compile] [--no-large] [--budget 150] [--out DIR]
+    python benchmarks/e2e_gpu.py [--prompt 512] [--tokens 48] [--context 32768] [--no-compile] [--no-large] [--budget 150]
+                                 [--out DIR]
 
-Part 1, SmolLM2-135M's geometry with random bfloat16 weights, batch 1: transformers `generate` with its default cache, one captured
-forward with transformers' StaticCache, and the lab's sessions: modules as loaded, sibling products and norms fused, the short step
-(`lab.engine.lean`), and stacks of techniques. Part 2, Llama-3-8B's shape with random weights at a long context: dense against an int4
-cache, tokens per second and peak memory beside the prediction. Part 3, last because its compilation may take long: `generate` with the
-static cache, which transformers compiles (mode reduce-overhead). Results are written after every part; a part that would start beyond
-the budget is skipped and says so.
+Part 1, SmolLM2-135M's geometry with random bfloat16 weights, batch 1: transformers `generate` with its default cache, one
+captured forward with transformers' StaticCache, and the lab's sessions: modules as loaded, sibling products and norms fused,
+the short step (`lab.engine.lean`), and stacks of techniques. Part 2, Llama-3-8B's shape with random weights at a long
+context: dense against an int4 cache, tokens per second and peak memory beside the prediction. Part 3, last because its
+compilation may take long: `generate` with the static cache, which transformers compiles (mode reduce-overhead). Results are
+written after every part; a part that would start beyond the budget is skipped and says so.
 """
 
 from __future__ import annotations
@@ -103,15 +104,15 @@ def random_model(**shape) -> LlamaForCausalLM:
 
 def small() -> LlamaForCausalLM:
     return random_model(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        max_position_embeddings=8192, tie_word_embeddings=True,
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
     )
 
 
 def large(context: int) -> LlamaForCausalLM:
     return random_model(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        max_position_embeddings=max(131072, context), tie_word_embeddings=False,
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=max(131072, context), tie_word_embeddings=False,
     )
 
 
@@ -119,7 +120,8 @@ def by_generate(model, ids, tokens, rounds: int = 2, **options) -> float:
     """Median ms between tokens of `generate`, the last of `rounds` calls."""
     for _ in range(rounds):
         stamps = Stamps()
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, streamer=stamps, **options)
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, streamer=stamps,
+                       **options)
     gaps = [(b - a) * 1e3 for a, b in zip(stamps.times[2:], stamps.times[3:])]
     return statistics.median(gaps)
 
@@ -236,10 +238,14 @@ def part_large(report: Report, args) -> None:
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated()
     parameters = sum(p.numel() for p in model.parameters())
-    report.say(f"Llama-3-8B shape: {parameters / 1e9:.2f} billion random weights, {weights / 2**30:.2f} GiB, made in {time.perf_counter() - begun:.1f} s")
+    report.say(f"Llama-3-8B shape: {parameters / 1e9:.2f} billion random weights, {weights / 2**30:.2f} GiB, "
+               f"made in {time.perf_counter() - begun:.1f} s")
     facts = {"layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "parameters": parameters}
     prompt = torch.randint(2, 128000, (args.context,), generator=torch.Generator().manual_seed(1)).tolist()
-    report.found["large_how"] = f"a prompt of {args.context} random tokens read by the lab's own prefill, 2048 at a time; peak memory is that of the decode steps"
+    report.found["large_how"] = (
+        f"a prompt of {args.context} random tokens read by the lab's own prefill, 2048 at a time; "
+        "peak memory is that of the decode steps"
+    )
 
     def measure(spec: str) -> None:
         session = Session(model, spec, new_tokens=args.large_tokens + 8, chunk=2048)
@@ -253,13 +259,15 @@ def part_large(report: Report, args) -> None:
         cache, peak = session.cache, torch.cuda.max_memory_allocated()
         expected = predict(facts, spec, args.context, cache.lab_layers[0].seen, element=2)
         found = {
-            "spec": spec, "context": args.context, "ms_per_token": round(ms, 3), "tokens_per_s": round(1e3 / ms, 1), "prefill_ms": round(ttft),
-            "kv_bytes": cache.kv_bytes, "slack_bytes": cache.slack_bytes, "predicted_kv_bytes": expected.kv_bytes,
+            "spec": spec, "context": args.context, "ms_per_token": round(ms, 3), "tokens_per_s": round(1e3 / ms, 1),
+            "prefill_ms": round(ttft), "kv_bytes": cache.kv_bytes, "slack_bytes": cache.slack_bytes,
+            "predicted_kv_bytes": expected.kv_bytes,
             "peak_bytes": peak, "peak_over_weights": peak - weights, **how(session),
         }
         report.found["large"].append(found)
-        report.say(f"8B {spec:<20} {ms:8.3f} ms/token = {1e3 / ms:6.1f} tok/s   cache {cache.kv_bytes / 2**30:.3f} GiB (predicted "
-                   f"{expected.kv_bytes / 2**30:.3f}), peak over weights {(peak - weights) / 2**30:.3f} GiB   {how(session)}")
+        report.say(f"8B {spec:<20} {ms:8.3f} ms/token = {1e3 / ms:6.1f} tok/s   cache {cache.kv_bytes / 2**30:.3f} GiB "
+                   f"(predicted {expected.kv_bytes / 2**30:.3f}), peak over weights {(peak - weights) / 2**30:.3f} GiB   "
+                   f"{how(session)}")
         if spec == "dense":
             session._leave_graph("measured again")
             session._graph, session.path, session.shorten = None, None, False
@@ -275,7 +283,8 @@ def part_large(report: Report, args) -> None:
     for spec in LARGE_STACKS:
         if "dense" in rows and spec in rows:
             a, b = rows["dense"], rows[spec]
-            saved = {"measured": a["peak_bytes"] - b["peak_bytes"], "predicted": a["predicted_kv_bytes"] - b["predicted_kv_bytes"],
+            saved = {"measured": a["peak_bytes"] - b["peak_bytes"],
+                     "predicted": a["predicted_kv_bytes"] - b["predicted_kv_bytes"],
                      "speedup": round(a["ms_per_token"] / b["ms_per_token"], 3)}
             b["against_dense"] = saved
             report.say(f"8B {spec} against dense: {saved['speedup']} times the tokens per second; peak memory falls by "

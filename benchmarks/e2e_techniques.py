@@ -26,9 +26,9 @@ from benchmarks.machine import machine, write
 LIMIT = 1.5
 STACKS = (
     "streaming_llm", "streaming_llm(renumber=false)", "h2o", "tova", "snapkv", "pyramidkv", "int_codes(bits=8)",
-    "int_codes(bits=4)", "int_codes(bits=2)", "kivi(bits=4)", "kivi(bits=2)", "snapkv+kivi", "h2o+int_codes(bits=4)", "zerotuning",
-    "a_shape+delta", "head_pruning(fraction=0.2)", "quest(budget=0.2)", "block_topk(budget=0.2)", "rotated(bits=4)",
-    "rotated(bits=4,mode=quarot)", "fp8", "h2o+rotated(bits=4)", "h2o+kivi(bits=2)",
+    "int_codes(bits=4)", "int_codes(bits=2)", "kivi(bits=4)", "kivi(bits=2)", "snapkv+kivi", "h2o+int_codes(bits=4)",
+    "zerotuning", "a_shape+delta", "head_pruning(fraction=0.2)", "quest(budget=0.2)", "block_topk(budget=0.2)",
+    "rotated(bits=4)", "rotated(bits=4,mode=quarot)", "fp8", "h2o+rotated(bits=4)", "h2o+kivi(bits=2)",
 )
 
 

@@ -98,7 +98,8 @@ def decode_rows(table: Table, quick: bool = False) -> None:
         ("decode g64", 4, 8, SMOL, 32768, 64, "token"), ("decode g64", 4, 1, SMOL, 32768, 64, "token"),
     ]
     if quick:
-        cases = [c for c in cases if c[0] in ("decode", "decode g64") and (c[2] == 8 or c[4] == 131072) and (c[1], c[4]) != (16, 131072)]
+        cases = [c for c in cases
+                 if c[0] in ("decode", "decode g64") and (c[2] == 8 or c[4] == 131072) and (c[1], c[4]) != (16, 131072)]
     for op, bits, batch, shape, n, group, kind in cases:
         size, us = decode_time(lambda: [tier(bits, batch * shape[1], n, shape[2], group, kind=kind)], batch, shape)
         table.add(op, bits, batch, shape, n, us, table.dense(batch, shape, n), size)

@@ -3,9 +3,10 @@
     python benchmarks/prefill_variants.py [--warm I N]
     python benchmarks/prefill_variants.py --delta [--long]
 
---delta: A-shape 2k with Delta every 64 rows at 32k (with --long also the default ways at 131k), way by way and tile by tile: the
-largest difference from the three passes (they round the A-shape to bfloat16 before they correct it, so about one bfloat16 step is
-to be expected), milliseconds, and the ratio to cuDNN's dense prefill. About 20 s on an H100, half of it compilation; --long adds 5.
+--delta: A-shape 2k with Delta every 64 rows at 32k (with --long also the default ways at 131k), way by way and tile by tile:
+the largest difference from the three passes (they round the A-shape to bfloat16 before they correct it, so about one bfloat16
+step is to be expected), milliseconds, and the ratio to cuDNN's dense prefill. About 20 s on an H100, half of it compilation;
+--long adds 5.
 """
 
 from __future__ import annotations

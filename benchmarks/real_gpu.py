@@ -2,9 +2,9 @@
 
     python benchmarks/real_gpu.py [--model default] [--prompt 1000] [--tokens 64] [--long 6000]
 
-The same prompt of real prose (`pydoc_data.topics`) through `lab.measure`: what the browser and the command line run. In float32 the GPU
-has to write the CPU's text, token for token, and hold the same bytes; in bfloat16, the card's default, the figures of a run are
-printed: milliseconds per token on the user's path, KV bytes, KL to the dense variant, agreement.
+The same prompt of real prose (`pydoc_data.topics`) through `lab.measure`: what the browser and the command line run. In
+float32 the GPU has to write the CPU's text, token for token, and hold the same bytes; in bfloat16, the card's default, the
+figures of a run are printed: milliseconds per token on the user's path, KV bytes, KL to the dense variant, agreement.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from benchmarks.machine import write
 
 SHORT = ("dense", "streaming_llm", "h2o", "snapkv"), ("dense", "pyramidkv", "int_codes(bits=4)", "kivi(bits=2)"), \
-    ("dense", "zerotuning", "a_shape+delta", "head_pruning(fraction=0.2)"), ("dense", "h2o+kivi(bits=2)", "rotated(bits=4)", "quest")
+    ("dense", "zerotuning", "a_shape+delta", "head_pruning(fraction=0.2)"), \
+    ("dense", "h2o+kivi(bits=2)", "rotated(bits=4)", "quest")
 SHARED = "dense", "snapkv(budget=0.25)", "h2o(budget=0.25)", "int_codes(bits=4)"
 LONG = ("dense", "snapkv(budget=0.25)", "int_codes(bits=4)", "h2o(budget=0.25)"),
 SHOWN = ("ttft_ms", "tpot_ms", "kv_bytes", "kv_bytes_dense", "kept_fraction", "kl_mean", "top1_agreement", "perplexity")
@@ -49,13 +50,15 @@ def main() -> None:
     from lab.models import load
 
     prose, rows = " ".join(" ".join(topics[name].split()) for name in sorted(topics)), []
-    places = [("cuda:0", "float32"), ("cuda:0", "auto")] + ([("all", "float32")] if torch.cuda.device_count() > 1 else []) + [("cpu", "float32")]
+    places = [("cuda:0", "float32"), ("cuda:0", "auto")] + (
+        [("all", "float32")] if torch.cuda.device_count() > 1 else []) + [("cpu", "float32")]
     texts: dict[str, dict[str, tuple]] = {}
     for device, dtype in places:
         began = time.perf_counter()
         loaded = load(args.model, device=device, dtype=dtype, **({"weights": "float32"} if device == "cpu" else {}))
         where = sorted({str(p.device) for p in loaded.model.parameters()})
-        print(f"== {device} {dtype}: {loaded.facts.dtype}, on {', '.join(where)}, loaded in {time.perf_counter() - began:.1f} s", flush=True)
+        print(f"== {device} {dtype}: {loaded.facts.dtype}, on {', '.join(where)}, "
+              f"loaded in {time.perf_counter() - began:.1f} s", flush=True)
         ids = loaded.tokenizer(prose[: 12 * args.long])["input_ids"]
         for count, groups in ((args.prompt, SHORT), (args.long, LONG if (device, dtype) == ("cuda:0", "auto") else ())):
             text = loaded.tokenizer.decode(ids[:count])
@@ -65,7 +68,8 @@ def main() -> None:
             for specs, samples in asked:
                 for v in run(loaded, text, specs, args.tokens, samples):
                     v["spec"] += f", {samples} samples" if samples > 1 else ""
-                    row = {"device": device, "dtype": loaded.facts.dtype, "prompt": count, "spec": v["spec"], "error": v["error"], **{k: v[k] for k in SHOWN}}
+                    row = {"device": device, "dtype": loaded.facts.dtype, "prompt": count, "spec": v["spec"],
+                           "error": v["error"], **{k: v[k] for k in SHOWN}}
                     rows.append(row)
                     texts.setdefault(f"{device} {dtype}", {})[count, v["spec"]] = tuple(v["token_ids"]), v["kv_bytes"]
                     numbers = "  ".join(f"{k} {row[k]:.4g}" if isinstance(row[k], float) else f"{k} {row[k]}" for k in SHOWN)
@@ -73,8 +77,10 @@ def main() -> None:
         del loaded
     cpu = texts["cpu float32"]
     for name, found in texts.items():
-        same = {spec: sum(a == b for a, b in zip(found[n, spec][0], ids)) for (n, spec), (ids, _) in cpu.items() if (n, spec) in found}
-        size = {spec: found[n, spec][1] for (n, spec), (_, held) in cpu.items() if (n, spec) in found and found[n, spec][1] != held}
+        same = {spec: sum(a == b for a, b in zip(found[n, spec][0], ids))
+                for (n, spec), (ids, _) in cpu.items() if (n, spec) in found}
+        size = {spec: found[n, spec][1]
+                for (n, spec), (_, held) in cpu.items() if (n, spec) in found and found[n, spec][1] != held}
         print(f"{name}: of {args.tokens} tokens as on the CPU: {same}; other KV bytes: {size or 'none'}", flush=True)
         rows.append({"device": name, "tokens_as_on_the_cpu": same})
     print("written to", write("real_gpu", {"prompt": args.prompt, "tokens": args.tokens, "rows": rows}))

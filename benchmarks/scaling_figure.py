@@ -57,8 +57,9 @@ def main() -> None:
     body.append(f'<text x="{LEFT}" y="{HEIGHT + 32}" fill="#6b7280">{data["machine"]["gpu"]}, 32/8 heads of 128, groups of 64,'
                 " CUDA graphs, cold L2</text>")
     with open(os.path.join(HERE, "kernels_gpu_scaling.svg"), "w") as f:
-        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {HEIGHT + 44}" font-family="system-ui,sans-serif"'
-                ' font-size="12"><rect width="100%" height="100%" fill="white"/>' + "".join(body) + "</svg>\n")
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {HEIGHT + 44}" '
+                'font-family="system-ui,sans-serif" font-size="12">'
+                '<rect width="100%" height="100%" fill="white"/>' + "".join(body) + "</svg>\n")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ class Weigher:
 def recall_prompts(tokenizer, count: int, length: int, seed: int) -> torch.Tensor:
     """int64 [count, length]: lists of "the code of X is N", then questions with answers."""
     draw, rows = random.Random(seed), []
-    names = [f"{a}-{b}" for a in ("red", "old", "north", "iron", "quiet") for b in ("gate", "river", "lamp", "stone", "bird", "mill")]
+    names = [f"{a}-{b}" for a in ("red", "old", "north", "iron", "quiet")
+             for b in ("gate", "river", "lamp", "stone", "bird", "mill")]
     while len(rows) < count:
         draw.shuffle(names)
         facts = [(n, draw.randrange(1000, 9999)) for n in names]
@@ -174,7 +175,8 @@ def main() -> None:
     net = train(features[:cut], label[:cut], 0)
     widths = torch.tensor(dwb.WIDTHS, dtype=torch.float32)
     scores, truth, spent = net.scores(features[cut:]), label[cut:], cost[cut:]
-    print(f"lambda {price:.3g}; label shares " + ", ".join(f"{w}: {float((label == i).float().mean()):.2f}" for i, w in enumerate(dwb.WIDTHS)))
+    print(f"lambda {price:.3g}; label shares " + ", ".join(
+        f"{w}: {float((label == i).float().mean()):.2f}" for i, w in enumerate(dwb.WIDTHS)))
     print(f"held-out texts: {held}, tokens {len(truth)}")
     print(f"accuracy: controller {float((scores.argmax(-1) == truth).float().mean()):.3f}, commonest label "
           f"{float((truth == label[:cut].mode().values).float().mean()):.3f}, quartiles "
@@ -182,7 +184,8 @@ def main() -> None:
     for target in (3.0, 4.0, 6.0):
         print(against_chance(net, scores, spent, target))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(options.out, **{n: v.numpy().astype(np.float16 if n[0] in "wb" else np.float32) for n, v in net.parts.items()})
+    np.savez_compressed(options.out, **{n: v.numpy().astype(np.float16 if n[0] in "wb" else np.float32)
+                                        for n, v in net.parts.items()})
     print(f"wrote {options.out} ({options.out.stat().st_size / 1024:.0f} KiB) in {time.time() - start:.0f} s")
 
 
