@@ -94,7 +94,7 @@ def examples(model, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def labels(cost: torch.Tensor, target: float) -> tuple[torch.Tensor, float]:
     """(class int64 [M], lambda): argmin of cost + lambda * bits with the mean width at the target."""
-    low, high = 1e-9, 1e9
+    low, high, widths = 1e-9, 1e9, torch.tensor(dwb.WIDTHS, dtype=torch.float32)
     for _ in range(100):
         middle = (low * high) ** 0.5
         if float(widths[(cost + middle * widths).argmin(-1)].mean()) > target:
@@ -173,7 +173,6 @@ def main() -> None:
     label, price = labels(cost, options.target)
     cut = len(label) - held * options.length
     net = train(features[:cut], label[:cut], 0)
-    widths = torch.tensor(dwb.WIDTHS, dtype=torch.float32)
     scores, truth, spent = net.scores(features[cut:]), label[cut:], cost[cut:]
     print(f"lambda {price:.3g}; label shares " + ", ".join(
         f"{w}: {float((label == i).float().mean()):.2f}" for i, w in enumerate(dwb.WIDTHS)))
