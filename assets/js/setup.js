@@ -2,7 +2,7 @@
    props.catalog = {slots: [...], techniques: [...]}; server.plan({...}) answers titles, conflicts and predicted bytes. */
 const catalog = props.catalog || {slots: [], techniques: []}, L = "ABCD", MOST = 4;
 const byName = Object.fromEntries(catalog.techniques.map(t => [t.name, t]));
-let variants = clone((props.value || {}).variants || [{techniques: []}]), notes = [], past = [], openSlot = null, openCard = null, openHelp = null;
+let variants = clone((props.value || {}).variants || [{techniques: []}]), notes = [], past = [], openSlot = null, openCard = null, openHelp = null, heir = null;
 let promptTokens = window.alPromptTokens || null, newTokens = window.alNewTokens || 64, samples = window.alSamples || 1, asked = 0;
 function clone(x) { return JSON.parse(JSON.stringify(x)); }
 const has = (i, name) => variants[i].techniques.find(t => t.name === name);
@@ -15,7 +15,7 @@ function commit(next, label) {
   variants = next; props.value = {variants: clone(variants), rev: ((props.value || {}).rev || 0)};
   draw(); plan();
 }
-const undo = () => { const last = past.pop(); if (last) { variants = last.variants; props.value = {variants: clone(variants), rev: (props.value || {}).rev || 0}; draw(); plan(); } };
+const undo = () => { const last = past.pop(); if (last) { heir = "more"; variants = last.variants; props.value = {variants: clone(variants), rev: (props.value || {}).rev || 0}; draw(); plan(); } };
 function toggle(i, name) {
   const next = clone(variants), t = byName[name];
   if (has(i, name)) next[i].techniques = next[i].techniques.filter(x => x.name !== name);
@@ -37,10 +37,14 @@ const share = p => budget(p) || p.unit === "fraction" || (p.type === "float" && 
 const percent = v => `${Number((v * 100).toFixed(v < .01 ? 2 : v < .1 ? 1 : 0))}%`;
 const shown = (p, v) => v === null || v === undefined ? "auto" : share(p) && typeof v === "number" && v <= 1 ? percent(v)
   : typeof v === "number" ? v.toLocaleString("en-US") + (p.unit && p.unit !== "fraction" ? " " + p.unit : "") : String(v);
-const short = (tech, params) => { // a budget or a width speaks for itself; of other parameters the one that was changed, by name
+const short = (tech, params) => { // a budget or a width speaks for itself; other parameters by name, those that were changed
   const said = tech.parameters.filter(p => p.type !== "bool" && ![undefined, null, 0, "", "none", "all", "auto"].includes(params[p.name]));
-  const own = said.find(p => budget(p) || p.name === "bits"), p = own || said.find(p => params[p.name] !== p.default) || said[0];
-  return !p ? tech.title : `${tech.title} ${p === own ? "" : p.name + " "}${shown(p, params[p.name])}`;
+  const changed = tech.parameters.filter(p => p.name in params && params[p.name] !== p.default);
+  const own = said.find(p => budget(p) || p.name === "bits"), first = own || changed[0] || said[0], rest = changed.filter(p => p !== first);
+  const word = p => p.type === "bool" ? `${params[p.name] ? "" : "no "}${p.name}` : `${p.name} ${shown(p, params[p.name])}`;
+  const words = [first && (first === own ? shown(first, params[first.name]) : word(first)), rest.length && "· " + word(rest[0]),
+    rest.length > 1 && `+${rest.length - 1}`];
+  return [tech.title, ...words.filter(Boolean)].join(" ").replace(/_/g, " ");
 };
 const blocked = (i, name) => ((notes[i] || {}).blocked || {})[name];
 
@@ -49,7 +53,7 @@ function pipeline() {
     const fills = [];
     variants.forEach((v, i) => v.techniques.forEach(t => { if (byName[t.name] && byName[t.name].slots.includes(s.name)) fills.push([i, t]); }));
     const grouped = {}; fills.forEach(([i, t]) => { (grouped[t.name] = grouped[t.name] || []).push(i); });
-    return h("button", {type: "button", class: `slot ${s.side}${openSlot === s.name ? " on" : ""}${fills.length ? " full" : ""}`, "data-slot": s.name,
+    return h("button", {type: "button", class: `slot ${s.side}${openSlot === s.name ? " on" : ""}${fills.length ? " full" : ""}`, "data-slot": s.name, "data-key": `slot-${s.name}`,
       "aria-expanded": String(openSlot === s.name), title: s.question, onclick: () => { openSlot = openSlot === s.name ? null : s.name; draw(); }},
       s.name, Object.keys(grouped).length ? Object.entries(grouped).slice(0, 2).map(([name, who]) =>
         h("i", {}, who.map(i => h("span", {class: `dot v${L[i]}`, "aria-label": L[i]})), byName[name].title))
@@ -66,12 +70,19 @@ function switcher(i, t, label) {
     "data-key": `sw-${i}-${t.name}`, "aria-label": `${t.title} in ${L[i]}${why ? ": " + why : ""}`, title: why || (on ? "turn off" : "turn on"),
     onclick: () => { if (why) toast(why); else toggle(i, t.name); }}, label ? h("b", {}, label) : h("s", {}));
 }
+// What is pressed may go with the press: the focus goes on to its heir, so that the keyboard does not start at the page's top.
+function closeSlot() { heir = `slot-${openSlot}`; openSlot = null; draw(); }
+function closeCard() { heir = `edit-${openCard}`; openCard = null; draw(); }
+element.addEventListener("keydown", e => {
+  if (e.key !== "Escape" || e.defaultPrevented) return;
+  if (openCard !== null && e.target.closest(".editor")) closeCard(); else if (openSlot && e.target.closest(".pipe, .slotpanel")) closeSlot();
+});
 function slotPanel() {
   const s = catalog.slots.find(x => x.name === openSlot); if (!s) return null;
   const list = catalog.techniques.filter(t => t.slots.includes(s.name));
   return h("section", {class: "slotpanel", "aria-label": `slot ${s.name}`},
     h("div", {class: "row"}, h("b", {}, s.name), h("span", {class: "soft"}, s.question), h("span", {class: "sp"}),
-      h("button", {type: "button", class: "quiet", "data-key": "closeslot", onclick: () => { openSlot = null; draw(); }}, "Close")),
+      h("button", {type: "button", class: "quiet", "data-key": "closeslot", onclick: closeSlot}, "Close")),
     list.length ? h("div", {class: "slotlist", "data-scroll": "slot"}, list.map(t => h("div", {class: "slotrow"},
       h("div", {}, h("b", {}, t.title), " ", cite(t), h("p", {class: "soft", title: t.help}, t.help)),
       h("div", {class: "letters"}, variants.map((_, i) => switcher(i, t, L[i]))))))
@@ -133,7 +144,7 @@ function editor() {
   return h("section", {class: `editor v${L[i]}`, "aria-label": `techniques of variant ${L[i]}`},
     h("div", {class: "techs"}, h("div", {class: "row"}, h("span", {class: "badge"}, L[i]), h("span", {class: "h"}, "Switched on"), h("code", {class: "soft spectext"}, (notes[i] || {}).spec || ""), h("span", {class: "sp"}),
       h("button", {type: "button", class: "quiet", "data-key": `spec-${i}`, title: (notes[i] || {}).spec || "", onclick: e => copy((notes[i] || {}).spec || "dense", e.currentTarget)}, "Copy spec"),
-      h("button", {type: "button", class: "quiet", "data-key": "closeedit", onclick: () => { openCard = null; draw(); }}, "Done")),
+      h("button", {type: "button", class: "quiet", "data-key": "closeedit", onclick: closeCard}, "Done")),
       v.techniques.length ? v.techniques.map(t => byName[t.name] ? techniqueRow(i, byName[t.name]) : null)
       : h("p", {class: "soft"}, "Nothing yet: full attention, full cache. Add a technique from the list.")), picker(i));
 }
@@ -141,7 +152,7 @@ function remedy(i, r) { // what a refusal says to do, as a button; Undo takes it
   if (!r || !has(i, r.technique)) return null;
   const p = byName[r.technique].parameters.find(x => x.name === r.parameter);
   return h("button", {type: "button", class: "chip pick", "data-key": `remedy-${i}`,
-    onclick: () => setParam(i, r.technique, r.parameter, r.value)}, `Set ${r.parameter.replace(/_/g, " ")} to ${shown(p, r.value)}`);
+    onclick: () => { heir = `edit-${i}`; setParam(i, r.technique, r.parameter, r.value); }}, `Set ${r.parameter.replace(/_/g, " ")} to ${shown(p, r.value)}`);
 }
 function card(v, i) {
   const n = notes[i] || {}, open = openCard === i, kv = n.kv;
@@ -150,7 +161,7 @@ function card(v, i) {
       i === 0 ? h("span", {class: "chip"}, "reference") : null, h("span", {class: "sp"}),
       h("button", {type: "button", class: "quiet", "data-key": `edit-${i}`, "aria-expanded": String(open), onclick: () => { openCard = open ? null : i; draw(); }}, open ? "Done" : "Edit"),
       variants.length > 1 ? h("button", {type: "button", class: "quiet", "data-key": `rm-${i}`, "aria-label": `remove variant ${L[i]}`, title: "remove",
-        onclick: () => { const next = clone(variants); next.splice(i, 1); openCard = null; commit(next, `variant ${L[i]} removed`); }}, "×") : null),
+        onclick: () => { const next = clone(variants); next.splice(i, 1); openCard = null; heir = `edit-${Math.max(0, i - 1)}`; commit(next, `variant ${L[i]} removed`); }}, "×") : null),
     h("div", {class: "chips"}, v.techniques.length ? v.techniques.map(t => byName[t.name] ? h("button", {type: "button", class: "chip pick", "data-key": `chip-${i}-${t.name}`,
       title: "change its parameters", onclick: () => { openCard = i; draw(); }}, short(byName[t.name], t.params)) : h("span", {class: "chip"}, t.name))
       : h("span", {class: "soft"}, "Full attention, full cache."),
@@ -178,8 +189,13 @@ function render() {
     h("div", {class: "cards"}, variants.map((v, i) => [card(v, i), narrow.matches && i === openCard ? editor() : null])),
     narrow.matches ? null : editor());
   const again = element.querySelector(".pipe"); if (again) again.scrollLeft = scroll;
-  if (focus) { const node = element.querySelector(`[data-key="${CSS.escape(focus)}"]`); if (node) node.focus({preventScroll: true}); }
+  const node = focus && [focus, heir].map(key => key && element.querySelector(`[data-key="${CSS.escape(key)}"]`)).find(Boolean);
+  heir = null;
+  if (node) node.focus({preventScroll: true});
   for (const [name, top] of scrolls) { const node = element.querySelector(`[data-scroll="${name}"]`); if (node) node.scrollTop = top; }
+  const list = node && node.closest(".picklist"); // a technique that was just switched off: its row comes into sight
+  if (list) { const at = node.getBoundingClientRect(), box = list.getBoundingClientRect();
+    if (at.top < box.top || at.bottom > box.bottom) list.scrollTop += at.top - box.top - box.height / 2; }
 }
 addEventListener("al-prompt", e => { if (e.detail.tokens !== promptTokens) { promptTokens = e.detail.tokens; plan(); } });
 addEventListener("al-settings", e => { const d = e.detail;

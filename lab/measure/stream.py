@@ -133,7 +133,7 @@ class Stream:
     def _prefill(self) -> Iterator[Event | None]:
         """Read the prompt, with progress; returns the logits, or None when cancelled."""
         count = len(self.ids)
-        yield Progress(self.index, 0.0, COMPILING if self.session.compiles else f"Reading {count} prompt tokens")
+        yield Progress(self.index, 0.0, COMPILING if self.session.compiles else f"Reading {count:,} prompt tokens")
         steps = self.session.prefill_steps(self.ids, samples=self.samples)
         while True:
             if self.cancelled():
@@ -144,7 +144,7 @@ class Stream:
             except StopIteration as done:
                 logits = done.value
                 break
-            yield Progress(self.index, fraction, f"Read {round(fraction * count)} of {count} prompt tokens")
+            yield Progress(self.index, fraction, f"Read {round(fraction * count):,} of {count:,} prompt tokens")
         self.ttft_ms = self.session.last_ms
         cache = self.session.cache
         yield Prefilled(self.index, self.ttft_ms, count, cache.kv_bytes, cache.kept_fraction)

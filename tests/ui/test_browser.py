@@ -93,6 +93,41 @@ def test_cards_toggle_block_undo_and_predict(page):
     expect(page.locator(".card")).to_have_count(3)
 
 
+def test_the_focus_stays_near_what_was_pressed(page):
+    def focused(key):
+        expect(page.locator(f'[data-key="{key}"]')).to_be_focused()
+
+    page.focus('[data-key="slot-encode"]')
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".slotpanel")
+    focused("slot-encode")
+    page.focus('[data-key="closeslot"]')
+    page.keyboard.press("Enter")
+    expect(page.locator(".slotpanel")).to_have_count(0)
+    focused("slot-encode")
+    page.focus('[data-key="edit-1"]')
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".editor.vB")
+    page.focus('[data-key="sw-1-kivi"]')
+    page.keyboard.press("Space")
+    expect(page.locator('[data-key="sw-1-kivi"]')).to_have_attribute("aria-checked", "false")
+    focused("sw-1-kivi")
+    inside = """() => { const n = document.activeElement.getBoundingClientRect(), b = document.querySelector('.picklist').getBoundingClientRect();
+        return n.top >= b.top && n.bottom <= b.bottom; }"""
+    assert page.evaluate(inside)
+    page.keyboard.press("Escape")
+    expect(page.locator(".editor")).to_have_count(0)
+    focused("edit-1")
+    page.focus('[data-key="undo"]')
+    page.keyboard.press("Enter")
+    expect(page.locator('[data-key="undo"]')).to_have_count(0)
+    focused("more")
+    page.focus('[data-key="rm-2"]')
+    page.keyboard.press("Enter")
+    expect(page.locator(".card")).to_have_count(2)
+    focused("edit-1")
+
+
 def test_a_card_that_could_not_run_offers_the_budget_that_could(page):
     page.click('[data-key="edit-1"]')
     page.fill('[data-key="al-1-h2o-budget"]', "0.02")
