@@ -52,7 +52,7 @@ function note() {
   for (const b of tools.querySelectorAll("[data-zoom]")) b.disabled = b.dataset.zoom === "in" ? V.span <= 16 : V.span >= total();
 }
 const seg = (name, options, current, pick) => h("span", {class: "seg", role: "group", "aria-label": name},
-  options.map(([value, text, title]) => h("button", {type: "button", title: title || null, "data-key": `${name}-${value}`,
+  options.map(([value, text, title, off]) => h("button", {type: "button", title: title || null, "data-key": `${name}-${value}`, disabled: off,
     "aria-pressed": String(value === current), onclick: () => pick(value)}, text)));
 const stepper = (name, list, current, pick) => [-1, 1].map(d => {
   const to = list.indexOf(current) + d;
@@ -91,9 +91,10 @@ function drawTools() {
   const all = S.value.variants;
   const pairs = all.slice(1).map(x => [`${x.letter}-${all[0].letter}`, `${x.letter} − ${all[0].letter}`,
     `${x.title} minus ${all[0].title}: blue where ${x.letter} looks more, orange where ${all[0].letter} does`]);
+  const letters = [...all.map(x => [x.letter, x.letter, x.title]), ...(S.value.absent || []).map(x => [x.letter, x.letter, x.why, true])];
   const button = (name, text, more) => h("button", {type: "button", "data-key": name, ...more}, text);
   swap(tools,
-    seg("variant", [...all.map(x => [x.letter, x.letter, x.title]), ...pairs], S.minus ? `${S.letter}-${S.minus}` : S.letter,
+    seg("variant", [...letters.sort((x, y) => x[0] < y[0] ? -1 : 1), ...pairs], S.minus ? `${S.letter}-${S.minus}` : S.letter,
       name => S.choose({letter: name[0], minus: name[2] || null})),
     layerPicker(), headPicker(),
     seg("pooling", [["max", "max", "the largest weight under a cell"], ["mean", "mean", "the mean weight under a cell"]], S.pool,
@@ -176,7 +177,8 @@ function start() {
   if (value.replayed && S.key !== null && S.key !== value.key) return; // another run was opened while this one was replayed
   S.value = value;
   if (!value.key || !(value.variants || []).length) {
-    swap(element, h("div", {class: "empty"}, h("p", {}, "No run is open. Make one in Compare, or open one from Runs."),
+    swap(element, h("div", {class: "empty"}, h("p", {}, value.key ? `This run holds no attention. ${value.absent.map(x => `${x.letter}: ${x.why}`).join(" ")}`
+      : "No run is open. Make one in Compare, or open one from Runs."),
       h("button", {type: "button", onclick: () => { const t = compare(); if (t) t.click(); }}, "Go to Compare"))); return;
   }
   if (!element.contains(stage)) swap(element, tools, exporting, tokbox, stage, gridbox, cachebox, tokview);

@@ -76,6 +76,7 @@ def build(lab: Lab | None = None) -> gr.Blocks:
                              trigger_mode="multiple", **PRIVATE)
         changed.failure(modelpick.refused, None, [pick.status, pick.load], **QUIET)
         changed.then(compare.token_counter(lab), [c.prompt, c.settings], c.info, **QUIET)
+        changed.then(lambda key: compare.banner_of(lab, lab.shelf.get(key)), view, c.banner, **QUIET)
         shown = [c.prompt, c.setup, c.settings, c.columns, c.charts, c.saved, c.banner, c.status, c.model]
         att.replay(attention.replayer(lab), None, [att, att_status], **ONE, show_progress="hidden",
                    trigger_mode="multiple", **PRIVATE)
@@ -88,7 +89,7 @@ def build(lab: Lab | None = None) -> gr.Blocks:
         opened = [part.open(opener(lab), c.settings, [view, tabs, *shown], trigger_mode="multiple", **QUIET)
                   for part in (table, c.unfinished)]
         arrived = demo.load(None, None, owner, js=OWNER, **PRIVATE)
-        looked = arrived.then(arrival(lab), owner, [shown_tab, view, tabs, att, *shown], **QUIET)
+        looked = arrived.then(arrival(lab), owner, [shown_tab, header, pick.source, pick.weights, view, tabs, att, *shown], **QUIET)
         rest = [followed, header, att, *mem.outputs, table, *probed]
         for event in (ran, *opened):
             event.then(follow(lab), [view, followed, mem.picked], rest, **QUIET)
@@ -134,8 +135,7 @@ def shown_as_saved(lab: Lab, key: str, settings: dict[str, Any]) -> tuple[Any, .
     start = compare.starting(lab, record)
     return (start["prompt"], {**start["setup"], "rev": key}, start["settings"], columns.columns(record), charts.charts(record),
             compare.saved_value(record, bool(run and run.recorded)),
-            cards.banner(compare.EXAMPLE) if run and run.recorded else "",
-            cards.status("Opened as it was saved."), cards.model_card((record or {}).get("model"), lab.loaded))
+            compare.banner_of(lab, run), cards.status("Opened as it was saved."), cards.model_card(lab.facts(), lab.loaded))
 
 
 def opener(lab: Lab) -> Any:
@@ -160,15 +160,20 @@ def arrival(lab: Lab) -> Any:
             key = "recorded" if lab.has_example else ""
             att = attention.value(lab, key, address) if address.variant or address.layer is not None else gr.skip()
             model = cards.model_card(lab.facts(), True) if lab.loaded else gr.skip()
-            return (address.tab, gr.skip(), tab, att, *[gr.skip()] * 7, told or gr.skip(), model)
+            banner = compare.banner_of(lab, lab.shelf.get(key))
+            return (address.tab, *now(key), gr.skip(), tab, att, *[gr.skip()] * 6, banner, told or gr.skip(), model)
         try:
             key = lab.open(address.run, owner or "nobody")
         except Exception as problem:
             # told in Compare's status line, so that is the tab to see, whatever the address names
             compare_tab = gr.Tabs(selected="compare")
-            return ("compare", gr.skip(), compare_tab, gr.skip(), *[gr.skip()] * 7, cards.error(sentence(problem)), gr.skip())
+            return ("compare", *now("recorded"), gr.skip(), compare_tab, gr.skip(), *[gr.skip()] * 7, cards.error(sentence(problem)),
+                    gr.skip())
         saved = shown_as_saved(lab, key, {})
-        return (address.tab, key, tab, attention.value(lab, key, address), *saved[:7], told or saved[7], saved[8])
+        return (address.tab, *now(key), key, tab, attention.value(lab, key, address), *saved[:7], told or saved[7], saved[8])
+
+    def now(key: str) -> tuple[str, str, str]:  # the page was built when the server started: another model may be loaded since
+        return header_of(lab, key), lab.source, lab.weights
     return arrived
 
 

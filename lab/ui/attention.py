@@ -26,18 +26,20 @@ def value(lab: Lab, key: str | None, address: Address | None = None) -> dict[str
         return {"key": None, "variants": []}
     model = run.record.get("model") or {}
     prompt = len((run.record.get("prompt") or {}).get("tokens") or [])
-    variants = []
+    variants, absent = [], []
     for v in run.record.get("variants") or []:
-        if v.get("error"):
-            continue
         letter = v["letter"]
+        never = not v.get("tokens") and not run.layers(letter) and not run.overview_layers(letter)
+        if v.get("error") or never:
+            absent.append({"letter": letter, "why": str(v.get("error") or "The run ended before this variant began.")})
+            continue
         variants.append({"letter": letter, "title": v.get("title") or v.get("spec"), "layers": run.layers(letter),
                          "overview": run.overview_layers(letter),
                          "layers_total": model.get("layers") or 1, "heads": model.get("heads") or 1,
                          "kv_heads": model.get("kv_heads") or 1, "prompt": prompt, "tokens": fed(run, letter),
                          "fork": None if v.get("first_divergence") is None else prompt + int(v["first_divergence"])})
     chosen = address or Address()
-    return {"key": key, "rev": time.time(), "variants": variants,
+    return {"key": key, "rev": time.time(), "variants": variants, "absent": absent,
             "sel": {"letter": chosen.variant, "layer": chosen.layer, "head": chosen.head, "minus": chosen.minus}}
 
 

@@ -16,6 +16,7 @@ from .components import cards, charts, columns
 from .controller import Lab, Outcome, sentence
 from .format import count
 from .live import LiveRun
+from .opened import OpenRun
 from .state import MAX_PROMPT_CHARS, MOST_SAMPLES, Decoding, decoding_value
 
 PERIOD_S = 0.08  # the columns are sent at most this often; more is not seen and costs the model's cores
@@ -162,6 +163,22 @@ def starting(lab: Lab, record: dict[str, Any] | None) -> dict[str, Any]:
     return {"prompt": str((record.get("prompt") or {}).get("text") or ""),
             "setup": {"variants": [{"techniques": v.get("techniques") or []} for v in record.get("variants") or []], "rev": 0},
             "settings": decoding_value(record.get("settings") or {}, base)}
+
+
+def banner_of(lab: Lab, run: OpenRun | None) -> str:
+    """What is to be known of the results in sight: that they are the example, or of another model than the next Run's."""
+    if run is None:
+        return ""
+    made, now = run.record.get("model") or {}, lab.facts() or {}
+    words = [EXAMPLE] if run.recorded else []
+    if now and any(made.get(field) != now.get(field) for field in ("id", "dtype", "weights")):
+        words.append(f"Made with {model_words(made)}. The model card, what is predicted, and Run are of {model_words(now)}.")
+    return cards.banner(" ".join(words))
+
+
+def model_words(facts: dict[str, Any]) -> str:
+    """A model's short name and what its weights are held in."""
+    return f"{str(facts.get('id') or 'a model').split('/')[-1]} ({facts.get('weights') or facts.get('dtype') or 'weights'})"
 
 
 def saved_value(record: dict[str, Any] | None, example: bool = False, problem: str | None = None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from lab.errors import LabError
 from lab.ui import assets, attention, compare, controller, maps, runs
 from lab.ui.app import build
+from lab.ui.components import tables
 from lab.ui.opened import OpenRun, Shelf
 
 from . import fixture
@@ -292,3 +293,36 @@ def test_stop_is_said_before_the_job_is_asked_to_end():
     lab.begin("another"), lab.wait("visitor")
     run, stop, told, unfinished = compare.stopper(lab)(who)
     assert run.interactive and not stop.interactive and "Taken out of the queue" in told and unfinished == compare.OVER
+
+
+def test_results_of_another_model_are_said_to_be(lab):
+    run = OpenRun(*fixture.record_and_arrays("mine"))
+    assert compare.banner_of(lab, run) == "" and compare.banner_of(lab, None) == ""
+    run.record["model"] = {**run.record["model"], "id": "somebody/another-model", "weights": "int8"}
+    told = compare.banner_of(lab, run)
+    assert "Made with another-model (int8)" in told and f"Run are of {compare.model_words(lab.facts())}" in told
+    run.recorded = True
+    assert compare.EXAMPLE in compare.banner_of(lab, run)
+
+
+def test_a_page_that_arrives_names_the_model_that_is_loaded_now(lab, monkeypatch):
+    from types import SimpleNamespace
+
+    from lab.ui import app
+
+    monkeypatch.setattr(lab, "facts", lambda: {"id": "somebody/newer", "device": "cpu"})
+    monkeypatch.setattr(lab, "source", "somebody/newer")
+    found = app.arrival(lab)("nobody", SimpleNamespace(query_params={}))
+    assert "newer" in found[1] and found[2] == "somebody/newer"
+
+
+def test_a_variant_without_attention_is_named_with_its_reason(lab):
+    record, arrays = fixture.record_and_arrays("mine")
+    record["variants"][1]["error"] = "H2O would keep 2 of 40 entries."
+    record["variants"][2]["tokens"] = []
+    bare = {name: array for name, array in arrays.items() if "/C/" not in name}
+    shown = attention.value(lab, lab.shelf.put(OpenRun(record, bare)))
+    assert [v["letter"] for v in shown["variants"]] == ["A"]
+    assert shown["absent"] == [{"letter": "B", "why": "H2O would keep 2 of 40 entries."},
+                               {"letter": "C", "why": "The run ended before this variant began."}]
+    assert "would keep 2 of 40" in tables.costs(record)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 
-from lab.ui.components import comparison
+from lab.ui.components import columns, comparison
 from storage.compare import compare
 
 from . import fixture
@@ -31,6 +31,15 @@ def test_fields_have_words_units_and_the_multiple_of_the_first_run():
     assert told["Settings", "new thing"] == [["–", ""], ["7", ""]], "a field without words is shown all the same"
     assert told["Run", "made"][1][0] == "2026-01-02 03:04 UTC"
     assert len(told) == 5, "differences alone"
+
+
+def test_the_first_divergence_is_counted_as_the_columns_count_it():
+    records = two()
+    for place, record in enumerate(records):
+        record["variants"][1]["first_divergence"] = 4 + place
+    told = lines(comparison.readable(compare(records, False), True))["Variant B · H2O · KIVI", "texts part at new token"]
+    assert [cell[0] for cell in told] == ["5", "6"]
+    assert "first differs at token 5" in columns.note({**records[0]["variants"][1], "finish": "stop"})
 
 
 def test_all_fields_stand_in_their_groups_without_a_raw_name():

@@ -72,7 +72,7 @@ OF_VARIANT: dict[str, tuple[str, Show, bool]] = {
     "reads.pays": ("choosing costs less than it saves", _switch, False),
     "kl_mean": ("mean KL from the reference", _nats, True), "top1_agreement": ("agreement with the reference", percent, True),
     "perplexity": ("perplexity of the reference's text", lambda v: decimal(v, 2), True),
-    "first_divergence": ("texts part at new token", count, False),
+    "first_divergence": ("texts part at new token", lambda v: count(v if v is None else v + 1), False),
     "finish": ("ended by", lambda v: ENDED.get(v, _text(v)), False), "error": ("error", _text, False),
     "simulated": ("memory simulated, not freed", _switch, False), "saves": ("saves", _text, False),
     "text": ("text", _text, False), "samples": ("further continuations", _text, False),
