@@ -162,7 +162,7 @@ async function load() {
     S.tokens = a.tokens.slice(0, S.limit); S.seen = S.key; stripFrom = stripTo = 0; strip.replaceChildren();
     const keep = S.pin; S.pin = S.cursor = null; tellPin();
     S.row = Math.min(keep ? keep.row : limit - 1, limit - 1); V = {r: 0, c: 0, span: limit};
-    promptnote.textContent = ` · ${fmt.int(v.prompt)} prompt + ${fmt.int(v.tokens - v.prompt)} generated`;
+    promptnote.textContent = ` · ${fmt.int(v.prompt)} prompt + ${fmt.int(v.tokens - v.prompt)} generated (read by the model)`;
     cacheReset();
     const was = kvpick.value;
     swap(kvpick, h("option", {value: "all"}, "all KV heads"), ...Array.from({length: v.kv_heads}, (_, i) =>

@@ -22,7 +22,7 @@ ENDS = {
     "partial": "partial: a variant could not run, the others did",
     "failed": "failed: no variant could run",
     "cancelled": "cancelled: stopped by hand, and what was written until then is kept",
-    "interrupted": "interrupted: the lab ended before this run did, and what was kept last is here, without figures",
+    "interrupted": "interrupted: the lab ended before this run did, and what was kept last is here, with the figures until then",
 }
 EXIT_OF = {"complete": 0, "partial": 1, "failed": 1, "cancelled": 130}
 

@@ -62,7 +62,7 @@ class Experiment:
         for variant, stream in zip(variants, self._streams):
             if stream is not None and variant["finish"] is None and variant["error"] is None:
                 variant.update(text=stream.text, token_ids=list(stream.token_ids[0]), ttft_ms=stream.ttft_ms,
-                               finish="interrupted")
+                               finish="interrupted", **rec.so_far(variant["tokens"]))
         return {**self.record, "status": "interrupted", "variants": variants}
 
     def close(self) -> None:

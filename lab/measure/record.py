@@ -133,6 +133,13 @@ def fill_variant(variant: dict[str, Any], stream: Stream, reference: dict[str, A
     variant["perplexity"] = math.exp(-float(np.mean(logps))) if logps else None
 
 
+def so_far(tokens: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of a variant that goes on, from the rows of what it has written: the cache itself is not touched in mid-run."""
+    steps = [t["step_ms"] for t in tokens if t["step_ms"] is not None]
+    newest = tokens[-1] if tokens else {"kv_bytes": None, "kept": None}
+    return {"tpot_ms": float(np.median(steps)) if steps else None, "kv_bytes": newest["kv_bytes"], "kept_fraction": newest["kept"]}
+
+
 def reads(cache: LabCache) -> dict[str, Any]:
     """What the newest step read, as shares of the bytes a dense exact cache reads: attend, choose, and whether that pays."""
     ledger = Ledger()

@@ -13,7 +13,8 @@ from .controller import Lab
 from .format import count, esc
 
 NOTE = ('<p class="soft note"><span class="solidmark"></span> measured in this run '
-        '<span class="predmark"></span> predicted from the cost model; nothing beyond the run was executed</p>')
+        '<span class="predmark"></span> predicted from the cost model, for this prompt and ever more generated tokens; '
+        'nothing beyond the run was executed</p>')
 ROOF_NOTE = ('<p class="soft note"><span class="openmark"></span> predicted: on the roof, the fastest there could be '
              '<span class="fullmark"></span> measured in this run, on this machine</p>')
 MEMORY_NOTE = ('<p class="soft note"><span class="predmark"></span> predicted for a prompt of that length '

@@ -39,6 +39,8 @@ def test_a_checkpoint_holds_what_was_written_so_far(loaded):
     middle = next(r for r in seen if r["variants"][1]["token_ids"])
     variant = middle["variants"][1]
     assert variant["text"] and variant["finish"] == "interrupted" and variant["ttft_ms"] > 0
+    late = seen[-1]["variants"][0]
+    assert late["tpot_ms"] > 0 and late["kv_bytes"] == late["tokens"][-1]["kv_bytes"] > 0 and late["kept_fraction"] == 1
     assert run.record["status"] == "complete" and run.record["variants"][0]["finish"] == "length"
 
 

@@ -26,7 +26,7 @@ def lines(table: dict) -> dict[tuple[str, str], list]:
 def test_fields_have_words_units_and_the_multiple_of_the_first_run():
     told = lines(comparison.readable(compare(two(), False), True))
     assert told["Variant B · H2O · KIVI", "per token"] == [["19.4 ms", ""], ["38.8 ms", "2.00×"]]
-    assert told["Variant B · H2O · KIVI", "agreement with the reference"] == [["92%", ""], ["–", ""]]
+    assert told["Variant B · H2O · KIVI", "agreement with the reference"] == [["0.92", ""], ["–", ""]]
     assert told["Settings", "seed"] == [["0", ""], ["1234", ""]]
     assert told["Settings", "new thing"] == [["–", ""], ["7", ""]], "a field without words is shown all the same"
     assert told["Run", "made"][1][0] == "2026-01-02 03:04 UTC"

@@ -70,9 +70,10 @@ OF_VARIANT: dict[str, tuple[str, Show, bool]] = {
     "reads.attend": ("bytes read to attend, of a dense step's", percent, True),
     "reads.choose": ("bytes read to choose, of a dense step's", percent, True),
     "reads.pays": ("choosing costs less than it saves", _switch, False),
-    "kl_mean": ("mean KL from the reference", _nats, True), "top1_agreement": ("agreement with the reference", percent, True),
+    "kl_mean": ("mean KL from the reference", _nats, True),
+    "top1_agreement": ("agreement with the reference", lambda v: decimal(v, 2), True),
     "perplexity": ("perplexity of the reference's text", lambda v: decimal(v, 2), True),
-    "first_divergence": ("texts part at new token", lambda v: count(v if v is None else v + 1), False),
+    "first_divergence": ("texts part at new token", lambda v: count(v + 1), False),
     "finish": ("ended by", lambda v: ENDED.get(v, _text(v)), False), "error": ("error", _text, False),
     "simulated": ("memory simulated, not freed", _switch, False), "saves": ("saves", _text, False),
     "text": ("text", _text, False), "samples": ("further continuations", _text, False),
@@ -101,7 +102,8 @@ def readable(table: dict[str, Any], only_differences: bool) -> dict[str, Any]:
     for group in groups.values():
         group["rows"].sort(key=lambda row: _rank(row["field"]))
     variants = [g for title, g in groups.items() if title not in GROUPS.values()]
-    shown = [g for g in (*variants, *(groups[title] for title in GROUPS.values())) if g["rows"]]
+    asked, about = [groups[t] for t in ("Prompt", "Settings", "Model")], [groups[t] for t in ("Run", "Machine and versions")]
+    shown = [g for g in (*asked, *variants, *about) if g["rows"]]
     return {"run_ids": table["run_ids"], "names": table["names"], "groups": shown}
 
 
