@@ -10,9 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +22,7 @@ from .codec import Packed, dumps
 from .connection import quoted, side_connection
 from .errors import StorageError, explain
 from .flat import COLUMNS, token_rows
+from .whole import appears_whole
 
 __all__ = ["EXTRA_COLUMNS", "FORMATS", "JSON_FORMAT", "format_of", "write"]
 
@@ -58,28 +57,12 @@ def format_of(path: Path, chosen: str | None) -> str:
 def write(runs: Iterator[Run], path: Path, form: str) -> None:
     """Write runs to `path`, replacing a file of that name only when all is written; a device or a pipe is written to."""
     maker: Callable[[Iterator[Run], Path], None] = {"parquet": _parquet, "csv": _csv, "json": _json}[form]
-    stream = path.exists() and not path.is_file() and not path.is_dir()  # /dev/null is not to be replaced by a file
-    # Beside its goal, so that the last step is a rename on one disk; a plain name, so that DuckDB sees no
-    # pattern.
-    goal = path if stream else Path(os.path.realpath(path))  # a link stays a link
-    part = Path(tempfile.gettempdir() if stream else goal.parent) / f".export-{uuid.uuid4().hex}.{form}"
     try:
-        if path.is_dir():
-            raise IsADirectoryError(path)
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        maker(runs, part)
-        if stream:
-            with part.open("rb") as made, goal.open("wb") as out:
-                shutil.copyfileobj(made, out)
-        else:
-            part.replace(goal)
+        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
+        with appears_whole(path, f".{form}") as part:
+            maker(runs, part)
     except (duckdb.Error, OSError, MemoryError) as exc:
         raise explain(exc, path) from exc
-    finally:
-        try:
-            part.unlink(missing_ok=True)
-        except OSError:
-            pass  # The error that stopped the export says more.
 
 
 def _table(runs: Iterator[Run], connection: duckdb.DuckDBPyConnection, full: bool) -> None:

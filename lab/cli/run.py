@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import secrets
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,19 +182,12 @@ def write_json(record: dict[str, Any], path: Path) -> None:
     if str(path) == "-":
         print(text)
         return
-    half = None
+    from storage.whole import appears_whole
+
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():  # /dev/null is not to be replaced by a file
-            path.write_text(text, encoding="utf-8")
-            return
-        whole = Path(os.path.realpath(path))  # a link stays a link
-        half = whole.with_name(f".{secrets.token_hex(8)}.part")
-        half.write_text(text, encoding="utf-8")
-        half.replace(whole)
+        with appears_whole(path, ".json") as part:
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
-        if half is not None:
-            with suppress(OSError):
-                half.unlink(missing_ok=True)
         raise LabError(f"{path} cannot be written ({error.strerror})", "Give a path in a folder you may write to") from None
 
 

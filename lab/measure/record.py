@@ -109,17 +109,16 @@ def fidelity_row(event: Fidelity) -> dict[str, Any]:
 def fill_variant(variant: dict[str, Any], stream: Stream, reference: dict[str, Any]) -> None:
     """Complete a variant's entry from its finished (or stopped) stream."""
     cache = stream.session.cache
-    steps = [t["step_ms"] for t in variant["tokens"] if t["step_ms"] is not None]
     variant["text"], variant["finish"] = stream.text, stream.reason
     variant["token_ids"] = list(stream.token_ids[0])
     variant["samples"] = [stream.sample_text(i) for i in range(stream.samples)] if stream.samples > 1 else []
     variant["ttft_ms"] = stream.ttft_ms
-    variant["tpot_ms"] = float(np.median(steps)) if steps else None
+    variant["tpot_ms"] = median_step(variant["tokens"])
     if cache is not None and stream.ttft_ms is not None:  # a prompt half read has no figures
         variant["kv_bytes"], variant["slack_bytes"] = cache.kv_bytes, cache.slack_bytes
         variant["kv_bytes_dense"] = dense_bytes(cache)
         variant["kept_fraction"], variant["read_fraction"] = cache.kept_fraction, cache.read_fraction
-        variant["reads"] = reads(cache) if steps else None
+        variant["reads"] = reads(cache) if variant["tpot_ms"] is not None else None
         variant["layers"] = [layer_row(layer) for layer in cache.lab_layers]
     if variant is reference:
         logps = [t["logprob"] for t in variant["tokens"]]
@@ -133,11 +132,16 @@ def fill_variant(variant: dict[str, Any], stream: Stream, reference: dict[str, A
     variant["perplexity"] = math.exp(-float(np.mean(logps))) if logps else None
 
 
+def median_step(tokens: list[dict[str, Any]]) -> float | None:
+    """Milliseconds per token over the decode steps that were timed."""
+    steps = [t["step_ms"] for t in tokens if t["step_ms"] is not None]
+    return float(np.median(steps)) if steps else None
+
+
 def so_far(tokens: list[dict[str, Any]]) -> dict[str, Any]:
     """Figures of a variant that goes on, from the rows of what it has written: the cache itself is not touched in mid-run."""
-    steps = [t["step_ms"] for t in tokens if t["step_ms"] is not None]
     newest = tokens[-1] if tokens else {"kv_bytes": None, "kept": None}
-    return {"tpot_ms": float(np.median(steps)) if steps else None, "kv_bytes": newest["kv_bytes"], "kept_fraction": newest["kept"]}
+    return {"tpot_ms": median_step(tokens), "kv_bytes": newest["kv_bytes"], "kept_fraction": newest["kept"]}
 
 
 def reads(cache: LabCache) -> dict[str, Any]:
