@@ -14,6 +14,7 @@ from typing import Any
 from lab.errors import LabError, out_of_memory
 
 from . import recorded
+from .completed import ELEMENT, completed
 from .format import ratio, size
 from .opened import OpenRun, Shelf
 from .state import MOST_SAMPLES
@@ -26,7 +27,6 @@ SLOT_IDENTITY = {"trim": "whole prompt", "select": "all entries", "edit": "–",
 CACHE_SIDE = ("observe", "score", "allocate", "reduce", "encode")
 MOST_VARIANTS = 4
 REPLAY_ALL_BYTES = 1 * 2**30  # below this, and a sixth of the free memory, a replay captures every layer at once
-ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 Report = Callable[[float, str], None]
 
 
@@ -335,9 +335,9 @@ class Lab:
             self.library.begin(experiment.record, owner if self.public else "")
         except Exception as problem:  # the run itself matters more than its place in the table
             log.warning("the run could not be noted before its start: %s", problem)
-        checkpoint = lambda record: self.library.checkpoint(record, owner if self.public else "")  # noqa: E731
+        checkpoint = lambda record: self.library.checkpoint(completed(record), owner if self.public else "")  # noqa: E731
         yield from kept(experiment, checkpoint)
-        yield Outcome(experiment.record, experiment.arrays)
+        yield Outcome(completed(experiment.record), experiment.arrays)
 
     def replay(self, run: OpenRun, letter: str, layer: int, report: Report | None = None,
                cancelled: Callable[[], bool] = lambda: False) -> None:
@@ -395,6 +395,7 @@ class Lab:
         """Open a saved run and return its key. Raises LabError when it is not there or not this visitor's."""
         whose = owner if self.public else ""
         record, arrays = self.library.load(run_id, whose)
+        record = completed(record)
         there = self.shelf.find(record, whose)  # so that a reload keeps what was replayed
         return self.shelf.put(there or OpenRun(record, arrays, save=self._saver(record, owner), owner=whose))
 

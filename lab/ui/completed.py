@@ -1,0 +1,41 @@
+"""What a run that broke off did not come to sum up: where its texts part, and how large a dense cache would be."""
+from __future__ import annotations
+
+from typing import Any
+
+from lab.errors import LabError
+
+ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def completed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with what is missing in its variants and follows from the rest; nothing that was written is changed."""
+    variants = record.get("variants") or []
+    reference = _ids(variants[0]) if variants else []
+    filled = []
+    for i, variant in enumerate(variants):
+        more: dict[str, Any] = {}
+        if i and variant.get("first_divergence") is None:
+            pairs = enumerate(zip(_ids(variant), reference, strict=False))
+            more["first_divergence"] = next((n for n, (mine, theirs) in pairs if mine != theirs), None)
+        if variant.get("kv_bytes") is not None and variant.get("kv_bytes_dense") is None:
+            more["kv_bytes_dense"] = _dense(record, variant)
+        filled.append({**variant, **more})
+    return {**record, "variants": filled}
+
+
+def _ids(variant: dict[str, Any]) -> list[Any]:
+    return [t.get("id") for t in variant.get("tokens") or []]
+
+
+def _dense(record: dict[str, Any], variant: dict[str, Any]) -> int | None:
+    """Bytes that the tokens a variant has read take without any technique; None where the record does not say enough."""
+    from lab.measure import cost
+
+    facts, prompt = record.get("model") or {}, len((record.get("prompt") or {}).get("token_ids") or [])
+    read = prompt + max(0, len(variant.get("tokens") or []) - 1)  # the newest token is not read yet
+    samples = int((record.get("settings") or {}).get("samples") or 1)
+    try:
+        return cost.stored(facts, "dense", max(1, prompt), read, ELEMENT.get(str(facts.get("dtype")), 4), samples)
+    except (LabError, KeyError, TypeError, ValueError):  # an imported record may hold anything
+        return None
