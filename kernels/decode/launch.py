@@ -105,7 +105,8 @@ def run(
         t, p, count = tiers[n], plans[n], counts[n]
         dot = _FLOAT[t.k.dtype] if t.bits == 16 else (tl.float32 if q.dtype == torch.float32 else tl.float16)
         pointers, sizes = _code_arguments(t, dim, columns)
-        tiles = count * p.chunk // p.tile
+        block = config.MASS_ENTRIES // p.tile
+        tiles = triton.cdiv(count * p.chunk // p.tile, block) * block  # mass is made a block at a time
         # bytes to a word, and rows to a sum: what one thread holds of a product, 4 rows of 32 or 2 of 16
         pack, fold = (4, 4) if p.warps == 1 else (2, 1)
         weights = tops = part_lse
@@ -154,7 +155,7 @@ def run(
                 part_o, part_lse, part_ent, sink_in, gate_in, out, lse, ent_out, weights, tops, t.start, t.length, mass,
                 splits, rows, heads, tiles, pieces, blocks, D=dim, BD=how.channels, BS=how.parts, SINK=sink is not None,
                 GATE=gate is not None, ENTROPY=want_entropy, G=group, GP=triton.next_power_of_2(group), TILE=tile, PACK=pack,
-                BN=config.MASS_ENTRIES, PDL=overlap, num_warps=config.MASS_WARPS, **early_launch,
+                BN=config.MASS_ENTRIES, PDL=overlap, ASM=not interpreting(), num_warps=config.MASS_WARPS, **early_launch,
             )
             masses.append(mass)
             pieces = 0  # merged already

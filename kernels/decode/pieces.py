@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 RAISE = tl.constexpr(8388608.0)  # 2^23: a float32 plus this has the number, rounded, in its lowest bits
-RAISED = tl.constexpr(0x4B000000)  # and these bits above it
+LOG2_255 = tl.constexpr(7.994353436858858)  # of the largest byte
 
 
 @triton.constexpr_function

@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.decode.pieces import RAISE, RAISED
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+_PERMUTE = tl.constexpr(tuple(f"prmt.b32 $0, $1, 0x3f800000, {0x7604 | byte << 4:#x};" for byte in range(4)))
 
 
 @triton.jit
@@ -126,10 +126,19 @@ def mass_kernel(
 
 
 @triton.jit
-def _weight(word, SHIFT: tl.constexpr, factor):
-    """One byte of every word times its head's factor, summed over heads."""
-    # a byte as the lowest bits of 2^23 is a float32 without a conversion, which runs at a quarter of the rate
-    return tl.sum(((((word >> SHIFT) & 0xFF) | RAISED).to(tl.float32, bitcast=True) - RAISE) * factor, 1)
+def _above_one(word, BYTE: tl.constexpr, ASM: tl.constexpr):
+    """1 + b * 2^-15 for one byte b of every word: one permute puts the byte below the highest bits of a float32's fraction."""
+    if ASM:
+        return tl.inline_asm_elementwise(_PERMUTE.value[BYTE], "=f,r", [word], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return ((((word >> (8 * BYTE)) & 0xFF) << 8) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _weight(word, BYTE: tl.constexpr, factor, ones, ASM: tl.constexpr):
+    """One byte of every word times its head's factor (for steps of 2^-15), summed over heads; ones are the factors' sums."""
+    # a product for each byte and one difference for all: what it rounds is below a sixtieth of the byte's last bit
+    return tl.sum(_above_one(word, BYTE, ASM) * factor, 1) - ones
 
 
 @triton.jit
@@ -138,6 +147,7 @@ def finish_kernel(
     splits, rows, heads, tiles, merges, blocks,
     D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SINK: tl.constexpr, GATE: tl.constexpr, ENTROPY: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, TILE: tl.constexpr, PACK: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """The merge and the mass in one launch: neither waits for the other.
 
@@ -167,14 +177,17 @@ def finish_kernel(
             WORDS: tl.constexpr = TILE // PACK  # of one head in one tile
             tile = tl.arange(0, BN // TILE)
             i = tl.arange(0, BN // PACK)  # the words of a head in this block follow each other
-            row = i // WORDS * TILE + i % WORDS // 8 * (8 * PACK) + i % 8  # of their first byte
             head = (lane.to(tl.int64) * tiles + t // TILE) * G
-            # weights and their maxima first: they are under way while the parts are summed. Nobody reads them again
-            word = tl.load(p_ptr + head * WORDS + i[:, None] * G + g[None, :], mask=(row < n - t)[:, None] & live[None, :],
-                           other=0, eviction_policy="evict_first").to(tl.int32)
-            there = tile * TILE < n - t
-            largest = tl.load(m_ptr + head + tile[:, None] * G + g[None, :], mask=there[:, None] & live[None, :],
-                              other=float("-inf"), eviction_policy="evict_first")
+            # weights and their maxima first: they are under way while the parts are summed. Nobody reads them again. There is
+            # room for whole blocks, and what lies past the end is not stored: no masks but for heads that do not exist
+            if G == GP:
+                word = tl.load(p_ptr + head * WORDS + i[:, None] * G + g[None, :], eviction_policy="evict_first").to(tl.int32)
+                largest = tl.load(m_ptr + head + tile[:, None] * G + g[None, :], eviction_policy="evict_first")
+            else:
+                word = tl.load(p_ptr + head * WORDS + i[:, None] * G + g[None, :], mask=live[None, :], other=0,
+                               eviction_policy="evict_first").to(tl.int32)
+                largest = tl.load(m_ptr + head + tile[:, None] * G + g[None, :], mask=live[None, :], other=float("-inf"),
+                                  eviction_policy="evict_first")
             s = tl.arange(0, BS)
             part_lse += lane * G
             inside = (s < splits)[:, None] & live[None, :]
@@ -195,16 +208,21 @@ def finish_kernel(
             z = tl.sum(total * tl.exp2(top - m[None, :]), 0)
             if SINK:
                 z += tl.exp2(sink - m)
-            lse = m + tl.log2(tl.maximum(z, 1e-37)) + 7.994353436858858  # log2 of 255, the largest byte
+            lse = m + tl.log2(tl.maximum(z, 1e-37)) - 15  # bytes come as steps of 2^-15
             factor = tl.exp2(largest - lse[None, :])
             factor = tl.reshape(tl.broadcast_to(factor[:, None, :], [BN // TILE, WORDS, GP]), [BN // PACK, GP])
-            mass = _weight(word, 0, factor)
+            ones = tl.sum(factor, 1)
+            mass = _weight(word, 0, factor, ones, ASM)
             if PACK == 2:
-                mass = tl.join(mass, _weight(word, 8, factor))
+                mass = tl.join(mass, _weight(word, 1, factor, ones, ASM))
             else:
-                mass = tl.join(tl.join(mass, _weight(word, 16, factor)),
-                               tl.join(_weight(word, 8, factor), _weight(word, 24, factor)))
+                mass = tl.join(tl.join(mass, _weight(word, 2, factor, ones, ASM)),
+                               tl.join(_weight(word, 1, factor, ones, ASM), _weight(word, 3, factor, ones, ASM)))
             # into the order of rows, so that a store fills whole lines
             mass = tl.reshape(tl.permute(tl.reshape(mass, [BN // (8 * PACK), 8, PACK]), (0, 2, 1)), [BN])
+            mass = mass.to(mass_ptr.dtype.element_ty)
             i = tl.arange(0, BN)
-            tl.store(mass_ptr + (start + t) + i, mass, mask=i < n - t)
+            if (t + BN <= n) & (start % 8 == 0):
+                tl.store(mass_ptr + (start // 8 * 8 + t) + i, mass)  # 16 bytes a thread
+            else:
+                tl.store(mass_ptr + (start + t) + i, mass, mask=i < n - t)

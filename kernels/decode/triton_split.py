@@ -9,7 +9,7 @@ import triton.language as tl
 
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.decode.pieces import RAISE, RAISED, fp8_piece, piece
+from kernels.decode.pieces import LOG2_255, RAISE, fp8_piece, piece
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-1e30)  # stands for "nothing seen yet": finite, so that differences stay numbers
@@ -100,9 +100,10 @@ def _bytes(x, PACK: tl.constexpr):
     (i // (8 PACK), i % 8). A thread of a matrix instruction holds rows 8 apart, so nothing moves between threads."""
     BN: tl.constexpr = x.shape[0]
     NQ: tl.constexpr = x.shape[1]
-    raised = tl.reshape((x + RAISE).to(tl.int32, bitcast=True), [BN // (8 * PACK), PACK, 8, NQ])
-    place = (1 << (8 * tl.arange(0, PACK)))[None, :, None, None]
-    word = tl.sum(raised * place, 1) - RAISED  # of the other rows the upper bits were shifted out
+    byte = tl.arange(0, PACK)[None, :, None, None]
+    # whatever lies above a byte is shifted out, but for the first one's 0x4B, which the last byte brings to 0x100
+    raised = tl.reshape(x, [BN // (8 * PACK), PACK, 8, NQ]) + tl.where(byte == 3, RAISE + (0x100 - 0x4B), RAISE)
+    word = tl.sum(raised.to(tl.int32, bitcast=True) * (1 << (8 * byte)), 1)
     return word if PACK == 4 else word.to(tl.int16)
 
 
@@ -380,7 +381,8 @@ def split_kernel(
         if MASS == 2:
             # bytes relative to the tile's own largest logit: half the traffic, an error of at most 1/510 of its largest weight.
             # They stay in L2 against the stream of codes: writing costs the memory far more time than reading as much
-            lift = 255.0 * tl.exp2(tl.minimum(m - largest, 100.0))
+            largest -= LOG2_255
+            lift = tl.exp2(m - largest)  # may be infinite where the factor that undoes it is 0
             tl.store(p_ptr + (t // PACK) * G + word_at, _bytes(p * lift[None, :], PACK), mask=live[None, None, :],
                      eviction_policy="evict_last")
             tl.store(m_ptr + (t // BN) * G + top_at, tl.broadcast_to(largest[None, None, :], [1, 8, NQ]), mask=top_live,
