@@ -116,9 +116,10 @@ def decode_rows(table: Table, quick: bool = False) -> None:
     even = torch.full((lanes,), int(kept.float().mean()))
     size, budget = decode_time(lambda: [tier(16, lanes, n, 128, 128, lengths=even)], 8, LLAMA)
     table.add("decode ragged vs even budget", 16, 8, LLAMA, n, us, ("ours even", budget[0]), size)
-    for bits in (16, 4):
+    ways = (("bytes", "decode with mass and entropy"), ("halves", "decode with mass (halves), entropy"))
+    for bits in (16, 8, 4, 2):
         _, own = decode_time(lambda: [tier(bits, lanes, n, 128, 64)], 8, LLAMA)  # again, beside what it is compared with
-        for way, named in (("bytes", "decode with mass and entropy"), ("halves", "decode with mass (halves), entropy")):
+        for way, named in ways if bits in (16, 4) else ways[:1]:
             size, us = decode_time(
                 lambda: [tier(bits, lanes, n, 128, 64)], 8, LLAMA, want_mass=True, want_entropy=True, weights_as=way
             )
