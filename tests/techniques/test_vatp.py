@@ -68,12 +68,11 @@ def test_output_projection_measures_the_value_after_it():
 
 
 @pytest.mark.model
-def test_without_protection_the_sink_leaves_on_the_default_model():
-    """The sheet asks to report this; on SmolLM2 most heads lose token 0 without `first`."""
-    from lab import models
+def test_protection_keeps_the_sink_on_the_default_model(default_model):
+    """The sheet says that without `first` token 0 leaves, and asks to report it (-s): here it stays in all 90 heads."""
     from lab.engine.sample_text import prose
 
-    loaded = models.load("default")
+    loaded = default_model
     ids = loaded.tokenizer(prose("measure"), add_special_tokens=False)["input_ids"][:300]
     session = Session(loaded.model, "vatp(budget=0.2,first=0,recent=0.5)")
     session.prefill(ids)
