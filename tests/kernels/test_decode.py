@@ -56,14 +56,14 @@ def test_sixteen_bits(dtype, dim, group):
     (2, 80, 16, 1),
 ])
 def test_affine_tokens(bits, dim, g, group):
-    q, tier = case(bits, [70 * LONG, 0, 33], dim, group, channels=g)
+    q, tier = case(bits, [37 * LONG, 0, 5], dim, group, channels=g)
     check(q, [tier])
 
 
 @pytest.mark.parametrize("bits,dim", [(4, 128), (2, 64), (8, 128), (4, 96)])
 @pytest.mark.parametrize("kind", ["block", "gather"])
 def test_per_channel_keys(bits, dim, kind):
-    q, tier = case(bits, [97 * LONG, 32, 0], dim, 4, kind=kind, channels=32)
+    q, tier = case(bits, [65 * LONG, 32, 0], dim, 4, kind=kind, channels=32)
     check(q, [tier])
 
 
@@ -94,11 +94,11 @@ def test_tiers_join_in_one_softmax():
 
 
 def test_more_parts_than_a_merge_takes_at_once():
-    """Output, entropy and mass, by 70 programs of one tile each; some of the second lane's have nothing to read."""
+    """Output, entropy and mass, by 66 programs of one tile each; some of the second lane's have nothing to read."""
     pytest.importorskip("triton")
     from kernels.decode.launch import run
 
-    q, tier = case(4, [2230, 40], 64, 2, channels=64)
+    q, tier = case(4, [2090, 40], 64, 2, channels=64)
     out, lse, entropy, mass = reference.attend(q, [tier], 0.125, want_mass=True)
     for kept in ("bytes", "halves"):
         got = run(q, [tier], 0.125, None, None, None, True, True, plans=[Split(32, 1, 1, None, 32)], weights_as=kept)
@@ -107,7 +107,7 @@ def test_more_parts_than_a_merge_takes_at_once():
 
 
 @pytest.mark.parametrize("bits,lengths", [
-    (16, [1, 0, 31, 70 * LONG]), (16, [1100, 3]), (4, [1, 0, 31, 33, 70 * LONG]), (4, [1100]),
+    (16, [1, 0, 31, 70 * LONG]), (16, [1040, 3]), (4, [1, 0, 31, 33, 70 * LONG]), (4, [1040]),
 ])
 def test_weights_kept_as_bytes(bits, lengths):
     """Within half a step of the largest weight of their tile, nothing lost where weights differ by many powers of two."""
@@ -116,8 +116,9 @@ def test_weights_kept_as_bytes(bits, lengths):
     check(q, [tier], torch.bfloat16, want_mass=True, weights_as="bytes")
     tier.bias = -tier.bias
     check(q, [tier], torch.bfloat16, want_mass=True, weights_as="bytes")
-    check(q, [tier], torch.bfloat16, threshold=torch.full((3 * len(lengths),), 1e9, device=DEVICE), want_mass=True,
-          weights_as="bytes")
+    if CUDA or tier.capacity < 1024:  # a threshold knows nothing of blocks of 1024
+        check(q, [tier], torch.bfloat16, threshold=torch.full((3 * len(lengths),), 1e9, device=DEVICE), want_mass=True,
+              weights_as="bytes")
 
 
 @pytest.mark.parametrize("bits", [16, 4])

@@ -36,9 +36,9 @@ def test_options_and_half_precision():
 
 
 def test_rows_of_a_whole_map_sum_to_one():
-    q, k, lse = head()
-    got = view.pooled(q, k, lse, 0.125, rows=(0, 150), cols=(0, 150), row_step=1, col_step=30, kind="sum", impl=BEST)
-    assert torch.allclose(got.sum(1), torch.ones(150, device=DEVICE), atol=1e-4)
+    q, k, lse = head(70)
+    got = view.pooled(q, k, lse, 0.125, rows=(0, 70), cols=(0, 70), row_step=1, col_step=30, kind="sum", impl=BEST)
+    assert torch.allclose(got.sum(1), torch.ones(70, device=DEVICE), atol=1e-4)
 
 
 def test_windows_outside_are_refused():
