@@ -59,8 +59,9 @@ const S = {
     if (!S.replaying()) bars.replaceChildren();
     figures.replaceChildren();
   },
+  address: () => address({variant: S.letter, minus: S.minus, layer: S.over || S.layer, head: S.head}),
   choose: changes => {
     Object.assign(S, changes); if (S.minus === S.letter) S.minus = null;
-    address({variant: S.letter, minus: S.minus, layer: S.over || S.layer, head: S.head}); load();
+    toldbox.replaceChildren(); S.address(); load();
   },
 };

@@ -139,6 +139,14 @@ const stage = h("div", {class: "att"},
   attside);
 const tokbox = h("div", {class: "tokbox"}, h("div", {class: "h"}, "Tokens", promptnote), strip);
 new ResizeObserver(() => { size(); if (S.now) { near(); paintCache(); } }).observe(stage);
+const toldbox = h("div", {class: "toldbox"}); // what the address named and the run has not
+function tellAddress(told) {
+  const head = typeof S.head === "number" ? `query head ${S.head}` : S.head, layer = S.over ? `layers ${S.over}` : `layer ${S.layer}`;
+  swap(toldbox, h("div", {class: "banner row", role: "status"}, h("span", {}, `The address names what is not there. ${told.join(" ")} `
+    + `Shown: variant ${S.letter}, ${layer}, ${head}.`), h("button", {type: "button", class: "quiet",
+    "aria-label": "close this message", onclick: () => toldbox.replaceChildren()}, "×")));
+  S.address();
+}
 let loading = 0;
 function outOfRange(what, asked, most) {
   toast(`${what} ${asked} does not exist: this model has ${what.toLowerCase()}s 0 to ${most}. ${what} ${most} is shown.`);
@@ -181,13 +189,15 @@ function start() {
       : "No run is open. Make one in Compare, or open one from Runs."),
       h("button", {type: "button", onclick: () => { const t = compare(); if (t) t.click(); }}, "Go to Compare"))); return;
   }
-  if (!element.contains(stage)) swap(element, tools, exporting, tokbox, stage, gridbox, cachebox, tokview);
+  if (!element.contains(stage)) swap(element, toldbox, tools, exporting, tokbox, stage, gridbox, cachebox, tokview);
   palette(); if (value.failed) S.failed.set(...value.failed);
   for (const v of value.variants) for (const layer of v.layers) S.tried.delete(`${value.key}/${v.letter}/${layer}`);
   // What an address names is shown also where the tab was looked at before the address was read.
-  const s = value.sel || {}, named = Object.values(s).some(x => x !== null && x !== undefined) && value.rev !== S.rev;
+  const s = value.sel || {}, told = value.told || [], some = Object.values(s).some(x => x !== null && x !== undefined);
+  const named = (some || told.length > 0) && value.rev !== S.rev;
   const moved = S.key !== value.key || named; S.rev = value.rev;
   if (moved) {
+    if (S.key !== value.key) toldbox.replaceChildren();
     S.key = value.key; S.seen = null; S.pin = null; tellPin(); const given = s.layer !== null && s.layer !== undefined;
     S.letter = s.letter || S.letter; S.minus = s.minus || null; if (s.head !== null && s.head !== undefined) S.head = s.head;
     S.over = s.layer === "mean" || s.layer === "max" ? s.layer : null; if (given && !S.over) S.layer = s.layer;
@@ -199,5 +209,6 @@ function start() {
   const same = JSON.stringify([value.key, value.variants]), known = same === S.got && !moved && !value.failed
     && !S.waiting;
   S.got = same; if (!known) load();
+  if (named && told.length) tellAddress(told);
 }
 start(); watch("value", start);

@@ -81,15 +81,21 @@ const download = file => {
   const link = h("a", {href: URL.createObjectURL(new Blob([bytes], {type: file.type})), download: file.name});
   document.body.append(link); link.click(); link.remove(); setTimeout(() => URL.revokeObjectURL(link.href), 4000);
 };
-const toast = (text, action, onaction) => {
-  document.querySelectorAll(".al-toast").forEach(t => t.remove());
-  const box = h("div", {class: "al-toast", role: "status", onclick: () => box.remove()}, h("span", {}, text),
+const ACTION_MS = 30000;
+const toast = (text, action, onaction) => { // one that only tells stands above one that offers something, and leaves it there
+  const kind = action ? "al-toast offers" : "al-toast";
+  document.querySelectorAll(".al-toast").forEach(t => { if (t.className === kind) t.remove(); });
+  const box = h("div", {class: kind, role: "status", onclick: () => box.remove()}, h("span", {}, text),
     action ? h("button", {type: "button", onclick: () => { box.remove(); onaction(); }}, action) : null);
-  document.body.append(box); setTimeout(() => box.remove(), action ? 30000 : Math.max(4000, Math.min(20000, 60 * text.length)));
+  let all = document.querySelector(".al-toasts"); if (!all) document.body.append(all = h("div", {class: "al-toasts"}));
+  if (action) all.append(box); else all.prepend(box);
+  setTimeout(() => box.remove(), action ? ACTION_MS : Math.max(4000, Math.min(20000, 60 * text.length)));
+  return box;
 };
 const within = (text, min, max, whole, before, name) => { // a typed number, brought into its range with a word about it
   const typed = text.trim() === "" ? NaN : Number(text), n = whole ? Math.round(typed) : typed;
-  if (!isFinite(n)) { toast(`${name}: ${text.trim() ? `“${text.trim()}” is no number` : "nothing was entered"}; ${before} stays.`); return before; }
+  if (!isFinite(n)) { toast(`${name}: ${text.trim() ? `“${text.trim()}” is no number` : "nothing was entered"}; ${before === null ? "auto" : before.toLocaleString("en-US")} stays.`);
+    return before; }
   const fit = Math.min(max, Math.max(min, n));
   if (fit !== n) toast(`${name} goes from ${min.toLocaleString("en-US")} to ${max.toLocaleString("en-US")}: ${fit.toLocaleString("en-US")} is set.`);
   return fit;

@@ -15,13 +15,19 @@ window.alRun = (() => {
       keep({prompt, settings: set, variants: (setup || {}).variants || [], page: page()});
       return [];
     },
-    began: run_id => { const run = kept(); if (run && run.run_id !== run_id) keep({...run, page: null, run_id}); },
-    // Unless the address names another run than it did, prompt, cards and settings are again what they were.
+    began: run_id => {
+      const run = kept(); if (!run || run.run_id === run_id) return;
+      keep({...run, page: null, run_id}); alDraft.ran({prompt: run.prompt, settings: run.settings, variants: run.variants});
+    },
+    // Unless the address names another run than it did, prompt, cards and settings are again what they were: what was set
+    // last and not run, or what the run was made with.
     restored: (prompt, setup, settings) => {
-      const run = kept();
-      if (!run || run.page !== page()) return [prompt, setup, settings, run ? {left: run.run_id || "", set: false} : {}];
-      return [run.prompt, {...setup, variants: run.variants}, {...settings, ...run.settings},
-        {left: run.run_id || "", set: true}];
+      const run = kept(), typed = alDraft.arrived(prompt, setup, settings), mine = run && run.page === page();
+      const same = mine && typed && alDraft.same(typed, {prompt: run.prompt, settings: run.settings, variants: run.variants});
+      const is = typed && !same ? typed : mine ? run : null, left = run ? {left: run.run_id || "", set: is === run} : {};
+      if (is && is !== run) alDraft.restored();
+      return is ? [is.prompt, {...setup, variants: is.variants}, {...settings, ...is.settings}, left]
+        : [prompt, setup, settings, left];
     },
   };
 })();

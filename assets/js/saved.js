@@ -9,7 +9,7 @@ const draw = () => {
     v.example ? null : v.problem ? h("span", {class: "why", role: "alert"}, v.problem) : [h("label", {class: "h", for: "al-runname"}, "Saved as"),
       h("input", {id: "al-runname", type: "text", maxlength: 120, value: v.name || "", placeholder: v.run_id, onchange: async e => {
         const done = await server.rename({run_id: v.run_id, name: e.target.value, owner: owner()});
-        toast(done.error || "Renamed."); dispatchEvent(new Event("al-runs")); }})],
+        toast(done.error || "Renamed."); if (!done.error) trigger("renamed"); dispatchEvent(new Event("al-runs")); }})],
     h("span", {class: "sp"}),
     v.example ? null : [h("button", {type: "button", class: "quiet", onclick: e => copy(location.href, e.currentTarget)}, "Copy link"),
       ["json", "csv", "parquet"].map(f => h("button", {type: "button", class: "quiet", onclick: () => save(f)}, "Export " + ({json: "JSON", csv: "CSV", parquet: "Parquet"})[f]))],

@@ -1,6 +1,6 @@
 /* Preset and decoding controls. value = {presets, preset, mode, temperature, top_k, top_p, seed, samples, max_new_tokens, timing, limits} */
 let v = Object.assign({}, props.value);
-const tell = () => { const samples = v.mode === "sampled" ? v.samples || 1 : 1; window.alNewTokens = v.max_new_tokens; window.alSamples = samples;
+const tell = () => { const samples = v.mode === "sampled" ? v.samples || 1 : 1; window.alSettings = v; window.alNewTokens = v.max_new_tokens; window.alSamples = samples;
   dispatchEvent(new CustomEvent("al-settings", {detail: {max_new_tokens: v.max_new_tokens, samples}})); };
 const send = (changes, redraw = true) => { v = Object.assign({}, v, changes); props.value = v; tell(); if (redraw) draw(); };
 const num = (key, name, min, max, step, unit, title) => h("label", {class: "field", title: title || null}, h("span", {}, name),
@@ -9,16 +9,16 @@ const num = (key, name, min, max, step, unit, title) => h("label", {class: "fiel
     unit ? h("i", {}, unit) : null));
 const seg = (key, name, options) => h("div", {class: "field"}, h("span", {id: `al-${key}`}, name),
   h("span", {class: "seg small", role: "group", "aria-labelledby": `al-${key}`}, options.map(o =>
-    h("button", {type: "button", "aria-pressed": String(v[key] === o), onclick: () => send({[key]: o})}, o))));
+    h("button", {type: "button", "data-key": `dec-${key}-${o}`, "aria-pressed": String(v[key] === o), onclick: () => send({[key]: o})}, o))));
 const flag = (key, name, off, on, title) => h("div", {class: "field", title}, h("span", {id: `al-${key}`}, name),
   h("span", {class: "seg small", role: "group", "aria-labelledby": `al-${key}`}, [[false, off], [true, on]].map(([value, text]) =>
-    h("button", {type: "button", "aria-label": `${name}: ${text}`, "aria-pressed": String(!!v[key] === value), onclick: () => { send({[key]: value}); trigger(key); }}, text))));
+    h("button", {type: "button", "data-key": `dec-${key}-${text}`, "aria-label": `${name}: ${text}`, "aria-pressed": String(!!v[key] === value), onclick: () => { send({[key]: value}); trigger(key); }}, text))));
 function draw() {
   const presets = v.presets || [], chosen = presets.find(p => p.id === v.preset), most = (v.limits || {}).max_new_tokens || 1024;
-  const active = element.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
+  const active = element.contains(document.activeElement) ? document.activeElement.dataset.key : null;
   swap(element, 
     h("section", {class: "side"}, h("h2", {}, "Preset"),
-      h("select", {"aria-label": "preset", onchange: e => { send({preset: e.target.value}); trigger("preset", {id: e.target.value}); }},
+      h("select", {"aria-label": "preset", "data-key": "preset", onchange: e => { alDraft.replacing(); send({preset: e.target.value}); trigger("preset", {id: e.target.value}); }},
         h("option", {value: "", selected: !chosen}, "Choose an experiment"),
         presets.map(p => h("option", {value: p.id, selected: p.id === v.preset}, p.title))),
       chosen ? h("p", {class: "soft"}, chosen.about) : null),
@@ -33,6 +33,6 @@ function draw() {
     h("section", {class: "side"}, h("h2", {}, "Timing"), seg("timing", "steps", ["interleaved", "clean"]),
       h("p", {class: "soft"}, v.timing === "clean" ? "One variant after another, each warmed up: the fairest times."
         : "All variants step by step beside each other; each step is timed alone.")));
-  if (active) { const again = [...element.querySelectorAll("[aria-label]")].find(n => n.getAttribute("aria-label") === active); if (again) again.focus(); }
+  const again = active && element.querySelector(`[data-key="${CSS.escape(active)}"]`); if (again) again.focus();
 }
 draw(); tell(); watch("value", () => { v = Object.assign({}, props.value); tell(); draw(); });

@@ -9,13 +9,18 @@ const has = (i, name) => variants[i].techniques.find(t => t.name === name);
 const defaults = t => Object.fromEntries(t.parameters.map(p => [p.name, p.default]));
 const order = t => Math.min(...(t.slots.length ? t.slots.map(s => catalog.slots.findIndex(x => x.name === s)) : [99]));
 
-function commit(next, label) {
-  if (label) past.push({variants: clone(variants), label});
+function commit(next, label, again) { // `again`: the change, for other variants than those it was made on
+  if (label) past.push({variants: clone(variants), label, again});
   if (past.length > 30) past.shift();
   variants = next; props.value = {variants: clone(variants), rev: ((props.value || {}).rev || 0)};
   draw(); plan();
 }
-const undo = () => { const last = past.pop(); if (last) { heir = "more"; variants = last.variants; props.value = {variants: clone(variants), rev: (props.value || {}).rev || 0}; draw(); plan(); } };
+// Undo does what its button said when it was pressed: a number that was typed until then is taken by the same press, and stays.
+function undo(at) {
+  const [last, ...newer] = past.splice(at); if (!last) return;
+  heir = "more"; commit(last.variants);
+  for (const {again, label} of newer) { const next = again && again(clone(variants)); if (next) commit(next, label, again); }
+}
 function toggle(i, name) {
   const next = clone(variants), t = byName[name];
   if (has(i, name)) next[i].techniques = next[i].techniques.filter(x => x.name !== name);
@@ -24,8 +29,11 @@ function toggle(i, name) {
   commit(next, `${t.title} ${has(i, name) ? "off" : "on"} in ${L[i]}`);
 }
 function setParam(i, name, key, value) {
-  const next = clone(variants); next[i].techniques.find(t => t.name === name).params[key] = value;
-  commit(next, `${byName[name].title} ${key}`);
+  const set = next => {
+    const found = next[i] && next[i].techniques.find(t => t.name === name); if (found) found.params[key] = value;
+    return found && next;
+  };
+  commit(set(clone(variants)), `${byName[name].title} ${key}`, set);
 }
 const plan = debounce(async () => {
   const mine = ++asked;
@@ -175,14 +183,14 @@ let drawing = 0;
 const narrow = matchMedia("(max-width: 560px)"); // cards below each other: the editor opens under its own
 narrow.addEventListener("change", () => draw());
 // Deferred, so that a change event fired by Tab has moved the focus before the cards are redrawn.
-function draw() { clearTimeout(drawing); drawing = setTimeout(render); }
+function draw() { window.alVariants = variants; clearTimeout(drawing); drawing = setTimeout(render); }
 function render() {
   const focus = element.contains(document.activeElement) ? document.activeElement.dataset.key : null;
   const scrolls = [...element.querySelectorAll("[data-scroll]")].map(n => [n.dataset.scroll, n.scrollTop]);
-  const pipe = element.querySelector(".pipe"), scroll = pipe ? pipe.scrollLeft : 0;
+  const pipe = element.querySelector(".pipe"), scroll = pipe ? pipe.scrollLeft : 0, at = past.length - 1;
   swap(element, pipeline(), ...[slotPanel()].filter(Boolean),
     h("div", {class: "cardbar row"}, h("span", {class: "h"}, "Variants"), h("span", {class: "sp"}),
-      past.length ? h("button", {type: "button", class: "quiet", "data-key": "undo", title: "undo: " + past[past.length - 1].label, onclick: undo}, "Undo " + past[past.length - 1].label) : null,
+      past.length ? h("button", {type: "button", class: "quiet", "data-key": "undo", title: "undo: " + past[past.length - 1].label, onclick: () => undo(at)}, "Undo " + past[past.length - 1].label) : null,
       h("button", {type: "button", class: "chip pick", "data-key": "more", disabled: variants.length >= MOST,
         title: variants.length >= MOST ? "four variants is the most" : "", onclick: () => { const next = clone(variants); next.push({techniques: []});
           openCard = next.length - 1; commit(next, `variant ${L[next.length - 1]} added`); }}, "+ Variant")),
@@ -200,6 +208,6 @@ function render() {
 addEventListener("al-prompt", e => { if (e.detail.tokens !== promptTokens) { promptTokens = e.detail.tokens; plan(); } });
 addEventListener("al-settings", e => { const d = e.detail;
   if (d.max_new_tokens !== newTokens || d.samples !== samples) { newTokens = d.max_new_tokens; samples = d.samples; plan(); } });
-render(); plan();
+draw(); render(); plan();
 watch("value", () => { const next = (props.value || {}).variants || [{techniques: []}];
   if (JSON.stringify(next) !== JSON.stringify(variants)) { variants = clone(next); past = []; openCard = null; draw(); plan(); } });

@@ -1,6 +1,7 @@
 /* Tells of a run that was going on when the page was loaded again. value = {run_id: the run that began} | {over: true} |
    {left: run_id, or "" for one that never began, set: whether its prompt and settings are in sight}.
-   server.state({run_id, owner}) answers {state}. Triggers 'open' {run_id, owner}. */
+   server.state({run_id, owner}) answers {state}. Triggers 'open' {run_id, owner}. Below it, what was set and not run, and where
+   it went: triggers 'back', which sets what draft.js holds. */
 const SET = " Its prompt, settings and variants are set again.";
 const SAYS = {
   going: "Your run is still going. It can be opened as soon as it has ended.",
@@ -8,15 +9,17 @@ const SAYS = {
   ended: "Your run has ended and is kept.",
   none: "Your run was interrupted when the page was loaded again, before anything of it was kept.",
 };
+const runbox = h("div"), draftbox = h("div");
+element.replaceChildren(runbox, draftbox);
+const notice = (key, text, name, does, close) => h("div", {class: "banner row unfinished", role: "status"}, h("span", {}, text),
+  does ? h("button", {type: "button", class: "plain", "data-key": key, onclick: does}, name) : null,
+  h("button", {type: "button", class: "quiet", "data-key": "close", "aria-label": "close this message", onclick: close}, "×"));
 let told = 0;
 function tell(state, v) {
-  const text = SAYS[state] + (v.set ? SET : ""), close = () => { told++; alRun.forget(); element.replaceChildren(); };
+  const text = SAYS[state] + (v.set ? SET : ""), close = () => { told++; alRun.forget(); runbox.replaceChildren(); };
   const open = state === "interrupted" || state === "ended"
-    ? () => { close(); trigger("open", {run_id: v.left, owner: owner()}); } : null;
-  swap(element, h("div", {class: "banner row unfinished", role: "status"}, h("span", {}, text),
-    open ? h("button", {type: "button", class: "plain", "data-key": "open", onclick: open}, "Open it") : null,
-    h("button", {type: "button", class: "quiet", "data-key": "close", "aria-label": "close this message", onclick: close},
-      "×")));
+    ? () => { close(); alPlace.left(); trigger("open", {run_id: v.left, owner: owner()}); } : null;
+  swap(runbox, notice("open", text, "Open it", open, close));
   if (!element.offsetParent) toast(text, open && "Open it", open); // another tab of the page is in sight
 }
 async function follow(v) { // a run that was just left ends within a step; one in another tab goes on
@@ -33,8 +36,13 @@ async function follow(v) { // a run that was just left ends within a step; one i
 function draw() {
   const v = props.value || {};
   if (v.left !== undefined) { follow(v); return; }
-  told++; element.replaceChildren();
+  told++; runbox.replaceChildren();
   if (v.run_id) { alRun.began(v.run_id); address({run: null}); } // the results in sight are no longer those of the run before
   if (v.over) alRun.forget();
 }
+addEventListener("al-draft", e => {
+  const {text, name} = e.detail || {};
+  swap(draftbox, text ? notice("back", text, name, () => trigger("back"), () => { alDraft.dropped(); draftbox.replaceChildren(); })
+    : []);
+});
 draw(); watch("value", draw);

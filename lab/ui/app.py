@@ -33,6 +33,16 @@ PAGE = """addEventListener('popstate', () => {
   const name = new URL(location.href).searchParams.get('tab') || 'compare';
   const t = document.querySelector(`[role=tab][data-tab-id="${name}"]`); if (t && t.ariaSelected !== 'true') {
     window.alBack = name; t.click(); } });
+// Opening a run leads to Compare, unless the person has gone on to another tab meanwhile.
+window.alPlace = (() => { let from = null; const now = () => document.querySelector('[role=tab][aria-selected=true]');
+  return {left: () => { from = (now() || {}).dataset?.tabId; },
+    compare: () => { const t = document.querySelector('[role=tab][data-tab-id="compare"]');
+      if (t && now() && now().dataset.tabId === from) t.click(); from = null; return []; }}; })();
+document.addEventListener('keydown', e => { // arrows go along the tabs, Enter chooses
+  if (!e.target.matches || !e.target.matches('[role=tab]')) return;
+  const all = [...e.target.parentNode.querySelectorAll('[role=tab]')], i = all.indexOf(e.target), n = all.length;
+  const to = {ArrowRight: (i + 1) % n, ArrowLeft: (i + n - 1) % n, Home: 0, End: n - 1}[e.key];
+  if (to !== undefined) { e.preventDefault(); all[to].focus(); } });
 const dark = on => document.body.classList.toggle('dark', on);
 try { const kept = localStorage.getItem('attention-lab-theme'); if (kept) dark(kept === 'dark'); } catch {}
 document.addEventListener('click', e => {
@@ -86,14 +96,18 @@ def build(lab: Lab | None = None) -> gr.Blocks:
         probe.compute(work, None, probed, show_progress="hidden", trigger_mode="multiple", concurrency_limit=2, **PRIVATE)
         probe.probe(work, None, probed, show_progress="hidden", trigger_mode="multiple", **ONE, **PRIVATE)
         mem.control.pick(memory.picker(lab), followed, [mem.picked, *mem.outputs[4:]], trigger_mode="multiple", **QUIET)
-        opened = [part.open(opener(lab), c.settings, [view, tabs, *shown], trigger_mode="multiple", **QUIET)
-                  for part in (table, c.unfinished)]
+        opened = [part.open(opener(lab), None, [view, *shown], trigger_mode="multiple", **QUIET) for part in (table, c.unfinished)]
+        for part in (table, c.saved):
+            part.renamed(renamed(lab), view, [header, c.saved], trigger_mode="multiple", **QUIET)
         arrived = demo.load(None, None, owner, js=OWNER, **PRIVATE)
         looked = arrived.then(arrival(lab), owner, [shown_tab, header, pick.source, pick.weights, view, tabs, att, *shown], **QUIET)
         rest = [followed, header, att, *mem.outputs, table, *probed]
+        now = [c.prompt, c.setup, c.settings]
+        for event in opened:
+            event.then(None, None, None, js="() => window.alPlace.compare()", **PRIVATE)
+            event.success(None, now, None, js="(...now) => window.alDraft.replaced('The opened run', ...now)", **PRIVATE)
         for event in (ran, *opened):
             event.then(follow(lab), [view, followed, mem.picked], rest, **QUIET)
-        now = [c.prompt, c.setup, c.settings]
         restored = looked.then(None, now, [*now, c.unfinished], js="(...now) => window.alRun.restored(...now)", **PRIVATE)
         all_shown = restored.then(follow(lab), [view, followed, mem.picked], rest, **QUIET)
         all_shown.then(None, shown_tab, None, js=ARRIVED, **PRIVATE)
@@ -106,12 +120,14 @@ def _compare_events(lab: Lab, c: compare.Parts, view: gr.State, owner: gr.Textbo
     c.run.click(None, [c.prompt, c.setup, c.settings], None, js="(...now) => window.alRun.pressed(...now)", **PRIVATE)
     asked = c.run.click(compare.waiter(lab), None, [c.run, c.stop, c.status, c.unfinished], **QUIET)
     ran = asked.then(compare.runner(lab), [c.prompt, c.setup, c.settings, owner], outputs, **ONE,
-                     trigger_mode="multiple", show_progress="minimal", show_progress_on=c.status, **PRIVATE)
+                     trigger_mode="multiple", show_progress="hidden", **PRIVATE)
     ran.failure(compare.refused(lab), None, [c.run, c.stop, c.status, c.unfinished], **QUIET)
     c.stop.click(compare.stopping(lab), None, c.status, **QUIET).then(
         compare.stopper(lab), None, [c.run, c.stop, c.status, c.unfinished], **QUIET)
-    c.settings.preset(compare.apply_preset(lab), c.settings, [c.prompt, c.setup, c.settings, c.status, c.banner],
-                      trigger_mode="multiple", **QUIET)
+    now = [c.prompt, c.setup, c.settings]
+    chosen = c.settings.preset(compare.apply_preset(lab), c.settings, [*now, c.status, c.banner], trigger_mode="multiple", **QUIET)
+    chosen.then(None, now, None, js="(...now) => window.alDraft.replaced('The preset', ...now)", **PRIVATE)
+    c.unfinished.back(None, now, now, js="(...now) => window.alDraft.back(...now)", **PRIVATE)
     c.info.ready(lambda *now: (compare.token_counter(lab)(*now), cards.model_card(lab.facts(), lab.loaded)),
                  [c.prompt, c.settings], [c.info, c.model], **QUIET)
     return ran
@@ -128,7 +144,7 @@ def follow(lab: Lab) -> Any:
     return moved
 
 
-def shown_as_saved(lab: Lab, key: str, settings: dict[str, Any]) -> tuple[Any, ...]:
+def shown_as_saved(lab: Lab, key: str) -> tuple[Any, ...]:
     """Compare exactly as it was when the run ended."""
     run = lab.shelf.get(key)
     record = run.record if run else None
@@ -140,13 +156,22 @@ def shown_as_saved(lab: Lab, key: str, settings: dict[str, Any]) -> tuple[Any, .
 
 def opener(lab: Lab) -> Any:
     """Open a run from the table."""
-    def opened(settings: dict[str, Any], event: gr.EventData) -> tuple[Any, ...]:
+    def opened(event: gr.EventData) -> tuple[Any, ...]:
         try:
             key = lab.open(str(event._data.get("run_id")), str(event._data.get("owner") or "nobody"))
         except Exception as problem:
-            return (gr.skip(), gr.Tabs(selected="compare"), *[gr.skip()] * 7, cards.error(sentence(problem)), gr.skip())
-        return (key, gr.Tabs(selected="compare"), *shown_as_saved(lab, key, settings))
+            return (*[gr.skip()] * 8, cards.error(sentence(problem)), gr.skip())
+        return (key, *shown_as_saved(lab, key))
     return opened
+
+
+def renamed(lab: Lab) -> Any:
+    """A run got another name: the open one is shown with its own."""
+    def shown(key: str) -> tuple[Any, ...]:
+        run = lab.shelf.get(key)
+        saved = gr.skip() if run is None or run.recorded else compare.saved_value(run.record)
+        return header_of(lab, key), saved
+    return shown
 
 
 def arrival(lab: Lab) -> Any:
@@ -158,7 +183,7 @@ def arrival(lab: Lab) -> Any:
         told = cards.error(sentence(nowhere)) if address.unknown else None
         if address.run is None:
             key = "recorded" if lab.has_example else ""
-            att = attention.value(lab, key, address) if address.variant or address.layer is not None else gr.skip()
+            att = attention.value(lab, key, address) if address.names_view else gr.skip()
             model = cards.model_card(lab.facts(), True) if lab.loaded else gr.skip()
             banner = compare.banner_of(lab, lab.shelf.get(key))
             return (address.tab, *now(key), gr.skip(), tab, att, *[gr.skip()] * 6, banner, told or gr.skip(), model)
@@ -169,7 +194,7 @@ def arrival(lab: Lab) -> Any:
             compare_tab = gr.Tabs(selected="compare")
             return ("compare", *now("recorded"), gr.skip(), compare_tab, gr.skip(), *[gr.skip()] * 7, cards.error(sentence(problem)),
                     gr.skip())
-        saved = shown_as_saved(lab, key, {})
+        saved = shown_as_saved(lab, key)
         return (address.tab, *now(key), key, tab, attention.value(lab, key, address), *saved[:7], told or saved[7], saved[8])
 
     def now(key: str) -> tuple[str, str, str]:  # the page was built when the server started: another model may be loaded since

@@ -21,9 +21,9 @@ def script(*names: str) -> str:
 
 @cache
 def head() -> str:
-    """What the page runs before anything else: a queue stream that no event's answers are lost on, and a memory of the run that
-    is going, for the page that comes after it."""
-    scripts = ((FOLDER / "js" / f"{name}.js").read_text(encoding="utf-8") for name in ("stream", "remember"))
+    """What the page runs before anything else: a queue stream that no event's answers are lost on, and memories of what was set
+    and of the run that is going, for the page that comes after it."""
+    scripts = ((FOLDER / "js" / f"{name}.js").read_text(encoding="utf-8") for name in ("stream", "draft", "remember"))
     return "".join(f"<script>{script}</script>" for script in scripts)
 
 

@@ -38,9 +38,31 @@ def value(lab: Lab, key: str | None, address: Address | None = None) -> dict[str
                          "layers_total": model.get("layers") or 1, "heads": model.get("heads") or 1,
                          "kv_heads": model.get("kv_heads") or 1, "prompt": prompt, "tokens": fed(run, letter),
                          "fork": None if v.get("first_divergence") is None else prompt + int(v["first_divergence"])})
-    chosen = address or Address()
-    return {"key": key, "rev": time.time(), "variants": variants, "absent": absent,
-            "sel": {"letter": chosen.variant, "layer": chosen.layer, "head": chosen.head, "minus": chosen.minus}}
+    sel, told = chosen(address or Address(), variants, absent)
+    return {"key": key, "rev": time.time(), "variants": variants, "absent": absent, "sel": sel, "told": told}
+
+
+def chosen(address: Address, variants: list[dict[str, Any]], absent: list[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """What an address chooses of a run, and a sentence for each choice that the run has not; what is drawn instead is the
+    page's to say."""
+    sel = {"letter": address.variant, "layer": address.layer, "head": address.head, "minus": address.minus}
+    wrong = {"letter" if name == "variant" else name: value for name, value in address.wrong}
+    have, gone = [v["letter"] for v in variants], {v["letter"]: v["why"] for v in absent}
+    told = []
+    for name in ("letter", "minus"):
+        named = wrong.get(name, sel[name])
+        if named is not None and named not in have:
+            sel[name] = None
+            told.append(f"Variant {named}: {gone[named]}" if named in gone else f"Variant {named}: this run has {', '.join(have)}.")
+    if sel["minus"] is not None and sel["minus"] == sel["letter"]:
+        told.append(f"Variant {sel['letter']} minus itself is nothing.")
+        sel["minus"] = None
+    for name, words, field in (("layer", "layer", "layers_total"), ("head", "query head", "heads")):
+        most = max((v[field] for v in variants), default=1)
+        if name in wrong or isinstance(sel[name], int) and sel[name] >= most:
+            told.append(f"{words.capitalize()} {wrong.get(name, sel[name])}: this model has {words}s 0 to {most - 1}.")
+            sel[name] = None
+    return sel, told if variants else []
 
 
 def fed(run: OpenRun, letter: str) -> int:

@@ -105,7 +105,7 @@ def savers(lab: Lab) -> list[Any]:
     """Rename and export, as the saved line asks for them."""
     def rename(ask: dict[str, Any]) -> dict[str, Any]:
         try:
-            lab.library.rename(str(ask["run_id"]), str(ask["name"])[:120], owner_of(lab, ask))
+            lab.rename(str(ask["run_id"]), str(ask["name"]), owner_of(lab, ask))
             return {"ok": True}
         except Exception as problem:
             return {"error": sentence(problem)}
@@ -273,7 +273,9 @@ def _run(lab: Lab, prompt: str, setup: dict[str, Any], decoding: dict[str, Any],
         return
     key, problem = lab.keep(outcome, owner)
     record = outcome.record
-    ends = {"cancelled": "Stopped. What was written so far is kept.", "failed": "The run failed."}
+    wrote = any(v.get("tokens") for v in record.get("variants") or [])
+    stopped = "Stopped. What was written so far is kept." if wrote else "Stopped before anything was written."
+    ends = {"cancelled": stopped, "failed": "The run failed."}
     broken = [v["letter"] for v in record.get("variants") or [] if v.get("error")]
     told = f"Done, but {' and '.join(broken)} could not run: the reason is in the column." if broken else "Done."
     text = ends.get(record.get("status"), told)

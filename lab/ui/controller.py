@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ SLOT_IDENTITY = {"trim": "whole prompt", "select": "all entries", "edit": "–",
                  "encode": "16 bit", "calibrate": "–"}
 CACHE_SIDE = ("observe", "score", "allocate", "reduce", "encode")
 MOST_VARIANTS = 4
+ABOUT_TO_RUN_S = 5.0  # a press that long ago has begun, or waits for a run that is under way
+MOST_NAME = 120  # characters
 REPLAY_ALL_BYTES = 1 * 2**30  # below this, and a sixth of the free memory, a replay captures every layer at once
 Report = Callable[[float, str], None]
 
@@ -74,7 +77,7 @@ class Lab:
         self._model: Any = None
         self._loading, self._jobs_lock = threading.Lock(), threading.Lock()
         self._jobs: dict[str, Job] = {}
-        self._waiting: set[str] = set()  # visitors in the queue
+        self._waiting: dict[str, float] = {}  # visitors in the queue, and when they pressed Run
         self._given_up: dict[str, int] = {}  # of visitors who left it: their presses that the queue still holds
         example = recorded.load()
         self.has_example = example is not None
@@ -251,16 +254,18 @@ class Lab:
 
     # -- runs ---------------------------------------------------------------------------------------------------
     def wait(self, visitor: str) -> bool:
-        """A visitor pressed Run; True when somebody else's run is under way, so that theirs has to queue."""
-        with self._jobs_lock:
+        """A visitor pressed Run; True when somebody else's run is under way or about to be, so that theirs has to queue."""
+        now = time.monotonic()
+        with self._jobs_lock:  # who pressed long ago while nothing runs has closed the page
+            before = {*self._jobs, *(other for other, pressed in self._waiting.items() if now - pressed < ABOUT_TO_RUN_S)}
             if visitor not in self._jobs:
-                self._waiting.add(visitor)
-            return any(other != visitor for other in self._jobs)
+                self._waiting[visitor] = now
+        return bool(before - {visitor})
 
     def leave(self, visitor: str) -> None:
         """A visitor waits no longer: the queue holds none of their presses."""
         with self._jobs_lock:
-            self._waiting.discard(visitor)
+            self._waiting.pop(visitor, None)
             self._given_up.pop(visitor, None)
 
     def passes(self, visitor: str) -> bool:
@@ -276,7 +281,7 @@ class Lab:
         with self._jobs_lock:
             if visitor in self._jobs:
                 return None
-            self._waiting.discard(visitor)
+            self._waiting.pop(visitor, None)
             job = self._jobs[visitor] = Job()
         return job
 
@@ -303,7 +308,7 @@ class Lab:
         with self._jobs_lock:
             if visitor in self._jobs or visitor not in self._waiting:
                 return False
-            self._waiting.discard(visitor)
+            self._waiting.pop(visitor, None)
             self._given_up[visitor] = self._given_up.get(visitor, 0) + 1
             return True
 
@@ -392,12 +397,20 @@ class Lab:
         return key, None
 
     def open(self, run_id: str, owner: str) -> str:
-        """Open a saved run and return its key. Raises LabError when it is not there or not this visitor's."""
+        """Open a saved run and return its key. Raises LabError when it is not there, not this visitor's, or still goes on."""
         whose = owner if self.public else ""
         record, arrays = self.library.load(run_id, whose)
+        if run_id in self.under_way():
+            raise LabError("This run is still being generated", fix="Open it once it has ended")
         record = completed(record)
         there = self.shelf.find(record, whose)  # so that a reload keeps what was replayed
         return self.shelf.put(there or OpenRun(record, arrays, save=self._saver(record, owner), owner=whose))
+
+    def rename(self, run_id: str, name: str, owner: str) -> None:
+        """Give a saved run a name, also where it is open. Raises StorageError when it is not there or not this visitor's."""
+        name = name.strip()[:MOST_NAME]
+        self.library.rename(run_id, name, owner)
+        self.shelf.rename(run_id, name, owner)
 
     def _saver(self, record: dict[str, Any], owner: str) -> Callable[[str, dict[str, Any]], None]:
         """How what is computed from a run is kept with it."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from .format import duration, missing, size
+from .format import duration, missing, size, titles
 
 NEUTRAL = "#7d8594"
 SHAPES = {"decode": "circle", "prompt": "diamond"}
@@ -30,22 +30,22 @@ def layout(figure: go.Figure, x: str, y: str, height: int = 340) -> go.Figure:
     return figure
 
 
-def named(variant: dict[str, Any]) -> str:
-    """"A · Dense": letter and title; a specification would not fit a phone's legend."""
-    text = f"{variant.get('letter')} · {variant.get('title') or variant.get('spec')}"
-    return text.replace("<", "&lt;")  # Plotly reads a little HTML in names
+def named(record: dict[str, Any]) -> dict[str, str]:
+    """"A · Dense" by letter: letter and title; a specification would not fit a phone's legend."""
+    names = titles(record.get("variants") or [])
+    return {letter: f"{letter} · {title}".replace("<", "&lt;") for letter, title in names.items()}  # Plotly reads a little HTML
 
 
 def kv_growth(record: dict[str, Any], growth: Growth) -> go.Figure:
     """KV bytes along the sequence: measured per generated token, then predicted to the model's full context."""
-    figure = go.Figure()
+    figure, names = go.Figure(), named(record)
     start = len((record.get("prompt") or {}).get("token_ids") or [])
     for variant in record.get("variants") or []:
         letter = str(variant.get("letter"))
         points = [(start + i, t["kv_bytes"]) for i, t in enumerate(variant.get("tokens") or []) if not missing(t.get("kv_bytes"))]
         if points:
             figure.add_scatter(
-                x=[x for x, _ in points], y=[y / MIB for _, y in points], mode="lines+markers", name=named(variant),
+                x=[x for x, _ in points], y=[y / MIB for _, y in points], mode="lines+markers", name=names[letter],
                 line={"color": COLOURS.get(letter, "#7d8594"), "width": 3},
                 marker={"symbol": MARKERS.get(letter, "circle"), "size": [0] * (len(points) - 1) + [8], "opacity": 1},
                 customdata=[size(y) for _, y in points],
@@ -63,18 +63,22 @@ def kv_growth(record: dict[str, Any], growth: Growth) -> go.Figure:
 
 def step_latency(record: dict[str, Any]) -> go.Figure:
     """Measured time of every decode step."""
-    figure = go.Figure()
+    figure, names = go.Figure(), named(record)
     for variant in record.get("variants") or []:
         letter = str(variant.get("letter"))
         points = [(i + 1, t["step_ms"]) for i, t in enumerate(variant.get("tokens") or []) if not missing(t.get("step_ms"))]
         if points:
             figure.add_scatter(
-                x=[x for x, _ in points], y=[y for _, y in points], mode="lines+markers", name=named(variant),
+                x=[x for x, _ in points], y=[y for _, y in points], mode="lines+markers", name=names[letter],
                 line={"color": COLOURS.get(letter, "#7d8594"), "width": 1.5},
                 marker={"symbol": MARKERS.get(letter, "circle"), "size": 5},
                 customdata=[duration(y) for _, y in points],
                 hovertemplate=f"{letter} · step %{{x}}<br>%{{customdata}} measured<extra></extra>")
-    return layout(figure, "generated token", "step time, ms")
+    layout(figure, "generated token", "step time, ms")
+    if not figure.data:
+        figure.add_annotation(text="This run timed no step.", xref="paper", yref="paper", x=0.5, y=0.5, showarrow=False)
+        figure.update_xaxes(visible=False).update_yaxes(visible=False)
+    return figure
 
 
 def roofline(roof: dict[str, Any], dots: list[dict[str, Any]]) -> go.Figure:

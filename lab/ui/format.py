@@ -128,3 +128,18 @@ def visible(text: str) -> str:
     if text and not text.strip():
         return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
     return text.replace("\n", "⏎")
+
+
+def titles(variants: list[dict[str, Any]]) -> dict[str, str]:
+    """Title of each variant by its letter; those that share one also name the parameters that tell them apart."""
+    def params(variant: dict[str, Any]) -> dict[tuple[str, str], Any]:
+        return {(t["name"], key): value for t in variant.get("techniques") or [] for key, value in (t.get("params") or {}).items()}
+
+    plain = {str(v.get("letter")): str(v.get("title") or v.get("spec") or "Dense") for v in variants}
+    found = {}
+    for v in variants:
+        letter, mine = str(v.get("letter")), params(v)
+        twins = [params(w) for w in variants if plain[str(w.get("letter"))] == plain[letter]]
+        own = [f"{key[1].replace('_', ' ')} {value}" for key, value in mine.items() if any(t.get(key) != value for t in twins)]
+        found[letter] = " · ".join([plain[letter], *own])
+    return found

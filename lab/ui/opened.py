@@ -307,6 +307,13 @@ class Shelf:
                     return run
         return None
 
+    def rename(self, run_id: str, name: str, owner: str) -> None:
+        """An owner's run has another name now, wherever it is open."""
+        with self._lock:
+            for run in self._runs.values():
+                if run.owner == owner and run.record.get("run_id") == run_id:
+                    run.record = {**run.record, "name": name}
+
     def make_room(self, limit: int = REPLAYED_BYTES) -> None:
         """Let go of what replays brought to the runs that were used least recently, until the rest fits."""
         with self._lock:

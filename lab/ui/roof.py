@@ -9,7 +9,7 @@ from lab.errors import LabError
 from . import figures
 from .components.tables import badge, folded
 from .controller import Lab
-from .format import DASH, count, decimal, duration, esc, percent, rate, size
+from .format import DASH, count, decimal, duration, esc, percent, rate, size, titles
 
 SEQUENCES = (1, 4, 16, 64, 256)
 VIEWS = {"step": "whole step", "attention": "attention alone"}
@@ -142,6 +142,7 @@ def _memory(lab: Lab, record: dict[str, Any], pick: Pick, machine: Any) -> tuple
     facts = record.get("model") or {}
     context, lines, body = int(facts.get("context") or 0), [], []
     contexts = sorted({max(1, context * i // (POINTS - 1)) for i in range(POINTS)}) if context else []
+    labels, names = figures.named(record), titles(record.get("variants") or [])
     for v in record.get("variants") or []:
         if v.get("error") or not contexts:
             continue
@@ -151,10 +152,10 @@ def _memory(lab: Lab, record: dict[str, Any], pick: Pick, machine: Any) -> tuple
             room = roofline.room(facts, stack, machine, pick.sequences)
         except LabError:
             continue
-        letter, label = str(v.get("letter")), figures.named(v)
-        lines.append({"letter": letter, "label": label, "contexts": contexts, "bytes": stored, "longest": room and room.longest})
+        letter = str(v.get("letter"))
+        lines.append({"letter": letter, "label": labels[letter], "contexts": contexts, "bytes": stored, "longest": room and room.longest})
         where = DASH if room is None else f"fits at {count(context)}" if room.longest is None else f"after {count(room.longest)}"
-        body.append((f"{badge(letter)} {esc(v.get('title') or v.get('spec'))}",
+        body.append((f"{badge(letter)} {esc(names[letter])}",
                      [size(stored[-1]), size(room.kv) if room else DASH, where, count(room.most) if room else DASH]))
     figure = figures.memory_context(lines, machine.memory or None, machine.name)
     head = ("", f"{count(pick.sequences)} × {count(context)} tokens and weights", "cache of one", "memory runs out, tokens",

@@ -38,11 +38,12 @@ def functions(lab: Lab) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
         return guarded(work, ask)
 
     def rename(ask: dict[str, Any]) -> dict[str, Any]:
-        return guarded(lambda a, who: lab.library.rename(str(a["run_id"]), str(a["name"])[:120], who) or {"ok": True}, ask)
+        return guarded(lambda a, who: lab.rename(str(a["run_id"]), str(a["name"]), who) or {"ok": True}, ask)
 
     def tag(ask: dict[str, Any]) -> dict[str, Any]:
         def work(a: dict[str, Any], who: str) -> dict[str, Any]:
-            lab.library.tag(str(a["run_id"]), [str(t)[:40] for t in a["tags"]][:20], who)
+            tags = [str(t).strip().lstrip("#").strip()[:40] for t in a["tags"]]  # the sign belongs to the search
+            lab.library.tag(str(a["run_id"]), [t for t in tags if t][:20], who)
             return {"ok": True}
         return guarded(work, ask)
 

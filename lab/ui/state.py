@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+LETTERS = ("A", "B", "C", "D")
 TABS = ("compare", "attention", "memory", "runs")
 MAX_PROMPT_CHARS = 400_000
 MOST_SAMPLES = 8  # continuations of one prompt that a column can still show
@@ -20,21 +21,31 @@ class Address:
     head: int | str | None = None
     minus: str | None = None
     unknown: str = ""  # what was named as a tab and is none
+    wrong: tuple[tuple[str, str], ...] = ()  # (name, value) of what could be no variant, layer or head
 
     @classmethod
     def read(cls, query: Any) -> Address:
-        """From query parameters; whatever is not understood falls back to the default."""
-        def number(name: str) -> int | None:
+        """From query parameters; whatever is not understood is left out and noted."""
+        wrong: list[tuple[str, str]] = []
+
+        def one(name: str, words: tuple[str, ...], numbers: bool = True) -> Any:
             value = str(query.get(name) or "")
-            return int(value) if value.isdigit() and len(value) < 6 else None
-        tab, head = str(query.get("tab") or ""), str(query.get("head") or "")
-        run = str(query.get("run") or "")[:80]
-        letter = str(query.get("variant") or "")
-        return cls(tab if tab in TABS else "compare", run or None, letter if letter in ("A", "B", "C", "D") else None,
-                   layer if (layer := str(query.get("layer") or "")) in ("mean", "max") else number("layer"),
-                   head if head in ("mean", "max", "rollout") else number("head"),
-                   minus if (minus := str(query.get("minus") or "")) in ("A", "B", "C", "D") else None,
-                   tab[:40] if tab not in ("", *TABS) else "")
+            if not value or value in words:
+                return value or None
+            if numbers and value.isdecimal() and len(value) < 6:
+                return int(value)
+            wrong.append((name, value[:20]))
+            return None
+        tab, run = str(query.get("tab") or ""), str(query.get("run") or "")[:80]
+        letter, layer = one("variant", LETTERS, False), one("layer", ("mean", "max"))
+        head, minus = one("head", ("mean", "max", "rollout")), one("minus", LETTERS, False)
+        return cls(tab if tab in TABS else "compare", run or None, letter, layer, head, minus,
+                   tab[:40] if tab not in ("", *TABS) else "", tuple(wrong))
+
+    @property
+    def names_view(self) -> bool:
+        """True when it names anything of the Attention tab."""
+        return bool(self.wrong) or any(x is not None for x in (self.variant, self.layer, self.head, self.minus))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .controller import Lab
-from .format import decimal, visible
+from .format import decimal, titles, visible
 from .opened import OpenRun
 from .tasks import Task, Told
 
@@ -14,14 +14,14 @@ def _alternatives(entries: Any) -> list[list[str]]:
     return [[visible(str(e[1])), decimal(float(e[2]), 3)] for e in (entries or [])[:5]]
 
 
-def _column(run: OpenRun, variant: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+def _column(run: OpenRun, variant: dict[str, Any], reference: dict[str, Any], title: str) -> dict[str, Any]:
     from lab.inspect.tokenview import recorded
 
     tokens, fidelity, fork = variant.get("tokens") or [], variant.get("fidelity") or [], variant.get("first_divergence")
     theirs = reference.get("tokens") or []
     shared = len(tokens) if fork is None else fork + 1
     measures, both = recorded(tokens, fidelity, shared), min(shared, len(theirs))
-    return {"letter": variant["letter"], "title": variant.get("title") or variant.get("spec") or "", "fork": fork,
+    return {"letter": variant["letter"], "title": title, "fork": fork,
             "layers": run.layers(variant["letter"]), "text": [str(t.get("text") or "") for t in tokens],
             "own": [_alternatives(t.get("alternatives")) for t in tokens], "values": measures,
             "other": [_alternatives(theirs[i].get("alternatives")) if variant is not reference and i < both else []
@@ -34,7 +34,8 @@ def texts(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
 
     variants = [v for v in run.record.get("variants") or [] if not v.get("error") and v.get("tokens")]
     reference = (run.record.get("variants") or [{}])[0]
-    return {"measures": [asdict(m) for m in MEASURES], "cols": [_column(run, v, reference) for v in variants]}
+    names = titles(run.record.get("variants") or [])
+    return {"measures": [asdict(m) for m in MEASURES], "cols": [_column(run, v, reference, names[v["letter"]]) for v in variants]}
 
 
 def attention(lab: Lab, run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:

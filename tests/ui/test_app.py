@@ -80,6 +80,22 @@ def test_presets_parse_with_the_real_registry():
     assert "amber key is in box seven" in assets.prompt_of(assets.preset("needle"))
 
 
+def test_the_preset_of_fewer_bits_predicts_fewer_bytes():
+    from lab.measure import cost
+    from lab.ui import recorded
+
+    facts, tokens = recorded.load().record["model"], 700
+    sizes = [cost.stored(facts, spec, tokens, tokens + 63) for spec in assets.preset("codes")["variants"]]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+
+
+def test_the_second_of_two_presses_is_told_to_wait_before_the_first_has_begun():
+    lab = fixture.FakeLab(step_s=0)
+    assert [lab.wait("first"), lab.wait("second"), lab.wait("first")] == [False, True, True]
+    lab._waiting["second"] -= 60  # pressed a minute ago while nothing ran: that page is closed
+    assert not lab.wait("first")
+
+
 def test_tile_is_bytes_and_hatches_what_was_evicted():
     run = OpenRun(*fixture.record_and_arrays())
     ask = {"letter": "B", "layer": 3, "head": 0, "rows": [0, 999], "cols": [-5, 999], "width": 512, "height": 512}

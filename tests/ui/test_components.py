@@ -128,7 +128,30 @@ def test_the_dial_adds_up(record):
 
 def test_masking_techniques_say_that_they_store_the_same(record):
     variant = {**record["variants"][1], "simulated": True}
-    assert "reads less, stores the same" in columns.head(variant, False)
+    assert "reads less, stores the same" in columns.head(variant, False, "X")
+
+
+def test_variants_of_one_title_are_told_apart_by_what_differs(record):
+    a, b, c = (dict(v) for v in record["variants"])
+    for v, bits in ((b, 8), (c, 4)):
+        v.update(title="Integer codes", techniques=[{"name": "int_codes", "params": {"bits": bits, "group_size": 64}}])
+    assert format.titles([a, b, c]) == {"A": "Dense", "B": "Integer codes · bits 8", "C": "Integer codes · bits 4"}
+    drawn = columns.columns({**record, "variants": [a, b, c]})["cols"]
+    assert ["bits" in column["head"].split("<p")[0] for column in drawn] == [False, True, True]
+    assert [line.name for line in figures.step_latency({**record, "variants": [b, c]}).data] == [
+        "B · Integer codes · bits 8", "C · Integer codes · bits 4"]
+
+
+@pytest.mark.parametrize(("times", "told"), [([8.0], "8.0 ms"), ([4.0, 8.0, 30.0], "8.0 ms")])
+def test_few_steps_are_charted_within_what_was_measured(record, times, told):
+    variant = {**record["variants"][0], "tokens": [{"step_ms": None}, *({"step_ms": t} for t in times)]}
+    drawn = charts.step_chart({**record, "variants": [variant]})
+    assert f"A median {told}" in drawn
+
+
+def test_a_run_without_a_step_says_so_in_place_of_axes(record):
+    figure = figures.step_latency({**record, "variants": [{**v, "tokens": []} for v in record["variants"]]})
+    assert "no step" in figure.layout.annotations[0].text and figure.layout.xaxis.visible is False
 
 
 @pytest.mark.parametrize(("value", "text"), [(0, "0 B"), (1023, "1023 B"), (46080, "45.0 KiB"), (97_255_424, "92.8 MiB")])
@@ -162,7 +185,8 @@ def test_a_stream_ends_in_what_the_saved_run_shows(record):
 
 
 def test_address_ignores_nonsense():
-    assert Address.read({"tab": "<b>", "layer": "-1", "head": "x", "variant": "Z"}) == Address(unknown="<b>")
+    wrong = (("variant", "Z"), ("layer", "-1"), ("head", "x"))
+    assert Address.read({"tab": "<b>", "layer": "-1", "head": "x", "variant": "Z"}) == Address(unknown="<b>", wrong=wrong)
     assert Address.read({"tab": "runs", "run": "r", "layer": "7", "head": "mean"}) == Address("runs", "r", None, 7, "mean")
 
 

@@ -12,7 +12,7 @@ from lab.ui import app
 from lab.ui.state import Address
 
 from .conftest import visitor
-from .hands import TELLS_WEIGHT, WAIT_S, arrive, canvas, drawn, point, press, tab, tells, tip, toasted, variant
+from .hands import TELLS_WEIGHT, WAIT_S, arrive, canvas, drawn, point, press, tab, tells, tip, variant
 
 pytestmark = pytest.mark.browser
 SCALE = "#attention .att .mapscale"
@@ -181,9 +181,23 @@ def test_diagnostics_take_words_places_and_separators(page):
     expect(why).to_contain_text("no model")
 
 
-def test_a_layer_out_of_range_is_one_sentence(page, site):
-    arrive(page, site[0] + "?tab=attention&layer=99")
-    toasted(page, "Layer 99 does not exist.*0 to 7")
+@pytest.mark.parametrize("asked, told, follows", [
+    ("layer=99&head=77", ["Layer 99: this model has layers 0 to 7.", "Query head 77: this model has query heads 0 to 5.",
+                          "Shown: variant A, layer 3, query head 0."], "variant=A&layer=3&head=0"),
+    ("variant=Z&layer=7&head=mean", ["Variant Z: this run has A, B, C.", "Shown: variant A, layer 7, mean."],
+     "variant=A&layer=7&head=mean"),
+    ("variant=B&minus=B&layer=abc", ["Layer abc", "Variant B minus itself is nothing."], "variant=B&layer=3&head=0"),
+])
+def test_what_an_address_names_and_is_not_there_is_told_in_place_and_the_address_follows(page, site, asked, told, follows):
+    arrive(page, f"{site[0]}?tab=attention&{asked}")
+    line = page.locator("#attention .toldbox")
+    for words in told:
+        expect(line).to_contain_text(words)
+    shown = {tuple(pair.split("=")) for pair in follows.split("&")}
+    named = page.evaluate("[...new URL(location.href).searchParams]")
+    assert {(name, value) for name, value in named if name != "tab"} == shown
+    page.get_by_role("group", name="variant", exact=True).get_by_role("button", name="C", exact=True).click()
+    expect(line).to_have_text("")
 
 
 def test_text_is_coloured_by_any_measure_and_tells_both_sides(page):

@@ -54,7 +54,7 @@ def test_numbers_out_of_range_are_told_and_nothing_is_emptied(page):
     expect(box).to_have_value("1024")
     box.fill("")
     page.keyboard.press("Tab")
-    toasted(page, "1024 stays")
+    toasted(page, "1,024 stays")
     expect(box).to_have_value("1024")
 
 
@@ -65,6 +65,7 @@ def test_control_and_enter_run_what_is_written(page, site):
     expect(page.locator("#status")).to_contain_text("Done.")
     assert site[1].runs_made == before + 1
     expect(page.locator("#prompt textarea")).to_have_value("The lamp was lit")
+    assert "common." not in page.evaluate("document.body.textContent")  # Gradio's untranslated words
 
 
 def test_on_a_phone_the_editor_opens_under_its_card(browser, site):

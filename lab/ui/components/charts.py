@@ -62,9 +62,8 @@ def step_chart(record: dict[str, Any]) -> str:
     rows = []
     for variant in record.get("variants") or []:
         times = [t["step_ms"] for t in variant.get("tokens") or [] if not missing(t.get("step_ms"))]
-        if len(times) > 3:
-            low, middle, high = quantiles(times, n=4)
-            rows.append((variant["letter"], low, middle, high, times))
+        if times:
+            rows.append((variant["letter"], *_quarters(times), times))
     if not rows:
         return ""
     top = max(high for _, _, _, high, _ in rows) * 1.25
@@ -84,6 +83,14 @@ def step_chart(record: dict[str, Any]) -> str:
                  f'<text x="{px(top):.1f}" y="{HEIGHT - 8}" text-anchor="end">{esc(duration(top))}</text>')
     words = "; ".join(f"{letter} median {duration(middle)}" for letter, _, middle, _, _ in rows)
     return _figure("Step time · median and middle half, measured", "".join(parts), words)
+
+
+def _quarters(times: list[float]) -> tuple[float, float, float]:
+    """Lower quarter, median, upper quarter; of few steps none lies beyond what was measured."""
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    low, middle, high = quantiles(times, n=4, method="exclusive" if len(times) > 3 else "inclusive")
+    return low, middle, high
 
 
 def _figure(title: str, body: str, words: str) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..format import esc
+from ..format import esc, titles
 from . import dial, metrics, tokens
 
 ENDINGS = {
@@ -27,16 +27,15 @@ def saving(variant: dict[str, Any]) -> str:
     return words[0] if words else "saves nothing" if variant.get("saves") else ""
 
 
-def head(variant: dict[str, Any], reference: bool) -> str:
+def head(variant: dict[str, Any], reference: bool, title: str) -> str:
     """Letter, title and chips of one column."""
     chips = ['<span class="chip">reference</span>'] if reference else []
     note = saving(variant)
     if note and not reference:
         chips.append(f'<span class="chip">{esc(note)}</span>')
     spec = esc(variant.get("spec") or "dense")
-    title = esc(variant.get("title") or variant.get("spec") or "Dense")
     return (f'<span class="badge" aria-label="variant {esc(variant.get("letter"))}">{esc(variant.get("letter"))}</span>'
-            f'<h3>{title}</h3>{"".join(chips)}<p class="spec num soft" title="{spec}">{spec}</p>')
+            f'<h3>{esc(title)}</h3>{"".join(chips)}<p class="spec num soft" title="{spec}">{spec}</p>')
 
 
 def note(variant: dict[str, Any]) -> str:
@@ -78,10 +77,11 @@ def columns(record: dict[str, Any] | None, live: bool = False) -> dict[str, Any]
         return {"run": None, "live": False, "cols": []}
     variants = record.get("variants") or []
     reference = variants[0] if variants else {}
-    drawn = []
+    drawn, names = [], titles(variants)
     for i, variant in enumerate(variants):
         drawn.append({
-            "letter": str(variant.get("letter") or "?"), "head": head(variant, i == 0), "dial": dial.dial(variant),
+            "letter": str(variant.get("letter") or "?"), "head": head(variant, i == 0, names[str(variant.get("letter"))]),
+            "dial": dial.dial(variant),
             "spec": str(variant.get("spec") or "dense"),
             "own": tokens.own_text(variant, reference if i else None),
             "forced": tokens.forced_text(variant, reference) if i and not live else [],
