@@ -168,26 +168,31 @@ def test_a_turn_in_between_and_a_fork():
     assert torch.allclose(fed(ours, ours.step, IDS[:9])[0], fed(theirs, theirs.step, IDS[:9])[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("spec", ["quest(budget=0.2,page=16,dense_layers=0)", "quest(budget=0.2,page=7,dense_layers=1)",
-                                  "snapkv(budget=0.5,window=8)+adakv+quest(budget=0.3,page=4,dense_layers=0)",
-                                  "quest(budget=0.2,page=4,dense_layers=0)+head_pruning(heads=1)",
-                                  "block_topk(budget=0.2,page=8,sinks=3,local=10)", "block_topk(budget=0.2,page=7,local=9)"])
+@pytest.mark.parametrize("spec,prompt", [
+    ("quest(budget=0.2,page=16,dense_layers=0)", 76), ("quest(budget=0.2,page=7,dense_layers=1)", 66),
+    ("snapkv(budget=0.5,window=8)+adakv+quest(budget=0.3,page=4,dense_layers=0)", 76),
+    ("quest(budget=0.2,page=4,dense_layers=0)+head_pruning(heads=1)", 76),
+    ("block_topk(budget=0.2,page=8,sinks=3,local=10)", 76), ("block_topk(budget=0.2,page=7,local=9)", 66),
+])
 @pytest.mark.skipif(not interpreting(), reason="runs kernels on a CPU, in Triton's interpreter")
-def test_by_the_kernels(spec, monkeypatch):
+def test_by_the_kernels(spec, prompt, monkeypatch):
     """Triton's interpreter runs what a graph would capture: joined launches, and pages of no power of two in several.
 
-    From 67 to 82 entries pages of every size begin, those of 7 twice, and pages of 7 and of 16 are soon read one more of (at 71
-    and at 81). Two layers, as the first may be dense and the interpreter is slow.
+    Within eight steps from these prompts a page begins and one page more is read. Two layers, as the first may be dense and
+    the interpreter is slow.
     """
     pytest.importorskip("triton")
     for name in ("attend_best", "grow_bounds", "grow_means", "page_summaries"):
         monkeypatch.setattr(paged.select, name, functools.partial(getattr(select, name), impl="triton"))
-    model = tiny_models.build("llama", head_dim=16, num_hidden_layers=2)
-    ours, theirs = started(model, spec, prompt=66), started(model, spec, ordinary=True, prompt=66)
+    model, ids = tiny_models.build("llama", head_dim=16, num_hidden_layers=2), IDS[prompt : prompt + 8]
+    ours, theirs = started(model, spec, prompt=prompt), started(model, spec, ordinary=True, prompt=prompt)
     with torch.inference_mode():
         graph = GraphedDecode(model, ours.cache, 1, STEPS, capture=False)
-    got, want = fed(ours, graph.step, IDS[66:82]), fed(theirs, theirs.step, IDS[66:82])
+    got, want = fed(ours, graph.step, ids), fed(theirs, theirs.step, ids)
     assert got[1] == want[1] and torch.allclose(got[0], want[0], atol=1e-4)
+    for mine, other in zip(ours.cache.lab_layers, theirs.cache.lab_layers):  # also what no step has looked at yet
+        assert all(torch.allclose(table, other.state[name], atol=1e-5) for name, table in mine.state.items())
+    assert ours.cache.lab_layers[1].state
 
 
 def test_what_samples_share_has_no_kernel_yet():
