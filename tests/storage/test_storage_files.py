@@ -12,17 +12,31 @@ from storage import FORMATS, Store, StorageError, load
 from storage.codec import same
 
 
-@pytest.fixture
-def exported(store, make, arrays, tmp_path):
-    """Two runs, exported in every format."""
+def export(store, make, arrays, folder):
+    """Two runs, saved and exported in every format."""
     odd = make("odd", tokens=2, extra={"$float": "nan", "x": [None, 1.0, True]})
     odd["variants"][0]["perplexity"] = float("inf")
     odd["variants"][1]["tokens"][0]["text"] = "\ud83d"  # Half a character, as byte-level tokens can be.
     store.save(make("a"), arrays)
     store.save(odd)
     for form in FORMATS:
-        store.export(["a", "odd"], tmp_path / f"runs.{form}")
+        store.export(["a", "odd"], folder / f"runs.{form}")
     return {"a": make("a"), "odd": odd}
+
+
+@pytest.fixture
+def exported(store, make, arrays, tmp_path):
+    """The runs, still in their store, and their files in tmp_path."""
+    return export(store, make, arrays, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def files(make, arrays, tmp_path_factory):
+    """A folder with the exported files alone, which no test changes."""
+    folder = tmp_path_factory.mktemp("files")
+    with Store.open(":memory:") as store:
+        export(store, make, arrays, folder)
+    return folder
 
 
 @pytest.mark.parametrize("form", ["parquet", "json"])
@@ -265,10 +279,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_import_names_the_fault_and_adds_nothing(exported, tmp_path, case):
+def test_a_bad_import_names_the_fault_and_adds_nothing(files, tmp_path, case):
     content, words = BAD[case]
     file = tmp_path / "bad.file"
-    file.write_bytes(content(tmp_path))
+    file.write_bytes(content(files))
     with Store.open(":memory:") as other:
         with pytest.raises(StorageError, match=words) as info:
             other.import_(file)
@@ -277,10 +291,10 @@ def test_a_bad_import_names_the_fault_and_adds_nothing(exported, tmp_path, case)
     assert not [p for p in os.listdir(tmp_path) if p.startswith(".")]
 
 
-def parquet(tmp_path, query):
+def parquet(files, tmp_path, query):
     file = tmp_path / "made.parquet"
     with duckdb.connect() as db:
-        db.execute(f"CREATE TABLE source AS FROM '{tmp_path}/runs.parquet'")
+        db.execute(f"CREATE TABLE source AS FROM '{files}/runs.parquet'")
         db.execute(f"COPY ({query}) TO '{file}' (FORMAT parquet)")
     return file
 
@@ -304,8 +318,8 @@ def parquet(tmp_path, query):
         ("SELECT * REPLACE ('b' AS run_id) FROM source WHERE kind <> 'array'", None),
     ],
 )
-def test_a_bad_parquet_file_names_the_fault(exported, tmp_path, query, words):
-    file = parquet(tmp_path, query)
+def test_a_bad_parquet_file_names_the_fault(files, tmp_path, query, words):
+    file = parquet(files, tmp_path, query)
     with Store.open(":memory:") as other:
         if words is None:  # The record speaks for itself.
             assert other.import_(file) == ["a", "odd"]
