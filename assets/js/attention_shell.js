@@ -141,10 +141,12 @@ const tokbox = h("div", {class: "tokbox"}, h("div", {class: "h"}, "Tokens", prom
 new ResizeObserver(() => { size(); if (S.now) { near(); paintCache(); } }).observe(stage);
 const toldbox = h("div", {class: "toldbox"}); // what the address named and the run has not
 function tellAddress(told) {
-  const head = typeof S.head === "number" ? `query head ${S.head}` : S.head, layer = S.over ? `layers ${S.over}` : `layer ${S.layer}`;
-  swap(toldbox, h("div", {class: "banner row", role: "status"}, h("span", {}, `The address names what is not there. ${told.join(" ")} `
-    + `Shown: variant ${S.letter}, ${layer}, ${head}.`), h("button", {type: "button", class: "quiet",
-    "aria-label": "close this message", onclick: () => toldbox.replaceChildren()}, "×")));
+  const head = typeof S.head === "number" ? `query head ${S.head}` : S.head;
+  const shown = `Shown: variant ${S.letter}, ${S.over ? `layers ${S.over}` : `layer ${S.layer}`}, ${head}.`;
+  swap(toldbox, h("div", {class: "banner row", role: "status"},
+    h("span", {}, ["The address names what is not there.", ...told, shown].join(" ")),
+    h("button", {type: "button", class: "quiet", "aria-label": "close this message",
+      onclick: () => toldbox.replaceChildren()}, "×")));
   S.address();
 }
 let loading = 0;

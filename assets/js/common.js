@@ -94,8 +94,10 @@ const toast = (text, action, onaction) => { // one that only tells stands above 
 };
 const within = (text, min, max, whole, before, name) => { // a typed number, brought into its range with a word about it
   const typed = text.trim() === "" ? NaN : Number(text), n = whole ? Math.round(typed) : typed;
-  if (!isFinite(n)) { toast(`${name}: ${text.trim() ? `“${text.trim()}” is no number` : "nothing was entered"}; ${before === null ? "auto" : before.toLocaleString("en-US")} stays.`);
-    return before; }
+  if (!isFinite(n)) {
+    const stays = before === null ? "auto" : before.toLocaleString("en-US");
+    toast(`${name}: ${text.trim() ? `“${text.trim()}” is no number` : "nothing was entered"}; ${stays} stays.`); return before;
+  }
   const fit = Math.min(max, Math.max(min, n));
   if (fit !== n) toast(`${name} goes from ${min.toLocaleString("en-US")} to ${max.toLocaleString("en-US")}: ${fit.toLocaleString("en-US")} is set.`);
   return fit;

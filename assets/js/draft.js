@@ -1,5 +1,5 @@
 /* What was set in Compare and not run: prompt, settings and variants. Loading the page again gives it back, and so does a
-   button where a preset or an opened run took its place. It lies in the session storage: another tab of the browser has its own.
+   button where a preset or an opened run took its place. It lies in the session storage: another browser tab has its own.
    A state is {prompt, settings, variants}; `base` is what the server set last, `lost` what can be brought back. */
 window.alDraft = (() => {
   const NAME = "attention-lab-draft", LISTS = ["presets", "limits"];
@@ -27,7 +27,8 @@ window.alDraft = (() => {
   document.addEventListener("visibilitychange", () => { if (document.hidden) keep(); });
   return {
     same,
-    // The page arrived with these values: what was set before it was loaded again, or null. Another run's page is no place for it.
+    // The page arrived with these values: what was set before it was loaded again, or null. A page of another run is no place
+    // for it.
     arrived: (...values) => {
       base = state(...values);
       try {

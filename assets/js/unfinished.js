@@ -42,7 +42,7 @@ function draw() {
 }
 addEventListener("al-draft", e => {
   const {text, name} = e.detail || {};
-  swap(draftbox, text ? notice("back", text, name, () => trigger("back"), () => { alDraft.dropped(); draftbox.replaceChildren(); })
-    : []);
+  const close = () => { alDraft.dropped(); draftbox.replaceChildren(); };
+  swap(draftbox, text ? notice("back", text, name, () => trigger("back"), close) : []);
 });
 draw(); watch("value", draw);

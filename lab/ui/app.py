@@ -96,7 +96,8 @@ def build(lab: Lab | None = None) -> gr.Blocks:
         probe.compute(work, None, probed, show_progress="hidden", trigger_mode="multiple", concurrency_limit=2, **PRIVATE)
         probe.probe(work, None, probed, show_progress="hidden", trigger_mode="multiple", **ONE, **PRIVATE)
         mem.control.pick(memory.picker(lab), followed, [mem.picked, *mem.outputs[4:]], trigger_mode="multiple", **QUIET)
-        opened = [part.open(opener(lab), None, [view, *shown], trigger_mode="multiple", **QUIET) for part in (table, c.unfinished)]
+        opened = [part.open(opener(lab), None, [view, *shown], trigger_mode="multiple", **QUIET)
+                  for part in (table, c.unfinished)]
         for part in (table, c.saved):
             part.renamed(renamed(lab), view, [header, c.saved], trigger_mode="multiple", **QUIET)
         arrived = demo.load(None, None, owner, js=OWNER, **PRIVATE)
@@ -125,7 +126,8 @@ def _compare_events(lab: Lab, c: compare.Parts, view: gr.State, owner: gr.Textbo
     c.stop.click(compare.stopping(lab), None, c.status, **QUIET).then(
         compare.stopper(lab), None, [c.run, c.stop, c.status, c.unfinished], **QUIET)
     now = [c.prompt, c.setup, c.settings]
-    chosen = c.settings.preset(compare.apply_preset(lab), c.settings, [*now, c.status, c.banner], trigger_mode="multiple", **QUIET)
+    chosen = c.settings.preset(compare.apply_preset(lab), c.settings, [*now, c.status, c.banner],
+                               trigger_mode="multiple", **QUIET)
     chosen.then(None, now, None, js="(...now) => window.alDraft.replaced('The preset', ...now)", **PRIVATE)
     c.unfinished.back(None, now, now, js="(...now) => window.alDraft.back(...now)", **PRIVATE)
     c.info.ready(lambda *now: (compare.token_counter(lab)(*now), cards.model_card(lab.facts(), lab.loaded)),

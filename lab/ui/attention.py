@@ -53,7 +53,7 @@ def chosen(address: Address, variants: list[dict[str, Any]], absent: list[dict[s
         named = wrong.get(name, sel[name])
         if named is not None and named not in have:
             sel[name] = None
-            told.append(f"Variant {named}: {gone[named]}" if named in gone else f"Variant {named}: this run has {', '.join(have)}.")
+            told.append(f"Variant {named}: " + gone.get(named, f"this run has {', '.join(have)}."))
     if sel["minus"] is not None and sel["minus"] == sel["letter"]:
         told.append(f"Variant {sel['letter']} minus itself is nothing.")
         sel["minus"] = None

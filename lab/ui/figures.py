@@ -31,9 +31,9 @@ def layout(figure: go.Figure, x: str, y: str, height: int = 340) -> go.Figure:
 
 
 def named(record: dict[str, Any]) -> dict[str, str]:
-    """"A · Dense" by letter: letter and title; a specification would not fit a phone's legend."""
+    """"A · Dense" by letter: letter and title; a specification would not fit a phone's legend. Plotly reads a little HTML."""
     names = titles(record.get("variants") or [])
-    return {letter: f"{letter} · {title}".replace("<", "&lt;") for letter, title in names.items()}  # Plotly reads a little HTML
+    return {letter: f"{letter} · {title}".replace("<", "&lt;") for letter, title in names.items()}
 
 
 def kv_growth(record: dict[str, Any], growth: Growth) -> go.Figure:

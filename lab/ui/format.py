@@ -133,7 +133,8 @@ def visible(text: str) -> str:
 def titles(variants: list[dict[str, Any]]) -> dict[str, str]:
     """Title of each variant by its letter; those that share one also name the parameters that tell them apart."""
     def params(variant: dict[str, Any]) -> dict[tuple[str, str], Any]:
-        return {(t["name"], key): value for t in variant.get("techniques") or [] for key, value in (t.get("params") or {}).items()}
+        chosen = variant.get("techniques") or []
+        return {(t["name"], key): value for t in chosen for key, value in (t.get("params") or {}).items()}
 
     plain = {str(v.get("letter")): str(v.get("title") or v.get("spec") or "Dense") for v in variants}
     found = {}

@@ -153,7 +153,8 @@ def _memory(lab: Lab, record: dict[str, Any], pick: Pick, machine: Any) -> tuple
         except LabError:
             continue
         letter = str(v.get("letter"))
-        lines.append({"letter": letter, "label": labels[letter], "contexts": contexts, "bytes": stored, "longest": room and room.longest})
+        lines.append({"letter": letter, "label": labels[letter], "contexts": contexts, "bytes": stored,
+                      "longest": room and room.longest})
         where = DASH if room is None else f"fits at {count(context)}" if room.longest is None else f"after {count(room.longest)}"
         body.append((f"{badge(letter)} {esc(names[letter])}",
                      [size(stored[-1]), size(room.kv) if room else DASH, where, count(room.most) if room else DASH]))

@@ -35,7 +35,8 @@ def texts(run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:
     variants = [v for v in run.record.get("variants") or [] if not v.get("error") and v.get("tokens")]
     reference = (run.record.get("variants") or [{}])[0]
     names = titles(run.record.get("variants") or [])
-    return {"measures": [asdict(m) for m in MEASURES], "cols": [_column(run, v, reference, names[v["letter"]]) for v in variants]}
+    cols = [_column(run, v, reference, names[v["letter"]]) for v in variants]
+    return {"measures": [asdict(m) for m in MEASURES], "cols": cols}
 
 
 def attention(lab: Lab, run: OpenRun, ask: dict[str, Any]) -> dict[str, Any]:

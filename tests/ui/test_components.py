@@ -149,8 +149,10 @@ def test_few_steps_are_charted_within_what_was_measured(record, times, told):
     assert f"A median {told}" in drawn
 
 
-def test_a_run_without_a_step_says_so_in_place_of_axes(record):
-    figure = figures.step_latency({**record, "variants": [{**v, "tokens": []} for v in record["variants"]]})
+def test_a_run_without_a_step_says_so_in_place_of_axes_and_figures(record):
+    empty = {**record, "variants": [{**v, "tokens": []} for v in record["variants"]]}
+    assert tables.costs(empty).count("ended before it wrote a token") == 3 and "ended before" not in tables.costs(record)
+    figure = figures.step_latency(empty)
     assert "no step" in figure.layout.annotations[0].text and figure.layout.xaxis.visible is False
 
 

@@ -73,7 +73,8 @@ def test_what_took_its_place_can_be_taken_back(page, site, what, monkeypatch):
         tab(page, "Runs")
         page.locator(".runs tbody tr", has_text="older run").get_by_role("button", name="Open", exact=True).click()
         status_says(page, "Opened as it was saved.")
-    expect(offer(page)).to_contain_text(f"The {'preset' if what == 'preset' else 'opened run'} took the place of what you had set.")
+    name = {"preset": "preset", "run": "opened run"}[what]
+    expect(offer(page)).to_contain_text(f"The {name} took the place of what you had set.")
     page.get_by_role("button", name="Bring it back").click()
     own(page)
     expect(offer(page)).to_have_count(0)

@@ -73,5 +73,6 @@ def test_on_a_phone_the_editor_opens_under_its_card(browser, site):
         arrive(phone, site[0])
         phone.click('[data-key="edit-1"]')
         expect(phone.locator(".card.open + .editor")).to_have_count(1)
+        expect(phone.locator("#header .chip:visible")).to_have_text(["recorded example"])  # the run, on every tab
         phone.set_viewport_size({"width": 1200, "height": 800})
         expect(phone.locator(".cards + .editor")).to_have_count(1)

@@ -1,4 +1,4 @@
-"""The table of runs and the tabs under the keyboard, several deletions and one Undo, and a new name wherever the run is shown."""
+"""The table of runs and the tabs under the keyboard, one Undo of several deletions, and a new name wherever a run is shown."""
 from __future__ import annotations
 
 import itertools

@@ -67,8 +67,9 @@ def costs(record: dict[str, Any]) -> str:
         if v.get("techniques"):
             title += f' <span class="soft num">{esc(v.get("spec"))}</span>'
             title += f'<span class="soft stores">{STORES_ALL}</span>' if stores_all(v) else ""
-        if v.get("error"):
-            title += f'<span class="soft stores">{esc(v["error"])}</span>'
+        why = v.get("error") or ("" if v.get("tokens") else "The run ended before it wrote a token.")
+        if why:
+            title += f'<span class="soft stores">{esc(why)}</span>'
         figures = "".join(f'<td class="num" data-name="{esc(name)}">{esc(c)}</td>' for name, c in zip(COSTS, cells, strict=True))
         rows.append(f'<tr><th scope="row">{_letter(v)} {title}</th>{figures}</tr>')
     head = '<th scope="col">variant</th>' + "".join(
