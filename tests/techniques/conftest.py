@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -28,13 +29,20 @@ def loaded():
 
 @pytest.fixture(scope="session")
 def calibrations(tmp_path_factory):
-    """A folder that LAB_CALIBRATION points to, with a file for every technique that learns."""
+    """A folder that LAB_CALIBRATION points to, with a file for every technique that learns; later processes use it too."""
     from lab.measure.calibrate import calibratable, calibrate, default_name
 
-    folder = tmp_path_factory.mktemp("calibration")
-    who = loaded()
-    for name in calibratable():
-        calibrate(name, who, options=LESS.get(name)).save(folder / default_name(name, who))
+    folder, several = tmp_path_factory.mktemp("calibration"), "PYTEST_XDIST_WORKER" in os.environ
+    shared = tmp_path_factory.getbasetemp().parent / "calibration"  # of all processes of one run
+    if several and shared.exists():
+        folder = shared
+    else:
+        who = loaded()
+        for name in calibratable():
+            calibrate(name, who, options=LESS.get(name)).save(folder / default_name(name, who))
+        if several:
+            with suppress(OSError):  # another process was as quick
+                folder = folder.rename(shared)
     before = os.environ.get("LAB_CALIBRATION")
     os.environ["LAB_CALIBRATION"] = str(folder)
     yield folder
