@@ -1,6 +1,8 @@
 """What a run that broke off did not sum up is told all the same, from what it wrote."""
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from lab.ui.completed import completed
@@ -15,7 +17,7 @@ def broken(tokens: int) -> tuple[dict, dict]:
     record["status"] = "interrupted"
     for v in record["variants"]:
         v.update(tokens=v["tokens"][:tokens], token_ids=v["token_ids"][:tokens], fidelity=v["fidelity"][:tokens],
-                 finish="interrupted", first_divergence=None, kv_bytes_dense=None, kv_bytes=v["tokens"][tokens - 1]["kv_bytes"])
+                 finish="interrupted", first_divergence=None, kl_mean=None, top1_agreement=None, perplexity=None, kv_bytes_dense=None, kv_bytes=v["tokens"][tokens - 1]["kv_bytes"])
     return record, {}
 
 
@@ -27,6 +29,14 @@ def test_where_texts_part_and_the_ratio_to_dense_follow_from_what_was_written():
     assert [v["kv_bytes_dense"] for v in found] == [fixture.FACTS["kv_bytes_per_token"] * read] * 3
     assert half["variants"][1]["first_divergence"] is None
     assert completed(whole) == whole
+
+
+def test_averages_are_those_of_the_tokens_that_were_written():
+    a, b, _ = completed(broken(6)[0])["variants"]
+    assert a["kl_mean"] is None and a["perplexity"] == pytest.approx(math.exp(0.45))  # log-probabilities -0.40 to -0.50
+    assert b["kl_mean"] == pytest.approx(sum(row["kl"] for row in b["fidelity"]) / 6)
+    assert b["top1_agreement"] == sum(row["agree"] for row in b["fidelity"]) / 6
+    assert b["perplexity"] == pytest.approx(1 / 0.48)
 
 
 def test_an_interrupted_run_is_opened_with_its_fork_and_its_ratio():
