@@ -21,6 +21,7 @@ from lab.measure.hardware import Machine
 
 INTENSITY = 562.5  # FLOP per byte of the accelerator in the Kinetics paper
 CHUNK = 512  # prompt rows per forward of a Session, which decides how far a sliding layer is trimmed
+ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 POSITION_BYTES = 4
 MASS_BYTES = 4
 

@@ -14,6 +14,7 @@ from lab.engine.events import Event, Failed, Fidelity, Finished, Progress, Token
 from lab.engine.session import Session
 from lab.errors import LabError, out_of_memory
 from lab.measure import record as rec
+from lab.measure.completed import completed
 from lab.measure.request import LETTERS, RunRequest, tokenise
 from lab.measure.stream import COMPILING, Reference, Stream
 from lab.measure.text import token_strings
@@ -63,7 +64,7 @@ class Experiment:
             if stream is not None and variant["finish"] is None and variant["error"] is None:
                 variant.update(text=stream.text, token_ids=list(stream.token_ids[0]), ttft_ms=stream.ttft_ms,
                                finish="interrupted", **rec.so_far(variant["tokens"]))
-        return {**self.record, "status": "interrupted", "variants": variants}
+        return completed({**self.record, "status": "interrupted", "variants": variants})
 
     def close(self) -> None:
         """Free the caches."""
@@ -166,6 +167,9 @@ class Experiment:
             self.record["status"] = "cancelled"
         else:
             self.record["status"] = "partial" if any(errors) else "complete"
+        # variants that noticed the stop before the reference did were filled without its text
+        for variant, whole in zip(self.record["variants"], completed(self.record)["variants"], strict=True):
+            variant.update(whole)
 
     def _captures_fit(self) -> bool:
         facts = self.loaded.facts

@@ -13,7 +13,6 @@ from lab.measure import cost
 from lab.measure.hardware import Machine
 
 KINDS = ("decode attention", "decode step", "prompt attention", "whole prompt")
-ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 PACKED = {"int4": 5 / 8, "int8": 1.0}  # bytes per weight of the lab's CPU layers: codes, and a scale and centre per 32 of int4
 
 
@@ -54,7 +53,7 @@ class Room:
 
 def element_of(facts: dict[str, Any], machine: Machine) -> int:
     """Bytes of one cached number: the model's own on this machine, the accelerator's format elsewhere."""
-    return ELEMENT.get(str(facts.get("dtype")), 4) if machine.source == "measured" else ELEMENT[machine.format]
+    return cost.ELEMENT.get(str(facts.get("dtype")), 4) if machine.source == "measured" else cost.ELEMENT[machine.format]
 
 
 def weight_bytes(facts: dict[str, Any], machine: Machine) -> float:

@@ -317,8 +317,9 @@ def describe(lab: Lab, variant: dict[str, Any]) -> dict[str, Any]:
 def waiter(lab: Lab) -> Any:
     """Run was pressed: it rests until the run is over, and whoever has to queue can still change their mind."""
     def wait(request: gr.Request) -> Any:
-        busy = lab.wait(visitor_of(request))
-        told = cards.status("Another run is under way; yours waits for its turn.", busy=True) if busy else gr.skip()
+        before = lab.wait(visitor_of(request))
+        others = "Another run is under way" if before == 1 else f"{before} runs are before yours"
+        told = cards.status(f"{others}; yours waits for its turn.", busy=True) if before else gr.skip()
         return gr.Button(interactive=False), gr.Button(interactive=True), told, {}
     return wait
 

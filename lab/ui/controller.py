@@ -15,7 +15,6 @@ from typing import Any
 from lab.errors import LabError, out_of_memory
 
 from . import recorded
-from .completed import ELEMENT, completed
 from .format import ratio, size
 from .opened import OpenRun, Shelf
 from .state import MOST_SAMPLES
@@ -192,7 +191,7 @@ class Lab:
         from lab.measure import cost
 
         cost.check(stack, prompt)
-        found = cost.predict(facts, stack, prompt, total, ELEMENT.get(str(facts.get("dtype")), 4), trials=samples)
+        found = cost.predict(facts, stack, prompt, total, cost.ELEMENT.get(str(facts.get("dtype")), 4), trials=samples)
         return found.kv_bytes, found.kv_bytes_dense
 
     # -- model --------------------------------------------------------------------------------------------------
@@ -253,14 +252,14 @@ class Lab:
         return (self.facts() or {}).get("context")
 
     # -- runs ---------------------------------------------------------------------------------------------------
-    def wait(self, visitor: str) -> bool:
-        """A visitor pressed Run; True when somebody else's run is under way or about to be, so that theirs has to queue."""
+    def wait(self, visitor: str) -> int:
+        """A visitor pressed Run; how many other visitors' runs are under way or about to be, after which theirs begins."""
         now = time.monotonic()
         with self._jobs_lock:  # who pressed long ago while nothing runs has closed the page
             before = {*self._jobs, *(other for other, pressed in self._waiting.items() if now - pressed < ABOUT_TO_RUN_S)}
             if visitor not in self._jobs:
                 self._waiting[visitor] = now
-        return bool(before - {visitor})
+        return len(before - {visitor})
 
     def leave(self, visitor: str) -> None:
         """A visitor waits no longer: the queue holds none of their presses."""
@@ -340,9 +339,9 @@ class Lab:
             self.library.begin(experiment.record, owner if self.public else "")
         except Exception as problem:  # the run itself matters more than its place in the table
             log.warning("the run could not be noted before its start: %s", problem)
-        checkpoint = lambda record: self.library.checkpoint(completed(record), owner if self.public else "")  # noqa: E731
+        checkpoint = lambda record: self.library.checkpoint(record, owner if self.public else "")  # noqa: E731
         yield from kept(experiment, checkpoint)
-        yield Outcome(completed(experiment.record), experiment.arrays)
+        yield Outcome(experiment.record, experiment.arrays)
 
     def replay(self, run: OpenRun, letter: str, layer: int, report: Report | None = None,
                cancelled: Callable[[], bool] = lambda: False) -> None:
@@ -379,7 +378,7 @@ class Lab:
             return [], []
         xs = sorted({start + (end - start) * i // (points - 1) for i in range(points)})
         try:
-            stack, element = self.stack(variant), ELEMENT.get(str(facts.get("dtype")), 4)
+            stack, element = self.stack(variant), cost.ELEMENT.get(str(facts.get("dtype")), 4)
             samples = int((record.get("settings") or {}).get("samples") or 1)
             return xs, [cost.stored(facts, stack, max(1, prompt), x, element, samples) for x in xs]
         except LabError:
@@ -402,6 +401,8 @@ class Lab:
         record, arrays = self.library.load(run_id, whose)
         if run_id in self.under_way():
             raise LabError("This run is still being generated", fix="Open it once it has ended")
+        from lab.measure.completed import completed
+
         record = completed(record)
         there = self.shelf.find(record, whose)  # so that a reload keeps what was replayed
         return self.shelf.put(there or OpenRun(record, arrays, save=self._saver(record, owner), owner=whose))

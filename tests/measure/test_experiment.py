@@ -237,3 +237,28 @@ def test_detokeniser_waits_for_whole_characters():
 
     pieces = Detokeniser(Bytes())
     assert [pieces.add(b) for b in "é→x".encode()] == ["", "é", "", "", "→", "x"]
+
+
+def test_a_stop_seen_by_the_others_first_leaves_where_texts_part(loaded):
+    """In an interleaved run the reference is filled last; a variant that stopped before it is compared with its text all the same."""
+    experiment = Experiment(loaded, RunRequest(toy.prompt(60), ("dense", "int_codes(bits=2)"), max_new_tokens=40))
+    for event in experiment.events():
+        if isinstance(event, Token) and event.variant == 0 and len(experiment.record["variants"][1]["tokens"]) == 20:
+            experiment.cancel()
+    dense, coded = experiment.record["variants"]
+    assert experiment.record["status"] == "cancelled" and len(coded["token_ids"]) >= 20
+    parts = [a != b for a, b in zip(dense["token_ids"], coded["token_ids"])]
+    assert True in parts and coded["first_divergence"] == parts.index(True)
+
+
+def test_a_snapshot_tells_what_was_written_so_far(loaded):
+    """Fidelity, where texts part and the bytes of a dense cache, as the whole run would tell them of as many tokens."""
+    experiment = Experiment(loaded, RunRequest(toy.prompt(60), ("dense", "int_codes(bits=2)"), max_new_tokens=24))
+    for event in experiment.events():
+        if isinstance(event, Fidelity) and len(experiment.record["variants"][1]["fidelity"]) == 20:
+            half, written = experiment.snapshot(), len(experiment.record["variants"][1]["tokens"])
+    coded, whole = half["variants"][1], experiment.record["variants"][1]
+    assert half["status"] == "interrupted" and coded["first_divergence"] == whole["first_divergence"] is not None
+    assert coded["kl_mean"] == pytest.approx(sum(row["kl"] for row in whole["fidelity"][:20]) / 20)
+    per_token = whole["kv_bytes_dense"] // (len(experiment.ids) + len(whole["tokens"]) - 1)
+    assert coded["kv_bytes_dense"] == per_token * (len(experiment.ids) + written - 1)

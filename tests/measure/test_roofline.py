@@ -105,5 +105,5 @@ def test_where_memory_runs_out():
 
 def test_every_row_of_the_table_says_where_it_is_from():
     for machine in ACCELERATORS:
-        assert machine.source.startswith(("https://", "NVIDIA Ada")) and machine.format in roofline.ELEMENT
+        assert machine.source.startswith(("https://", "NVIDIA Ada")) and machine.format in cost.ELEMENT
         assert 10 < machine.intensity < 1000 and machine.memory >= 16e9

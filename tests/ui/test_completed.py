@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lab.ui.completed import completed
+from lab.measure.completed import completed
 from lab.ui.components import columns
 
 from . import fixture

@@ -7,9 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from lab.errors import LabError
-
-ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
-
+from lab.measure import cost
 
 def completed(record: dict[str, Any]) -> dict[str, Any]:
     """The record with what is missing in its variants and follows from the rest; nothing that was written is changed."""
@@ -56,9 +54,7 @@ def _known(work: Callable[[], Any]) -> Any:
 
 def _dense(record: dict[str, Any], variant: dict[str, Any]) -> int:
     """Bytes that the tokens a variant has read take without any technique."""
-    from lab.measure import cost
-
     facts, prompt = record.get("model") or {}, len((record.get("prompt") or {}).get("token_ids") or [])
     read = prompt + max(0, len(variant.get("tokens") or []) - 1)  # the newest token is not read yet
     samples = int((record.get("settings") or {}).get("samples") or 1)
-    return cost.stored(facts, "dense", max(1, prompt), read, ELEMENT.get(str(facts.get("dtype")), 4), samples)
+    return cost.stored(facts, "dense", max(1, prompt), read, cost.ELEMENT.get(str(facts.get("dtype")), 4), samples)
