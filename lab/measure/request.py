@@ -65,7 +65,9 @@ def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
     if not chat:
         return tokenizer(prompt, verbose=False)["input_ids"]  # the lab says itself what is too long
     if not getattr(tokenizer, "chat_template", None):
-        raise LabError("This model has no chat template", "Chat mode needs an instruction-tuned model", "Give the prompt as text, without the chat template")
+        raise LabError(
+            "This model has no chat template", "Chat mode needs an instruction-tuned model",
+            "Give the prompt as text, without the chat template")
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 

@@ -101,7 +101,8 @@ def build(lab: Lab | None = None) -> gr.Blocks:
         for part in (table, c.saved):
             part.renamed(renamed(lab), view, [header, c.saved], trigger_mode="multiple", **QUIET)
         arrived = demo.load(None, None, owner, js=OWNER, **PRIVATE)
-        looked = arrived.then(arrival(lab), owner, [shown_tab, header, pick.source, pick.weights, view, tabs, att, *shown], **QUIET)
+        told = [shown_tab, header, pick.source, pick.weights, view, tabs, att, *shown]
+        looked = arrived.then(arrival(lab), owner, told, **QUIET)
         rest = [followed, header, att, *mem.outputs, table, *probed]
         now = [c.prompt, c.setup, c.settings]
         for event in opened:
@@ -194,8 +195,8 @@ def arrival(lab: Lab) -> Any:
         except Exception as problem:
             # told in Compare's status line, so that is the tab to see, whatever the address names
             compare_tab = gr.Tabs(selected="compare")
-            return ("compare", *now("recorded"), gr.skip(), compare_tab, gr.skip(), *[gr.skip()] * 7, cards.error(sentence(problem)),
-                    gr.skip())
+            return ("compare", *now("recorded"), gr.skip(), compare_tab, gr.skip(), *[gr.skip()] * 7,
+                    cards.error(sentence(problem)), gr.skip())
         saved = shown_as_saved(lab, key)
         return (address.tab, *now(key), key, tab, attention.value(lab, key, address), *saved[:7], told or saved[7], saved[8])
 

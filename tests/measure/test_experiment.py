@@ -240,7 +240,7 @@ def test_detokeniser_waits_for_whole_characters():
 
 
 def test_a_stop_seen_by_the_others_first_leaves_where_texts_part(loaded):
-    """In an interleaved run the reference is filled last; a variant that stopped before it is compared with its text all the same."""
+    """In an interleaved run the reference is filled last; one that stopped before it is compared with its text all the same."""
     experiment = Experiment(loaded, RunRequest(toy.prompt(60), ("dense", "int_codes(bits=2)"), max_new_tokens=40))
     for event in experiment.events():
         if isinstance(event, Token) and event.variant == 0 and len(experiment.record["variants"][1]["tokens"]) == 20:

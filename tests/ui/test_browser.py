@@ -112,7 +112,8 @@ def test_the_focus_stays_near_what_was_pressed(page):
     page.keyboard.press("Space")
     expect(page.locator('[data-key="sw-1-kivi"]')).to_have_attribute("aria-checked", "false")
     focused("sw-1-kivi")
-    inside = """() => { const n = document.activeElement.getBoundingClientRect(), b = document.querySelector('.picklist').getBoundingClientRect();
+    inside = """() => { const n = document.activeElement.getBoundingClientRect();
+        const b = document.querySelector('.picklist').getBoundingClientRect();
         return n.top >= b.top && n.bottom <= b.bottom; }"""
     assert page.evaluate(inside)
     page.keyboard.press("Escape")

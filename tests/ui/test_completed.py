@@ -17,7 +17,8 @@ def broken(tokens: int) -> tuple[dict, dict]:
     record["status"] = "interrupted"
     for v in record["variants"]:
         v.update(tokens=v["tokens"][:tokens], token_ids=v["token_ids"][:tokens], fidelity=v["fidelity"][:tokens],
-                 finish="interrupted", first_divergence=None, kl_mean=None, top1_agreement=None, perplexity=None, kv_bytes_dense=None, kv_bytes=v["tokens"][tokens - 1]["kv_bytes"])
+                 finish="interrupted", first_divergence=None, kl_mean=None, top1_agreement=None, perplexity=None,
+                 kv_bytes_dense=None, kv_bytes=v["tokens"][tokens - 1]["kv_bytes"])
     return record, {}
 
 
