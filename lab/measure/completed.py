@@ -1,4 +1,5 @@
 """What a run that broke off did not come to sum up: where its texts part, what its tokens average to, a dense cache's size."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 from lab.errors import LabError
 from lab.measure import cost
+
 
 def completed(record: dict[str, Any]) -> dict[str, Any]:
     """The record with what is missing in its variants and follows from the rest; nothing that was written is changed."""
