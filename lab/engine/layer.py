@@ -203,10 +203,15 @@ class LabLayer(Shares, CacheLayerMixin):
         return sum(x.numel() * x.element_size() for x in self.state.values() if isinstance(x, torch.Tensor))
 
     def bits_count(self) -> dict[int, int]:
-        """Entries per key width, summed over lanes; 0 counts the entries dropped."""
-        table = {16: 0} if self.is_initialized else {}
-        for segment in self.keys_side if self.is_initialized else ():
-            table[segment.bits] = table.get(segment.bits, 0) + sum(segment.rows.lens)
+        """Entries held at each width, summed over lanes. One whose key and value differ in width counts half at each, and an odd
+        half at the wider."""
+        halves = {16: 0} if self.is_initialized else {}
+        for segment in (*self.keys_side, *self.values_side) if self.is_initialized else ():
+            halves[segment.bits] = halves.get(segment.bits, 0) + sum(segment.rows.lens)
+        table, before = {}, 0
+        for bits in sorted(halves, reverse=True):
+            table[bits] = (before + halves[bits] + 1) // 2 - (before + 1) // 2
+            before += halves[bits]
         return table
 
     def positions(self) -> torch.Tensor:

@@ -262,3 +262,14 @@ def test_a_snapshot_tells_what_was_written_so_far(loaded):
     assert coded["kl_mean"] == pytest.approx(sum(row["kl"] for row in whole["fidelity"][:20]) / 20)
     per_token = whole["kv_bytes_dense"] // (len(experiment.ids) + len(whole["tokens"]) - 1)
     assert coded["kv_bytes_dense"] == per_token * (len(experiment.ids) + written - 1)
+
+
+def test_an_entry_whose_key_alone_is_coded_counts_half(loaded):
+    """KIVI's keys are coded as soon as a block is whole, the newest 64 values stay exact."""
+    session = Session(loaded.model, "kivi(bits=2,residual=64)", new_tokens=4)
+    session.prefill(list(range(2, 103)))
+    layer = session.cache.lab_layers[0]
+    keys, values = (rows.lens[0] for rows in (layer.exact_k.rows, layer.exact_v.rows))
+    assert keys < values < 101  # both of an entry are exact, both are coded, or its value alone is exact
+    counts, heads = layer.bits_count(), layer.heads
+    assert counts[16] + counts[2] == 101 * heads and counts[16] == (heads * (keys + values) + 1) // 2
