@@ -47,12 +47,13 @@ def fit_levels(x: torch.Tensor, bits: int, rounds: int = 25) -> torch.Tensor:
     """One-dimensional k-means with 2**bits centres on the numbers x [n], ascending float32 (Lloyd's algorithm)."""
     count = 2**bits
     x = x.float().sort().values
+    below = torch.nn.functional.pad(x.double().cumsum(0), (1, 0))
     places = ((torch.arange(count) + 0.5) / count * (x.numel() - 1)).long()
     levels = x[places.to(x.device)]
     for _ in range(rounds):
         edges = torch.searchsorted(x, (levels[1:] + levels[:-1]) / 2)
         ends = torch.cat([edges.new_zeros(1), edges, edges.new_full((1,), x.numel())])
-        sums = torch.nn.functional.pad(x.double().cumsum(0), (1, 0))[ends].diff()
+        sums = below[ends].diff()
         held = ends.diff()
         levels = torch.where(held > 0, (sums / held.clamp_min(1)).float(), levels).sort().values
     return levels

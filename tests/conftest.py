@@ -25,7 +25,7 @@ if not any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/dxg")):
 
 MARKERS = {
     "model": "needs the bundled real language model (skipped where it cannot be loaded)",
-    "slow": "takes more than a few seconds",
+    "slow": "downloads or converts a second model, or takes more than half a minute",
 }
 
 
