@@ -26,7 +26,7 @@ SLOT_IDENTITY = {"trim": "whole prompt", "select": "all entries", "edit": "–",
                  "encode": "16 bit", "calibrate": "–"}
 CACHE_SIDE = ("observe", "score", "allocate", "reduce", "encode")
 MOST_VARIANTS = 4
-ABOUT_TO_RUN_S = 5.0  # a press that long ago has begun, or waits for a run that is under way
+ABOUT_TO_RUN_S = 5.0  # where nothing is under way, a press that long ago has begun, or its page is closed
 MOST_NAME = 120  # characters
 REPLAY_ALL_BYTES = 1 * 2**30  # below this, and a sixth of the free memory, a replay captures every layer at once
 Report = Callable[[float, str], None]
@@ -77,6 +77,7 @@ class Lab:
         self._loading, self._jobs_lock = threading.Lock(), threading.Lock()
         self._jobs: dict[str, Job] = {}
         self._waiting: dict[str, float] = {}  # visitors in the queue, and when they pressed Run
+        self._turn = 0.0  # when the visitor whose run began last had pressed it: who pressed before and still waits has gone
         self._given_up: dict[str, int] = {}  # of visitors who left it: their presses that the queue still holds
         example = recorded.load()
         self.has_example = example is not None
@@ -256,7 +257,8 @@ class Lab:
         """A visitor pressed Run; how many other visitors' runs are under way or about to be, after which theirs begins."""
         now = time.monotonic()
         with self._jobs_lock:  # who pressed long ago while nothing runs has closed the page
-            before = {*self._jobs, *(other for other, pressed in self._waiting.items() if now - pressed < ABOUT_TO_RUN_S)}
+            since = self._turn if self._jobs else now - ABOUT_TO_RUN_S
+            before = {*self._jobs, *(other for other, pressed in self._waiting.items() if pressed > since)}
             if visitor not in self._jobs:
                 self._waiting[visitor] = now
         return len(before - {visitor})
@@ -280,7 +282,7 @@ class Lab:
         with self._jobs_lock:
             if visitor in self._jobs:
                 return None
-            self._waiting.pop(visitor, None)
+            self._turn = self._waiting.pop(visitor, self._turn)
             job = self._jobs[visitor] = Job()
         return job
 

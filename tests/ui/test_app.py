@@ -96,6 +96,17 @@ def test_the_second_of_two_presses_is_told_to_wait_before_the_first_has_begun():
     assert not lab.wait("first")
 
 
+def test_who_waits_hears_of_everybody_who_pressed_before_and_has_not_gone():
+    lab = fixture.FakeLab(step_s=0)
+    for visitor in ("gone", "first", "second"):
+        lab.wait(visitor)
+    lab.begin("first")
+    for visitor in lab._waiting:
+        lab._waiting[visitor] -= 60
+    lab._turn -= 60
+    assert lab.wait("third") == 2  # the first and the second; the queue serves in turn, so the page that was before is closed
+
+
 def test_tile_is_bytes_and_hatches_what_was_evicted():
     run = OpenRun(*fixture.record_and_arrays())
     ask = {"letter": "B", "layer": 3, "head": 0, "rows": [0, 999], "cols": [-5, 999], "width": 512, "height": 512}
