@@ -1,10 +1,12 @@
 /* What was set in Compare and not run: prompt, settings and variants. Loading the page again gives it back, and so does a
    button where a preset or an opened run took its place. It lies in the session storage: another browser tab has its own.
-   A state is {prompt, settings, variants}; `base` is what the server set last, `lost` what can be brought back. */
+   A state is {prompt, settings, variants}; `base` is what the server set last, `lost` what can be brought back, `before` what
+   stood, and could be, when something else was asked for. */
 window.alDraft = (() => {
   const NAME = "attention-lab-draft", LISTS = ["presets", "limits"];
-  let base = null, lost = null;
-  const state = (prompt, setup, settings) => ({prompt, variants: (setup || {}).variants || [],
+  let base = null, lost = null, before = null, elsewhere = false; // elsewhere: what is kept is another page's, and stays
+  const lines = prompt => (prompt || "").replace(/\r\n?/g, "\n"); // as the field has them
+  const state = (prompt, setup, settings) => ({prompt: lines(prompt), variants: (setup || {}).variants || [],
     settings: Object.fromEntries(Object.entries(settings || {}).filter(([key]) => !LISTS.includes(key)))});
   const now = () => {
     const field = document.querySelector("#prompt textarea");
@@ -20,7 +22,7 @@ window.alDraft = (() => {
     try {
       const is = base && own();
       if (is) sessionStorage.setItem(NAME, JSON.stringify({...is, page: page()}));
-      else if (base) sessionStorage.removeItem(NAME);
+      else if (base && !elsewhere) sessionStorage.removeItem(NAME);
     } catch {}  // no storage, or it is full
   };
   addEventListener("pagehide", keep);
@@ -33,15 +35,18 @@ window.alDraft = (() => {
       base = state(...values);
       try {
         const {page: where, ...kept} = JSON.parse(sessionStorage.getItem(NAME)) || {};
-        return kept.variants && where === page() && !same(kept, base) ? kept : null;
+        const whole = typeof kept.prompt === "string" && kept.variants.every(v => Array.isArray(v.techniques));
+        elsewhere = whole && where !== page();
+        return whole && !elsewhere && !same(kept, base) ? kept : null;
       } catch { return null; }
     },
     restored: () => { lost = base; tell("What you had set and not run yet is set again.", "Discard it"); },
-    replacing: () => { lost = own() || lost; }, // called before something takes its place
+    replacing: () => { before = {is: now(), lost}; lost = own() || lost; }, // called before something takes its place
     replaced: (what, ...values) => {
       const is = state(...values);
-      if (lost && same(lost, is)) { lost = null; return []; } // it was refused: what was set still stands
+      if (before && same(before.is, is)) { lost = before.lost; return []; } // it was refused: what was set still stands
       base = is;
+      if (lost && same(lost, is)) lost = null;
       if (lost) tell(`${what} took the place of what you had set.`, "Bring it back"); else tell();
       return [];
     },

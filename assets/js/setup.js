@@ -7,6 +7,7 @@ let promptTokens = window.alPromptTokens || null, newTokens = window.alNewTokens
 function clone(x) { return JSON.parse(JSON.stringify(x)); }
 const has = (i, name) => variants[i].techniques.find(t => t.name === name);
 const defaults = t => Object.fromEntries(t.parameters.map(p => [p.name, p.default]));
+const declared = name => byName[name] || {name, title: name, slots: [], parameters: []}; // a saved run's may be gone
 const order = t => Math.min(...(t.slots.length ? t.slots.map(s => catalog.slots.findIndex(x => x.name === s)) : [99]));
 
 function commit(next, label, again) { // `again`: the change, for other variants than those it was made on
@@ -16,16 +17,17 @@ function commit(next, label, again) { // `again`: the change, for other variants
   draw(); plan();
 }
 // Undo does what its button said when it was pressed: a number that was typed until then is taken by the same press, and stays.
-function undo(at) {
-  const [last, ...newer] = past.splice(at); if (!last) return;
+function undo(last) {
+  const at = past.indexOf(last); if (at < 0) return;
+  const [, ...newer] = past.splice(at);
   heir = "more"; commit(last.variants);
   for (const {again, label} of newer) { const next = again && again(clone(variants)); if (next) commit(next, label, again); }
 }
 function toggle(i, name) {
-  const next = clone(variants), t = byName[name];
+  const next = clone(variants), t = declared(name);
   if (has(i, name)) next[i].techniques = next[i].techniques.filter(x => x.name !== name);
   else { next[i].techniques.push({name, params: defaults(t)});
-    next[i].techniques.sort((a, b) => order(byName[a.name]) - order(byName[b.name])); }
+    next[i].techniques.sort((a, b) => order(declared(a.name)) - order(declared(b.name))); }
   commit(next, `${t.title} ${has(i, name) ? "off" : "on"} in ${L[i]}`);
 }
 function setParam(i, name, key, value) {
@@ -33,7 +35,8 @@ function setParam(i, name, key, value) {
     const found = next[i] && next[i].techniques.find(t => t.name === name); if (found) found.params[key] = value;
     return found && next;
   };
-  commit(set(clone(variants)), `${byName[name].title} ${key}`, set);
+  const next = set(clone(variants)); // nothing where a field goes with its technique, and its last change comes after it
+  if (next) commit(next, `${byName[name].title} ${key}`, set);
 }
 const plan = debounce(async () => {
   const mine = ++asked;
@@ -171,7 +174,8 @@ function card(v, i) {
       variants.length > 1 ? h("button", {type: "button", class: "quiet", "data-key": `rm-${i}`, "aria-label": `remove variant ${L[i]}`, title: "remove",
         onclick: () => { const next = clone(variants); next.splice(i, 1); openCard = null; heir = `edit-${Math.max(0, i - 1)}`; commit(next, `variant ${L[i]} removed`); }}, "×") : null),
     h("div", {class: "chips"}, v.techniques.length ? v.techniques.map(t => byName[t.name] ? h("button", {type: "button", class: "chip pick", "data-key": `chip-${i}-${t.name}`,
-      title: "change its parameters", onclick: () => { openCard = i; draw(); }}, short(byName[t.name], t.params)) : h("span", {class: "chip"}, t.name))
+      title: "change its parameters", onclick: () => { openCard = i; draw(); }}, short(byName[t.name], t.params)) : h("button", {type: "button", class: "chip pick",
+      "data-key": `chip-${i}-${t.name}`, "aria-label": `remove ${t.name}`, title: "remove", onclick: () => { heir = `add-${i}`; toggle(i, t.name); }}, `${t.name} ×`))
       : h("span", {class: "soft"}, "Full attention, full cache."),
       n.saves ? h("span", {class: "soft saves"}, n.saves) : null,
       h("button", {type: "button", class: "chip add", "data-key": `add-${i}`, onclick: () => { openCard = i; draw(); }}, "+ technique")),
@@ -187,10 +191,11 @@ function draw() { window.alVariants = variants; clearTimeout(drawing); drawing =
 function render() {
   const focus = element.contains(document.activeElement) ? document.activeElement.dataset.key : null;
   const scrolls = [...element.querySelectorAll("[data-scroll]")].map(n => [n.dataset.scroll, n.scrollTop]);
-  const pipe = element.querySelector(".pipe"), scroll = pipe ? pipe.scrollLeft : 0, at = past.length - 1;
+  const pipe = element.querySelector(".pipe"), scroll = pipe ? pipe.scrollLeft : 0, last = past[past.length - 1];
   swap(element, pipeline(), ...[slotPanel()].filter(Boolean),
     h("div", {class: "cardbar row"}, h("span", {class: "h"}, "Variants"), h("span", {class: "sp"}),
-      past.length ? h("button", {type: "button", class: "quiet", "data-key": "undo", title: "undo: " + past[past.length - 1].label, onclick: () => undo(at)}, "Undo " + past[past.length - 1].label) : null,
+      last ? h("button", {type: "button", class: "quiet", "data-key": "undo", title: "undo: " + last.label, onclick: () => undo(last)},
+        "Undo " + last.label) : null,
       h("button", {type: "button", class: "chip pick", "data-key": "more", disabled: variants.length >= MOST,
         title: variants.length >= MOST ? "four variants is the most" : "", onclick: () => { const next = clone(variants); next.push({techniques: []});
           openCard = next.length - 1; commit(next, `variant ${L[next.length - 1]} added`); }}, "+ Variant")),

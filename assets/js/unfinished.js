@@ -18,7 +18,7 @@ let told = 0;
 function tell(state, v) {
   const text = SAYS[state] + (v.set ? SET : ""), close = () => { told++; alRun.forget(); runbox.replaceChildren(); };
   const open = state === "interrupted" || state === "ended"
-    ? () => { close(); alPlace.left(); trigger("open", {run_id: v.left, owner: owner()}); } : null;
+    ? () => { close(); alDraft.replacing(); alPlace.left(); trigger("open", {run_id: v.left, owner: owner()}); } : null;
   swap(runbox, notice("open", text, "Open it", open, close));
   if (!element.offsetParent) toast(text, open && "Open it", open); // another tab of the page is in sight
 }

@@ -1,6 +1,7 @@
 """What was set in Compare and not run is not lost: by a reload, a preset or an opened run, in a real Chromium."""
 from __future__ import annotations
 
+import json
 import threading
 
 import pytest
@@ -8,6 +9,8 @@ from playwright.sync_api import expect
 
 from lab.ui import assets
 
+from .conftest import visitor
+from .fixture import Outcome, record_and_arrays
 from .hands import WAIT_S, arrive, reload, status_says, tab, toasted
 
 pytestmark = pytest.mark.browser
@@ -119,3 +122,118 @@ def test_undo_does_what_it_says_also_while_a_number_is_typed(page, site):
     page.get_by_role("button", name="Undo variant D added").click()
     expect(page.locator(".card")).to_have_count(3)
     expect(page.locator('[data-key="chip-1-h2o"]')).to_contain_text("70%")
+
+
+def test_an_older_undo_is_still_itself_when_the_list_of_changes_is_full(page, site):
+    page.locator('[data-key="chip-1-h2o"]').click()
+    box = page.locator('.editor input[type="number"]').first
+    for i in range(29):
+        box.fill(f"0.{30 + i}")
+        page.keyboard.press("Tab")
+        expect(page.get_by_role("button", name="Undo H2O budget")).to_be_visible()
+    page.click('[data-key="more"]')
+    expect(page.locator(".card")).to_have_count(4)
+    page.locator('[data-key="chip-1-h2o"]').click()
+    box.fill("0.7")
+    page.get_by_role("button", name="Undo variant D added").click()
+    expect(page.locator(".card")).to_have_count(3)
+
+
+def test_a_field_that_goes_while_somebody_types_in_it_takes_nothing_with_it(page, site, monkeypatch):
+    go, opened = threading.Event(), site[1].open
+
+    def slowly(run_id, owner):
+        go.wait(WAIT_S)
+        return opened(run_id, owner)
+    monkeypatch.setattr(site[1], "open", slowly)
+    page.click('[data-key="more"]')
+    page.locator('.editor [data-key="sw-3-h2o"]').click()
+    box = page.locator('.editor input[type="number"]').first
+    expect(box).to_be_visible()
+    tab(page, "Runs")
+    page.locator(".runs tbody tr", has_text="older run").get_by_role("button", name="Open", exact=True).click()
+    tab(page, "Compare")
+    box.press("End")
+    box.press_sequentially("1")
+    go.set()
+    expect(page.locator(".card")).to_have_count(3)
+    page.click('[data-key="more"]')
+    expect(page.locator(".card")).to_have_count(4)
+
+
+def test_what_was_typed_beside_a_run_that_was_left_can_be_brought_back_when_that_run_is_opened(browser, site):
+    with visitor(browser) as page:
+        arrive(page, site[0])
+        page.fill("#prompt textarea", "The prompt of the run")
+        with site[1].held(after=3):
+            page.click("#run")
+            status_says(page, "held")
+            page.fill("#prompt textarea", TYPED)
+            reload(page)
+            expect(page.locator("#prompt textarea")).to_have_value(TYPED)
+        page.get_by_role("button", name="Open it").click()
+        status_says(page, "Opened as it was saved.")
+        expect(offer(page)).to_contain_text("The opened run took the place of what you had set.")
+        page.get_by_role("button", name="Bring it back").click()
+        expect(page.locator("#prompt textarea")).to_have_value(TYPED)
+
+
+def test_a_link_that_is_followed_and_left_again_leaves_what_was_typed(page, site):
+    set_own(page)
+    arrive(page, f"{site[0]}?run=20251231-230000-aaaa")
+    expect(page.locator("#prompt textarea")).not_to_have_value(TYPED)
+    page.go_back()
+    page.wait_for_function("window.alArrived === true")
+    own(page)
+
+
+def test_a_run_that_cannot_be_opened_leaves_the_offer_as_it_was(page, site, monkeypatch):
+    set_own(page)
+    page.get_by_label("preset").select_option("zerotuning")
+    expect(offer(page)).to_contain_text("The preset took the place")
+    monkeypatch.setattr(site[1], "open", lambda run_id, owner: 1 / 0)
+    tab(page, "Runs")
+    page.locator(".runs tbody tr", has_text="older run").get_by_role("button", name="Open", exact=True).click()
+    status_says(page, "Something unexpected went wrong")
+    expect(offer(page)).to_contain_text("The preset took the place")
+    page.get_by_role("button", name="Bring it back").click()
+    own(page)
+
+
+def test_lines_that_end_as_on_windows_are_nothing_typed(page, site):
+    record, arrays = record_and_arrays("20260107-000000-crlf")
+    record["prompt"]["text"] = "First line\r\nsecond line"
+    site[1].keep(Outcome(record, arrays), "")
+    arrive(page, f"{site[0]}?run=20260107-000000-crlf")
+    expect(page.locator("#prompt textarea")).to_have_value("First line\nsecond line")
+    reload(page)
+    expect(page.locator("#prompt textarea")).to_have_value("First line\nsecond line")
+    expect(offer(page)).to_have_count(0)
+    assert page.evaluate("sessionStorage.getItem('attention-lab-draft')") is None
+
+
+def keep_instead(page, kept):
+    """The next page finds `kept` as what was set, as if another version of the lab had left it."""
+    page.add_init_script("if (!window.name) { window.name = 'next'; sessionStorage.setItem('attention-lab-draft', %s); }"
+                         % json.dumps(json.dumps(kept)))
+
+
+def test_a_technique_that_is_gone_can_be_taken_out_and_others_put_in(page, site):
+    gone = {"name": "gone_away", "params": {"share": 0.5}}
+    keep_instead(page, {"prompt": TYPED, "settings": {}, "variants": [{"techniques": []}, {"techniques": [gone]}], "page": None})
+    reload(page)
+    expect(page.locator(".card").nth(1)).to_contain_text('There is no technique called "gone_away". Remove it from the variant.')
+    page.click('[data-key="edit-1"]')
+    page.locator('.editor [data-key="sw-1-h2o"]').click()
+    expect(page.locator('[data-key="chip-1-h2o"]')).to_be_visible()
+    page.get_by_role("button", name="remove gone_away").click()
+    expect(page.locator(".card").nth(1)).to_contain_text("predicted KV")
+
+
+@pytest.mark.parametrize("kept", [5, {"prompt": TYPED}, {"prompt": TYPED, "variants": [1], "page": None},
+                                  {"prompt": None, "variants": [{"techniques": None}], "page": None}])
+def test_what_another_version_kept_otherwise_is_left_alone(page, site, kept):
+    keep_instead(page, kept)
+    reload(page)
+    expect(page.locator(".card")).to_have_count(3)
+    expect(offer(page)).to_have_count(0)
