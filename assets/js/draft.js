@@ -25,7 +25,10 @@ window.alDraft = (() => {
       else if (base && !elsewhere) sessionStorage.removeItem(NAME);
     } catch {}  // no storage, or it is full
   };
-  addEventListener("pagehide", keep);
+  addEventListener("pagehide", () => { // a number that is still being typed counts
+    const field = document.activeElement; if (field && field.closest("#setup, #settings")) field.blur();
+    keep();
+  });
   document.addEventListener("visibilitychange", () => { if (document.hidden) keep(); });
   return {
     same,

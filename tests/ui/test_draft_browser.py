@@ -54,6 +54,16 @@ def test_what_was_typed_is_there_after_a_reload_and_can_be_discarded(page, site)
     expect(offer(page)).to_have_count(0)
 
 
+def test_a_number_that_is_still_being_typed_is_there_after_a_reload(page, site):
+    page.get_by_label("new tokens").fill("17")
+    reload(page)
+    expect(page.get_by_label("new tokens")).to_have_value("17")
+    page.locator('[data-key="chip-1-h2o"]').click()
+    page.locator('.editor input[type="number"]').first.fill("0.7")
+    reload(page)
+    expect(page.locator('[data-key="chip-1-h2o"]')).to_contain_text("70%")
+
+
 def test_another_run_in_the_address_shows_its_own_and_nothing_typed_is_nothing_to_tell(page, site):
     reload(page)
     expect(offer(page)).to_have_count(0)
