@@ -37,7 +37,7 @@ function list() {
   if (editing && typing && typing.dataset.edit === `${editing.id}/${editing.kind}`) return;
   const shown = rows.filter(matches), held = element.contains(document.activeElement) && document.activeElement.dataset.key; buttons();
   if (!rows.length) { swap(body, notice ? h("p", {class: "banner"}, notice) : null, h("div", {class: "empty"}, h("p", {}, "No saved runs yet. Every run is saved here when it ends."),
-    h("button", {type: "button", onclick: () => { const t = document.querySelector('[role=tab][data-tab-id="compare"]'); if (t) t.click(); }}, "Make a run"))); return; }
+    h("button", {type: "button", onclick: () => { const t = document.querySelector('[role=tab][data-tab-id="compare"]'); if (t) t.click(); }}, "Make a run"))); settle(held); return; }
   swap(body, notice ? h("p", {class: "banner"}, notice) : null, h("div", {class: "tablebox"}, h("table", {class: "lines runs"}, h("caption", {class: "sr"}, "saved runs"), h("thead", {}, h("tr", {},
     ["", "run", "variants", "prompt", "worst KL", "smallest KV", "tags", ""].map(t => h("th", {scope: "col", title: {
       "worst KL": "the largest mean KL(reference‖variant) of the run's variants, in nats per token; 0 is the same beliefs",
@@ -45,6 +45,9 @@ function list() {
     shown.length ? null : h("p", {class: "soft"}, "No run matches. ", h("button", {type: "button", class: "quiet", onclick: () => { query = search.value = ""; list(); }}, "Clear the search")));
   const input = editing && body.querySelector(".editing");
   if (input) { input.focus(); input.select(); return; }
+  settle(held);
+}
+function settle(held) { // the focus stays, or goes to its heir
   const next = [held, heir].map(key => key && element.querySelector(`[data-key="${CSS.escape(key)}"]`)).find(Boolean);
   if (next && (held || document.activeElement === document.body)) next.focus();
   heir = null;

@@ -72,6 +72,27 @@ def test_the_focus_stays_in_the_table(page, table):
     assert page.evaluate("document.activeElement.dataset.key").startswith("delete-")
 
 
+def test_the_focus_finds_a_place_where_the_last_run_was_deleted(page, site, table, monkeypatch):
+    found = site[1].library.rows
+    monkeypatch.setattr(site[1].library, "rows", lambda owner: [r for r in found(owner) if r["run_id"] == table.ids["three"]])
+    tab(page, "Runs")
+    expect(page.locator("table.runs tbody tr")).to_have_count(1)
+    press(table("three").get_by_role("button", name="delete"))
+    expect(page.get_by_role("button", name="Undo", exact=True)).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.get_by_label("search runs")).to_be_focused()
+
+
+def test_a_new_name_that_is_left_by_tab_does_not_take_the_focus(page, site, table):
+    arrive(page, f"{site[0]}?run={table.ids['three']}")
+    expect(page.locator("#al-runname")).to_have_value("three")
+    page.evaluate("document.querySelector('#al-runname').old = true")
+    page.fill("#al-runname", "fourth")
+    page.keyboard.press("Tab")
+    page.wait_for_function("!document.querySelector('#al-runname').old")  # the line was drawn with the new name
+    expect(page.get_by_role("button", name="Copy link")).to_be_focused()
+
+
 def test_one_undo_brings_back_all_that_was_deleted(page, table):
     for name in ("one", "two"):
         table(name).get_by_role("button", name="delete").click()
