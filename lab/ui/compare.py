@@ -318,7 +318,7 @@ def waiter(lab: Lab) -> Any:
     """Run was pressed: it rests until the run is over, and whoever has to queue can still change their mind."""
     def wait(request: gr.Request) -> Any:
         before = lab.wait(visitor_of(request))
-        others = "Another run is under way" if before == 1 else f"{before} runs are before yours"
+        others = "Another run is under way" if before == 1 else f"{before} runs were before yours when you pressed"
         told = cards.status(f"{others}; yours waits for its turn.", busy=True) if before else gr.skip()
         return gr.Button(interactive=False), gr.Button(interactive=True), told, {}
     return wait

@@ -97,6 +97,8 @@ def test_the_second_of_two_presses_is_told_to_wait_before_the_first_has_begun():
 
 
 def test_who_waits_hears_of_everybody_who_pressed_before_and_has_not_gone():
+    from types import SimpleNamespace
+
     lab = fixture.FakeLab(step_s=0)
     for visitor in ("gone", "first", "second"):
         lab.wait(visitor)
@@ -105,6 +107,8 @@ def test_who_waits_hears_of_everybody_who_pressed_before_and_has_not_gone():
         lab._waiting[visitor] -= 60
     lab._turn -= 60
     assert lab.wait("third") == 2  # the first and the second; the queue serves in turn, so the page that was before is closed
+    told = compare.waiter(lab)(SimpleNamespace(session_hash="fourth"))[2]
+    assert "3 runs were before yours when you pressed" in told  # it stands while they end
 
 
 def test_tile_is_bytes_and_hatches_what_was_evicted():
