@@ -26,7 +26,7 @@ window.alRun = (() => {
       const same = mine && typed && alDraft.same(typed, {prompt: run.prompt, settings: run.settings, variants: run.variants});
       const is = typed && !same ? typed : mine ? run : null, left = run ? {left: run.run_id || "", set: is === run} : {};
       if (is && is !== run) alDraft.restored();
-      if (is && is === run) alDraft.ran({prompt: run.prompt, settings: run.settings, variants: run.variants}); // it was run
+      if (is && is === run && run.run_id) alDraft.ran({prompt: run.prompt, settings: run.settings, variants: run.variants});
       return is ? [is.prompt, {...setup, variants: is.variants}, {...settings, ...is.settings}, left]
         : [prompt, setup, settings, left];
     },

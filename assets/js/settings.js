@@ -18,7 +18,8 @@ function draw() {
   const active = element.contains(document.activeElement) ? document.activeElement.dataset.key : null;
   swap(element, 
     h("section", {class: "side"}, h("h2", {}, "Preset"),
-      h("select", {"aria-label": "preset", "data-key": "preset", onchange: e => { alDraft.replacing(); send({preset: e.target.value}); trigger("preset", {id: e.target.value}); }},
+      h("select", {"aria-label": "preset", "data-key": "preset", onchange: e => {
+        const id = e.target.value; if (id) alDraft.replacing(); send({preset: id}); if (id) trigger("preset", {id}); }},
         h("option", {value: "", selected: !chosen}, "Choose an experiment"),
         presets.map(p => h("option", {value: p.id, selected: p.id === v.preset}, p.title))),
       chosen ? h("p", {class: "soft"}, chosen.about) : null),
