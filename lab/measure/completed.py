@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import exp, log
-from statistics import fmean
 from typing import Any
 
 from lab.errors import LabError
 from lab.measure import cost
+from lab.measure import record as rec
 
 
 def completed(record: dict[str, Any]) -> dict[str, Any]:
@@ -19,11 +18,9 @@ def completed(record: dict[str, Any]) -> dict[str, Any]:
     for i, variant in enumerate(variants):
         more: dict[str, Any] = {}
         if i and variant.get("first_divergence") is None:
-            pairs = enumerate(zip(_ids(variant), reference, strict=False))
-            more["first_divergence"] = next((n for n, (mine, theirs) in pairs if mine != theirs), None)
-        for name, sums in (_OF_OTHERS if i else _OF_REFERENCE).items():
-            if variant.get(name) is None:
-                more[name] = _known(lambda sums=sums, variant=variant: sums(variant))
+            more["first_divergence"] = rec.first_divergence(_ids(variant), reference)
+        known = _known(lambda i=i, variant=variant: rec.averages(variant, i == 0)) or {}
+        more.update({name: value for name, value in known.items() if variant.get(name) is None})
         if variant.get("kv_bytes") is not None and variant.get("kv_bytes_dense") is None:
             more["kv_bytes_dense"] = _known(lambda variant=variant: _dense(record, variant))
         filled.append({**variant, **more})
@@ -32,18 +29,6 @@ def completed(record: dict[str, Any]) -> dict[str, Any]:
 
 def _ids(variant: dict[str, Any]) -> list[Any]:
     return [t.get("id") for t in variant.get("tokens") or []]
-
-
-def _perplexity(logprobs: list[float]) -> float:
-    return exp(-fmean(logprobs))
-
-
-_OF_REFERENCE: dict[str, Callable[[dict[str, Any]], float]] = {
-    "perplexity": lambda v: _perplexity([t["logprob"] for t in v["tokens"]])}
-_OF_OTHERS: dict[str, Callable[[dict[str, Any]], float]] = {
-    "kl_mean": lambda v: fmean(row["kl"] for row in v["fidelity"]),
-    "top1_agreement": lambda v: fmean(row["agree"] for row in v["fidelity"]),
-    "perplexity": lambda v: _perplexity([log(max(row["var_prob"], 1e-45)) for row in v["fidelity"]])}
 
 
 def _known(work: Callable[[], Any]) -> Any:

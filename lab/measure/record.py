@@ -120,16 +120,20 @@ def fill_variant(variant: dict[str, Any], stream: Stream, reference: dict[str, A
         variant["kept_fraction"], variant["read_fraction"] = cache.kept_fraction, cache.read_fraction
         variant["reads"] = reads(cache) if variant["tpot_ms"] is not None else None
         variant["layers"] = [layer_row(layer) for layer in cache.lab_layers]
-    if variant is reference:
-        logps = [t["logprob"] for t in variant["tokens"]]
-    else:
-        rows = variant["fidelity"]
-        if rows:
-            variant["kl_mean"] = float(np.mean([r["kl"] for r in rows]))
-            variant["top1_agreement"] = float(np.mean([r["agree"] for r in rows]))
-        logps = [math.log(max(r["var_prob"], 1e-45)) for r in rows]
+    variant.update(averages(variant, variant is reference))
+    if variant is not reference:
         variant["first_divergence"] = first_divergence(variant["token_ids"], reference["token_ids"])
-    variant["perplexity"] = math.exp(-float(np.mean(logps))) if logps else None
+
+
+def averages(variant: dict[str, Any], reference: bool) -> dict[str, float | None]:
+    """Mean KL, agreement and perplexity of what a variant has written; None where there is nothing to average."""
+    rows = [] if reference else variant["fidelity"]
+    logps = [t["logprob"] for t in variant["tokens"]] if reference else [math.log(max(r["var_prob"], 1e-45)) for r in rows]
+    return {
+        "kl_mean": float(np.mean([r["kl"] for r in rows])) if rows else None,
+        "top1_agreement": float(np.mean([r["agree"] for r in rows])) if rows else None,
+        "perplexity": math.exp(-float(np.mean(logps))) if logps else None,
+    }
 
 
 def median_step(tokens: list[dict[str, Any]]) -> float | None:

@@ -93,13 +93,19 @@ def test_what_took_its_place_can_be_taken_back(page, site, what, monkeypatch):
     expect(offer(page)).to_have_count(0)
 
 
-def test_a_run_that_was_opened_slowly_does_not_take_the_person_away(page, site, monkeypatch):
-    go, opened = threading.Event(), site[1].open
+def opens_slowly(lab, monkeypatch) -> threading.Event:
+    """Every opening of a run waits for this event."""
+    go, opened = threading.Event(), lab.open
 
     def slowly(run_id, owner):
         go.wait(WAIT_S)
         return opened(run_id, owner)
-    monkeypatch.setattr(site[1], "open", slowly)
+    monkeypatch.setattr(lab, "open", slowly)
+    return go
+
+
+def test_a_run_that_was_opened_slowly_does_not_take_the_person_away(page, site, monkeypatch):
+    go = opens_slowly(site[1], monkeypatch)
     tab(page, "Runs")
     page.locator(".runs tbody tr", has_text="older run").get_by_role("button", name="Open", exact=True).click()
     tab(page, "Memory & speed")
@@ -150,12 +156,7 @@ def test_an_older_undo_is_still_itself_when_the_list_of_changes_is_full(page, si
 
 
 def test_a_field_that_goes_while_somebody_types_in_it_takes_nothing_with_it(page, site, monkeypatch):
-    go, opened = threading.Event(), site[1].open
-
-    def slowly(run_id, owner):
-        go.wait(WAIT_S)
-        return opened(run_id, owner)
-    monkeypatch.setattr(site[1], "open", slowly)
+    go = opens_slowly(site[1], monkeypatch)
     page.click('[data-key="more"]')
     page.locator('.editor [data-key="sw-3-h2o"]').click()
     box = page.locator('.editor input[type="number"]').first
